@@ -1,0 +1,59 @@
+"""Shift heads for frozen vision-language models: the effect of demonstrations, without the demonstrations.
+
+An adapter says where, a head says what, `patch` joins them, `capture` reads, `ops` computes.
+"""
+
+from . import losses, ops
+from .adapters import AttentionAdapter, PathAdapter, adapter_for, register_adapter
+from .build import build_shifts
+from .capture import Capture, capture
+from .checkpoint import load_shifts, save_shifts
+from .errors import (
+    BackendUnavailableError,
+    CheckpointError,
+    MimicError,
+    PatchStateError,
+    ShapeError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
+from .heads import HeadConfig, LIVEConfig, MimICConfig, ShiftHead, ShiftStack, register_head
+from .patch import Handle, hook, patch
+from .reference_names import shifts_from_reference
+from .types import At, LayerSpec, ModelSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "At",
+    "AttentionAdapter",
+    "BackendUnavailableError",
+    "Capture",
+    "CheckpointError",
+    "Handle",
+    "HeadConfig",
+    "LIVEConfig",
+    "LayerSpec",
+    "MimICConfig",
+    "MimicError",
+    "ModelSpec",
+    "PatchStateError",
+    "PathAdapter",
+    "ShapeError",
+    "ShiftHead",
+    "ShiftStack",
+    "UnknownNameError",
+    "UnsupportedModelError",
+    "adapter_for",
+    "build_shifts",
+    "capture",
+    "hook",
+    "load_shifts",
+    "losses",
+    "ops",
+    "patch",
+    "register_adapter",
+    "register_head",
+    "save_shifts",
+    "shifts_from_reference",
+]

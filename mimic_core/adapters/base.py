@@ -1,0 +1,180 @@
+"""Where the sites of a model are: the adapter protocol, the registry, and adapters that are paths alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from ..registry import Registry
+from ..types import ATTENTION_SITES, LayerSpec, ModelSpec, Site
+
+
+@runtime_checkable
+class AttentionAdapter(Protocol):
+    """Maps a model family to its sites and sizes. Stateless; any class with these methods will do.
+
+    An attention site (`query`, `key`, `value`, `lse`, `attn_heads`) is reached through transformers' attention
+    interface, so its module must be the one that interface is handed. The other sites are the output of their module
+    (the first element, where that is a tuple).
+    """
+
+    def spec(self, model: nn.Module) -> ModelSpec:
+        """Sizes and sites of every decoder layer.
+
+        Raises:
+            UnsupportedModelError: the model is not laid out as the adapter expects.
+        """
+        ...
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """The module whose forward runs all decoder layers once."""
+        ...
+
+    def module(self, model: nn.Module, layer: int, site: Site) -> nn.Module:
+        """The module a site belongs to."""
+        ...
+
+
+_ADAPTERS: Registry[type[AttentionAdapter]] = Registry("adapter", group="mimic_core.adapters")
+A = TypeVar("A", bound="type[AttentionAdapter]")
+
+
+def register_adapter(*model_types: str) -> Callable[[A], A]:
+    """Class decorator that makes an adapter known for one or more `config.model_type`s.
+
+    A package can also declare an entry point in the group `mimic_core.adapters`, named after the model type.
+
+    Raises:
+        ValueError: no model type is given, or one has another adapter already.
+    """
+    return _ADAPTERS.register(*model_types)  # pyright: ignore[reportReturnType]
+
+
+def adapter_for(model: nn.Module) -> AttentionAdapter:
+    """The adapter registered for the model's type, checked against the model.
+
+    PEFT, DistributedDataParallel and `torch.compile` wrappers are looked through.
+
+    Raises:
+        UnsupportedModelError: no adapter is registered for the type, or the model is not laid out as it expects.
+    """
+    inner = unwrap(model)
+    model_type = getattr(getattr(inner, "config", None), "model_type", None)
+    if not isinstance(inner, nn.Module) or not isinstance(model_type, str):
+        raise UnsupportedModelError(
+            f"a transformers model with config.model_type is needed to choose an adapter, found {type(inner).__name__}"
+        )
+    if model_type not in _ADAPTERS:
+        raise UnsupportedModelError(
+            f"no adapter is registered for model type {model_type!r} ({type(inner).__name__}); there are adapters for "
+            f"{', '.join(_ADAPTERS)}. Register one: @mimic_core.register_adapter({model_type!r}) on a PathAdapter "
+            f"subclass with the paths of its layers, attention and MLP"
+        )
+    adapter = _ADAPTERS.get(model_type)()
+    adapter.spec(inner)
+    return adapter
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT, DistributedDataParallel and `torch.compile` wrappers."""
+    while True:
+        if callable(get_base_model := getattr(model, "get_base_model", None)):
+            model = get_base_model()
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+class PathAdapter:
+    """An adapter that is data: where the decoder's layers are, and what their attention and MLP are called.
+
+    For a model whose attention goes through transformers' attention interface nothing else is needed:
+
+        @register_adapter("my_vlm")
+        class MyVLM(PathAdapter):
+            layers, attention, mlp = "model.language_model.layers", "self_attn", "mlp"
+
+    Attributes:
+        layers: Path of the decoder's list of layers, from the model with its head on. The bare model without head is
+            found too.
+        attention: Path of the self-attention module in a layer.
+        mlp: Path of the MLP module in a layer.
+    """
+
+    layers: ClassVar[str]
+    attention: ClassVar[str] = "self_attn"
+    mlp: ClassVar[str] = "mlp"
+
+    def spec(self, model: nn.Module) -> ModelSpec:
+        model = unwrap(model)
+        config = model.config.get_text_config(decoder=True)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        path = self._layers_path(model)
+        layers = self._resolve(model, path)
+        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+            raise UnsupportedModelError(
+                f"{type(self).__name__} expects a non-empty ModuleList at {path!r} of {type(model).__name__}, found "
+                f"{type(layers).__name__}"
+            )
+        hidden_size = int(config.hidden_size)
+        return ModelSpec(
+            model_type=str(model.config.model_type),  # pyright: ignore[reportAttributeAccessIssue]
+            hidden_size=hidden_size,
+            layers=tuple(
+                self._layer_spec(layer, index, f"{path}.{index}", hidden_size, config)
+                for index, layer in enumerate(layers)
+            ),
+        )
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        model = unwrap(model)
+        return self._resolve(model, self._layers_path(model).rpartition(".")[0])
+
+    def module(self, model: nn.Module, layer: int, site: Site) -> nn.Module:
+        model = unwrap(model)
+        block = self._resolve(model, f"{self._layers_path(model)}.{layer}")
+        if site == "layer_out":
+            return block
+        return self._resolve(block, self.mlp if site == "mlp_out" else self.attention)
+
+    def _layers_path(self, model: nn.Module) -> str:
+        # The same type name covers the bare model and the one with a head on, which holds it under this prefix.
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        bare = getattr(model, "base_model", None) is model
+        return self.layers.removeprefix(prefix) if bare else self.layers
+
+    def _layer_spec(self, layer: nn.Module, index: int, path: str, hidden_size: int, config: object) -> LayerSpec:
+        attention = self._resolve(layer, self.attention)
+        self._resolve(layer, self.mlp)
+        if getattr(attention, "is_cross_attention", False):
+            raise UnsupportedModelError(
+                f"{path}.{self.attention} is cross-attention; shifts go into self-attention only"
+            )
+        heads_in_config = int(getattr(config, "num_attention_heads"))  # noqa: B009
+        head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
+        head_dim = int(head_dim or hidden_size // heads_in_config)
+        # The projections are the truth; a config may leave out what follows from the rest.
+        heads = _width(attention, "q_proj", heads_in_config * head_dim) // head_dim
+        kv_in_config = int(getattr(config, "num_key_value_heads", None) or heads)
+        kv_heads = _width(attention, "k_proj", kv_in_config * head_dim) // head_dim
+        value_dim = _width(attention, "v_proj", kv_heads * head_dim) // kv_heads
+        sites: tuple[Site, ...] = (*ATTENTION_SITES, "attn_out", "mlp_out", "layer_out")
+        return LayerSpec(index, path, hidden_size, heads, kv_heads, head_dim, value_dim, sites)
+
+    def _resolve(self, root: nn.Module, path: str) -> nn.Module:
+        try:
+            return root.get_submodule(path)
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"{type(self).__name__} expects a module at {path!r} of {type(root).__name__} and there is none; "
+                f"its children are {', '.join(name for name, _ in root.named_children())}"
+            ) from error
+
+
+def _width(attention: nn.Module, projection: str, otherwise: int) -> int:
+    return int(getattr(getattr(attention, projection, None), "out_features", otherwise))

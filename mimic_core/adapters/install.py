@@ -1,0 +1,187 @@
+"""Put edits into a model and take them out again: the one mechanism under patch, hook and capture."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import PatchStateError, UnsupportedModelError
+from ..types import ATTENTION_SITES, Site
+from .base import AttentionAdapter, adapter_for, unwrap
+from .interface import SLOT, AttentionSlot, Entry, SiteEdit
+
+
+class _ForwardState(threading.local):
+    """Where this thread is in a forward of the model. Copies and pickles start afresh."""
+
+    depth = 0
+    grad_enabled = False
+
+    def __init__(self) -> None:
+        self.reached: set[tuple[int, Site]] = set()
+
+    def __deepcopy__(self, memo: Any) -> _ForwardState:
+        return _ForwardState()
+
+    def __reduce__(self) -> tuple[type[_ForwardState], tuple[()]]:
+        return _ForwardState, ()
+
+
+class Installation:
+    """Edits living in a model, all of them or none.
+
+    Edits at one site run in the order they were installed, whoever installed them.
+
+    Args:
+        model: The model, possibly wrapped (see `adapter_for`).
+        edits: What goes where.
+        key: What they belong to; see `installed`.
+
+    Raises:
+        UnsupportedModelError: no adapter fits, or a layer lacks a site. The model is left as it was.
+    """
+
+    def __init__(self, model: nn.Module, edits: Iterable[SiteEdit], key: object = None) -> None:
+        self.key = key
+        self._off = 0
+        self._state = _ForwardState()
+        self._hooks: list[RemovableHandle] = []
+        self._slotted: list[nn.Module] = []
+        inner = unwrap(model)
+        adapter = adapter_for(inner)
+        self._entries = [Entry(edit, self) for edit in edits]
+        places = [self._place(adapter, inner, entry.edit) for entry in self._entries]
+        try:
+            for entry, module in zip(self._entries, places, strict=True):
+                self._attach(entry, module)
+            # A wrapper may call the inner model's forward directly, past its hooks, so the decoder has them too.
+            for module in {id(m): m for m in (inner, adapter.decoder(inner))}.values():
+                self._hooks.append(module.register_forward_pre_hook(self._enter))
+                self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
+        except BaseException:
+            self.remove()
+            raise
+
+    @staticmethod
+    def _place(adapter: AttentionAdapter, model: nn.Module, edit: SiteEdit) -> nn.Module:
+        layers = adapter.spec(model).layers
+        if not 0 <= edit.layer < len(layers):
+            raise UnsupportedModelError(
+                f"layer {edit.layer} was asked for; {type(model).__name__} has decoder layers 0 to {len(layers) - 1}"
+            )
+        layer = layers[edit.layer]
+        if edit.site not in layer.sites:
+            raise UnsupportedModelError(
+                f"site {edit.site!r} was asked for; layer {edit.layer} ({layer.path}) has "
+                f"{', '.join(layer.sites) or 'no site'}"
+            )
+        return adapter.module(model, edit.layer, edit.site)
+
+    def _attach(self, entry: Entry, module: nn.Module) -> None:
+        if entry.edit.site in ATTENTION_SITES:
+            slot = module.__dict__.setdefault(SLOT, None) or AttentionSlot()
+            module.__dict__[SLOT] = slot
+            slot.entries += (entry,)
+            self._slotted.append(module)
+        else:
+            self._hooks.append(module.register_forward_hook(_OutputHook(entry)))
+
+    def remove(self) -> None:
+        """Take every edit out. Done twice, it does nothing the second time."""
+        for hook in self._hooks:
+            hook.remove()
+        for module in self._slotted:
+            slot: AttentionSlot | None = module.__dict__.get(SLOT)
+            if slot is None:
+                continue
+            slot.entries = tuple(e for e in slot.entries if e.owner is not self)
+            if not slot.entries:
+                del module.__dict__[SLOT]
+                slot.release()
+        self._hooks, self._slotted = [], []
+
+    @property
+    def installed(self) -> bool:
+        """Whether the edits are in the model."""
+        return bool(self._hooks)
+
+    @property
+    def active(self) -> bool:
+        """Whether the edits run."""
+        return self._off == 0
+
+    def switch_off(self) -> None:
+        """Leave the edits in but don't run them, until `switch_on` was called as often."""
+        self._off += 1
+
+    def switch_on(self) -> None:
+        self._off -= 1
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether this thread is inside a forward of the model: not so while a checkpoint recomputes one."""
+        return self._state.depth > 0
+
+    @property
+    def forward_has_grad(self) -> bool:
+        """Whether the forward this thread is in was started with gradients on."""
+        return self._state.grad_enabled
+
+    def reached(self, layer: int, site: Site) -> None:
+        if not torch.compiler.is_compiling():
+            self._state.reached.add((layer, site))
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self._state.depth == 0:
+            self._state.reached.clear()
+            self._state.grad_enabled = torch.is_grad_enabled()
+        self._state.depth += 1
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        # Hooks that were installed in the middle of a forward see its end only.
+        self._state.depth = max(0, self._state.depth - 1)
+        failed = output is None  # the forward raised, which is the error to see
+        if failed or self._state.depth or not self.active or not self.installed:
+            return
+        missed = [e.edit for e in self._entries if (e.edit.layer, e.edit.site) not in self._state.reached]
+        if missed:
+            where = ", ".join(f"{edit.site} of layer {edit.layer}" for edit in missed[:4])
+            more = f" and {len(missed) - 4} more" if len(missed) > 4 else ""
+            raise PatchStateError(
+                f"a forward of {type(module).__name__} never reached {where}{more}, so the edits there did nothing; "
+                f"its attention may not go through transformers' AttentionInterface, or its adapter names wrong modules"
+            )
+
+
+class _OutputHook:
+    """A forward hook that edits a module's output, or the first element where that is a tuple."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not self.entry.owner.active:
+            return None
+        if isinstance(output, tuple):
+            return (self.entry.apply(output[0], module), *output[1:])
+        if not isinstance(output, Tensor):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} returned a {type(output).__name__}; a site must return a tensor or a tuple"
+            )
+        return self.entry.apply(output, module)
+
+
+def installed(model: nn.Module) -> list[Installation]:
+    """The installations alive in a model, in the order they were made."""
+    hooks = unwrap(model)._forward_hooks.values()
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return [owner for owner in owners if isinstance(owner, Installation)]

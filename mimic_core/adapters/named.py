@@ -1,0 +1,33 @@
+"""The model families that come with an adapter: a line of paths each."""
+
+from __future__ import annotations
+
+from .base import PathAdapter, register_adapter
+
+
+@register_adapter("idefics")
+class IdeficsAdapter(PathAdapter):
+    """Idefics (Laurençon et al., 2023). Its gated cross-attention layers sit beside the decoder layers: never shifted."""
+
+    layers = "model.layers"
+
+
+@register_adapter("idefics2")
+class Idefics2Adapter(PathAdapter):
+    """Idefics2 (Laurençon et al., 2024): Mistral text decoder."""
+
+    layers = "model.text_model.layers"
+
+
+@register_adapter("llava")
+class LlavaAdapter(PathAdapter):
+    """Llava classes, LLaVA-NeXT-Interleave (Qwen2 text decoder) among them."""
+
+    layers = "model.language_model.layers"
+
+
+@register_adapter("llama", "mistral", "qwen2")
+class LlamaAdapter(PathAdapter):
+    """Text decoders laid out as Llama's."""
+
+    layers = "model.layers"

@@ -1,0 +1,159 @@
+"""Read what passes a site, keeping only the tokens that are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from .adapters import Installation, SiteEdit
+from .errors import PatchStateError, ShapeError, UnknownNameError
+from .patch import choose_layers
+from .types import READ_ONLY_SITES, At, Site, check_site
+
+# The axis of each site's tensor that runs over tokens.
+_TOKEN_AXIS: dict[str, int] = {"query": 2, "key": 2, "value": 2, "lse": 2}
+
+
+class Capture:
+    """The activations of one forward. `capture["mlp_out"][5]` is layer 5's; see `mimic_core.capture`.
+
+    With one site, `states` maps layers to tokens directly, as the layer-wise losses take it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: str | Iterable[str],
+        where: Bool[Tensor, "b t"] | None = None,
+        layers: Iterable[int] | None = None,
+        grad: bool = True,
+    ) -> None:
+        names = [check_site(s) for s in ([sites] if isinstance(sites, str) else sites)]
+        if not names or len(set(names)) < len(names):
+            raise UnknownNameError(f"capture needs distinct sites, at least one; found {names}")
+        if where is not None and (where.dtype != torch.bool or where.ndim != 2):
+            raise ShapeError(
+                f"where should be a bool mask [b t] of the tokens wanted, found {list(where.shape)} {where.dtype}"
+            )
+        self._where = where
+        self._grad = grad
+        self._taken: dict[Site, dict[int, Tensor]] = {name: {} for name in names}
+        self._edits = [
+            SiteEdit(layer, name, partial(self._take, name), needs_lse=name in READ_ONLY_SITES)
+            for name in names
+            for layer in choose_layers(model, names, layers)
+        ]
+        self._model = model
+        self._installation: Installation | None = None
+
+    def __enter__(self) -> Capture:
+        if self._installation is not None or any(self._taken.values()):
+            raise PatchStateError("a capture is entered once; make a new one with mimic_core.capture(...)")
+        self._installation = Installation(self._model, self._edits)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._installation is not None:
+            self._installation.remove()
+
+    def __getitem__(self, site: str) -> Mapping[int, Float[Tensor, "..."]]:
+        """A site's activations by layer.
+
+        Raises:
+            UnknownNameError: the site was not asked for.
+            PatchStateError: no forward has run.
+        """
+        if site not in self._taken:
+            raise UnknownNameError(f"this capture holds {', '.join(self._taken)}; found {site!r}")
+        taken = self._taken[check_site(site)]
+        if not taken:
+            raise PatchStateError(f"nothing was captured at {site!r}: run the model inside the `with`")
+        return taken
+
+    @property
+    def states(self) -> Mapping[int, Float[Tensor, "..."]]:
+        """The one site's activations by layer.
+
+        Raises:
+            PatchStateError: the capture holds several sites, or no forward has run.
+        """
+        if len(self._taken) > 1:
+            raise PatchStateError(f"this capture holds {', '.join(self._taken)}; take one with capture[site]")
+        return self[next(iter(self._taken))]
+
+    @property
+    def samples(self) -> Int[Tensor, " n"] | None:
+        """Which sample of the batch each captured token came from; None where no `where` was given."""
+        return None if self._where is None else self._where.nonzero()[:, 0]
+
+    def _take(self, site: Site, value: Tensor, at: At) -> None:
+        installation = self._installation
+        if installation is None or not installation.in_forward:
+            return  # gradient checkpointing runs the layer a second time, for its backward
+        taken = self._taken[site]
+        if at.layer in taken:
+            raise PatchStateError(
+                f"this capture already holds {site!r} of layer {at.layer}: one capture is for one forward; open another, "
+                f"or read every step of a generation with mimic_core.hook"
+            )
+        if self._grad and installation.forward_has_grad and not torch.is_grad_enabled():
+            raise PatchStateError(
+                f"the forward runs with gradients, layer {at.layer} without: reentrant gradient checkpointing would cut the "
+                f"capture off from its gradient; use gradient_checkpointing_kwargs={{'use_reentrant': False}}, or "
+                f"capture(..., grad=False)"
+            )
+        taken[at.layer] = self._select(site, value if self._grad else value.detach(), at)
+
+    def _select(self, site: Site, value: Tensor, at: At) -> Tensor:
+        if self._where is None:
+            return value
+        tokens_first = value.movedim(_TOKEN_AXIS.get(site, 1), 1)
+        if tokens_first.shape[:2] != self._where.shape:
+            raise ShapeError(
+                f"where is [b t] = {list(self._where.shape)}, site {site!r} of layer {at.layer} holds "
+                f"{list(tokens_first.shape[:2])} tokens"
+            )
+        # Inside a checkpointed layer, saved tensors are dropped and counted again when it is recomputed; what the selection
+        # saves is the capture's own and stays out of that.
+        with torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
+            return tokens_first[self._where.to(value.device)]
+
+
+def _keep(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def capture(
+    model: nn.Module,
+    sites: str | Iterable[str],
+    where: Bool[Tensor, "b t"] | None = None,
+    layers: Iterable[int] | None = None,
+    grad: bool = True,
+) -> Capture:
+    """Record what passes one or more sites during one forward, as a context manager.
+
+        with mimic_core.capture(model, "mlp_out", where=query_tokens) as seen:
+            model(**inputs)
+        seen["mlp_out"][0]      # [n c], n the tokens chosen by `where`
+
+    It sees the value as it stands after the edits installed before the capture was opened.
+
+    Args:
+        sites: A site or several of `mimic_core.types.SITES`.
+        where: The tokens to keep. Only they are copied, token axis first and samples in order: `mlp_out` [n c],
+            `attn_heads` and `query` [n h d], `lse` [n h]. None keeps the site's tensor whole.
+        layers: Which decoder layers; None is all that have the sites.
+        grad: False detaches. With True a capture carries gradient if the forward does.
+
+    Raises:
+        UnknownNameError: there is no such site.
+        ShapeError: `where` is not a bool [b t] mask; inside the forward, that it does not fit the tokens.
+        UnsupportedModelError: no adapter fits, or a layer lacks a site.
+
+    A second forward inside the same capture raises PatchStateError.
+    """
+    return Capture(model, sites, where, layers, grad)

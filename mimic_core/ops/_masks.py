@@ -1,0 +1,27 @@
+"""Attention masks: None, bool (True = attend) or additive, broadcastable to [b h t s]."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Mask: TypeAlias = Bool[Tensor, "..."] | Float[Tensor, "..."] | None
+
+
+def causal_mask(t: int, s: int, device: torch.device) -> Bool[Tensor, "t s"]:
+    """Query i attends to keys 0..i: aligned at the upper left, as torch's `is_causal` is."""
+    return torch.ones(t, s, dtype=torch.bool, device=device).tril()
+
+
+def rows_that_attend(mask: Mask) -> Bool[Tensor, "#b #h #t"] | None:
+    """Which rows may see at least one key; None: all of them (no mask, or causal).
+
+    A forbidden key is False, -inf or the dtype's lowest number. Reductions only: no second mask is made.
+    """
+    if mask is None:
+        return None
+    rows = mask.any(-1) if mask.dtype == torch.bool else mask.amax(-1) > torch.finfo(mask.dtype).min
+    return rows.reshape((1,) * (3 - rows.ndim) + tuple(rows.shape))

@@ -1,0 +1,114 @@
+"""The specification: what every other backend is compared with. Eager, readable, fp32 or fp64 maths."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ._masks import Mask, causal_mask, rows_that_attend
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """`tensor` in the dtype the maths is done in: fp64 stays, everything else becomes fp32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def logits(
+    q: Float[Tensor, "b h t d"], k: Float[Tensor, "b g s d"], mask: Mask, scale: float, is_causal: bool
+) -> Float[Tensor, "b h t s"]:
+    """Attention logits, scaled and masked."""
+    keys = wide(k).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = wide(q) @ keys.mT * scale
+    if is_causal:
+        mask = causal_mask(q.shape[2], k.shape[2], q.device)
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+
+def attention_with_lse(
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b g s d"],
+    v: Float[Tensor, "b g s e"],
+    mask: Mask,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Float[Tensor, "b t h e"], Float[Tensor, "b h t"]]:
+    scores = logits(q, k, mask, scale, is_causal)
+    # A row of -inf alone has no softmax: it is 0, as in the flash kernels, not NaN.
+    weights = scores.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0).softmax(-1)
+    weights = weights.masked_fill(scores == -torch.inf, 0.0)
+    out = weights @ wide(v).repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return out.transpose(1, 2).to(q.dtype), _lse(scores, rows_that_attend(mask))
+
+
+def attention_lse(
+    q: Float[Tensor, "b h t d"], k: Float[Tensor, "b g s d"], mask: Mask, scale: float, is_causal: bool
+) -> Float[Tensor, "b h t"]:
+    return _lse(logits(q, k, mask, scale, is_causal), rows_that_attend(mask))
+
+
+def _lse(scores: Tensor, attends: Tensor | None) -> Tensor:
+    lse = scores.logsumexp(-1)
+    return lse if attends is None else lse.masked_fill(~attends, -torch.inf)
+
+
+def gate(log_z1: Float[Tensor, "..."], lse: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """mu = sigmoid(log_z1 - lse): the weight demonstrations would have had in this row's softmax.
+
+    0 where lse is -inf: a row that attends to nothing is padding, and shifting it would be noise.
+    """
+    return torch.sigmoid(log_z1 - lse).masked_fill(lse == -torch.inf, 0.0)
+
+
+def gate_logit(
+    query: Float[Tensor, "b h t d"], weight: Float[Tensor, "h d"], bias: Float[Tensor, " h"]
+) -> Float[Tensor, "b h t"]:
+    """query . weight + bias, per attention head: the learned guess of log Z1."""
+    q = wide(query)
+    return (q @ weight.to(q.dtype)[:, :, None]).squeeze(-1) + bias.to(q.dtype)[:, None]
+
+
+def gated_shift(
+    attn_out: Float[Tensor, "b t h e"],
+    query: Float[Tensor, "b h t d"],
+    lse: Float[Tensor, "b h t"],
+    vector: Float[Tensor, "h e"],
+    gate_weight: Float[Tensor, "h d"],
+    gate_bias: Float[Tensor, " h"],
+) -> Float[Tensor, "b t h e"]:
+    mu = gate(gate_logit(query, gate_weight, gate_bias), lse).transpose(1, 2)
+    return (wide(attn_out) + mu[..., None] * vector.to(mu.dtype)).to(attn_out.dtype)
+
+
+def shifted_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    vector: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    mask: Mask,
+    scale: float,
+    is_causal: bool,
+) -> Tensor:
+    out, lse = attention_with_lse(q, k, v, mask, scale, is_causal)
+    return gated_shift(out, q, lse, vector, gate_weight, gate_bias)
+
+
+def norm_preserving_add(
+    x: Float[Tensor, "... c"], vector: Float[Tensor, " c"], scale: Float[Tensor, ""] | float
+) -> Float[Tensor, "... c"]:
+    wide_x = wide(x)
+    moved = wide_x + (scale * vector).to(wide_x.dtype)
+    length = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
+    # A sum of exactly zero has no direction to keep: it stays zero instead of turning into NaN.
+    safe = torch.where(length > 0, length, torch.ones_like(length))
+    ratio = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True) / safe
+    return (moved * ratio).to(x.dtype)
+
+
+def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Bool[Tensor, "..."] | None) -> str | None:
+    """Why this backend can't run the call; None: it can."""
+    return None

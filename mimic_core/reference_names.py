@@ -1,0 +1,87 @@
+"""Read state dicts that carry the names of the published MimIC and LIVE code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .build import build_shifts
+from .errors import CheckpointError
+from .heads import HeadConfig, LIVEConfig, MimICConfig, ShiftStack
+
+_GATE = re.compile(r"log_Z1_lin\.(\d+)\.(weight|bias)")
+
+
+def shifts_from_reference(state_dict: Mapping[str, Tensor], model: nn.Module, log_z2: Any = "all_keys") -> ShiftStack:
+    """A stack with the numbers of a state dict made by the published code.
+
+    Which variant it is follows from names and shapes: `attn_shift` [l h d] (per head) or [l c] (shared), with
+    `log_Z1_lin.<l>.weight`, `.bias` if it has gates and `ffn_shift` [l c] if it also shifts the MLP output; LIVE's
+    `ffn_shift` and `ffn_shift_scale` [l]; or `attn_shift` [l c] and `attn_shift_scale` [l] (a norm-preserving vector on the
+    attention output, its scale fixed).
+
+    Args:
+        state_dict: Such a state dict (load it with `torch.load(..., weights_only=True)`).
+        log_z2: For gates: "all_keys" as that code computed, "attended" as the paper says. See `MimICConfig`.
+
+    Raises:
+        CheckpointError: the names are no variant of that code, or the sizes are not the model's.
+        UnsupportedModelError: no adapter fits the model.
+    """
+    config = _variant(state_dict, log_z2)
+    stack = build_shifts(model, config)
+    for index, head in enumerate(stack):
+        for name, tensor in _layer_tensors(state_dict, index, config).items():
+            own = getattr(head, name)
+            if tensor.numel() != own.numel():
+                raise CheckpointError(
+                    f"this state dict does not fit the model: {name} of layer {index} has {tensor.numel()} numbers, "
+                    f"the model's {own.numel()} ({head.layer.heads} attention heads of {head.layer.head_dim}, hidden size "
+                    f"{head.layer.hidden_size})"
+                )
+            own.data.copy_(tensor.reshape(own.shape))
+    depth = next(x.shape[0] for name, x in state_dict.items() if name in ("attn_shift", "ffn_shift"))
+    if depth != len(stack):
+        raise CheckpointError(f"this state dict is for {depth} layers, the model has {len(stack)}")
+    return stack
+
+
+def _variant(state_dict: Mapping[str, Tensor], log_z2: Any) -> HeadConfig:
+    gates = {name for name in state_dict if _GATE.fullmatch(name)}
+    names = frozenset(state_dict) - gates
+    attn, ffn = state_dict.get("attn_shift"), state_dict.get("ffn_shift")
+    if attn is not None and names <= {"attn_shift", "ffn_shift"} and attn.ndim in (2, 3):
+        return MimICConfig(shared=attn.ndim == 2, gate=bool(gates), log_z2=log_z2, mlp_vector=ffn is not None)
+    if ffn is not None and not gates and names == {"ffn_shift", "ffn_shift_scale"}:
+        return LIVEConfig(site="mlp_out")
+    if attn is not None and not gates and names == {"attn_shift", "attn_shift_scale"}:
+        return LIVEConfig(site="attn_out", learn_scale=False, scale_init=1.0)
+    raise CheckpointError(
+        f"these names are no variant of the published code: {', '.join(sorted(state_dict)) or 'none at all'}; expected "
+        f"attn_shift with or without log_Z1_lin.<layer>.weight and .bias and ffn_shift, or ffn_shift with ffn_shift_scale, or "
+        f"attn_shift with attn_shift_scale"
+    )
+
+
+def _layer_tensors(state_dict: Mapping[str, Tensor], index: int, config: HeadConfig) -> dict[str, Tensor]:
+    """A layer's tensors under the names of our parameters."""
+    if isinstance(config, LIVEConfig):
+        prefix = "ffn_shift" if config.site == "mlp_out" else "attn_shift"
+        wanted = {"vector": (prefix, index), "scale": (f"{prefix}_scale", index)}
+    else:
+        assert isinstance(config, MimICConfig)
+        wanted: dict[str, tuple[str, int | None]] = {"vector": ("attn_shift", index)}
+        if config.gate:
+            wanted["gate_weight"] = (f"log_Z1_lin.{index}.weight", None)
+            wanted["gate_bias"] = (f"log_Z1_lin.{index}.bias", None)
+        if config.mlp_vector:
+            wanted["mlp_vector"] = ("ffn_shift", index)
+    found = {}
+    for name, (key, row) in wanted.items():
+        if key not in state_dict or (row is not None and row >= state_dict[key].shape[0]):
+            raise CheckpointError(f"this state dict has no {key} for layer {index} of the model")
+        found[name] = state_dict[key] if row is None else state_dict[key][row]
+    return found

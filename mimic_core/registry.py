@@ -1,0 +1,67 @@
+"""Names that stand for things, open to third-party packages through entry points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from .errors import UnknownNameError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A mapping from name to object, filled by decorators and by one entry-point group.
+
+    A third-party package adds to it by declaring an entry point of the group whose name is the
+    registered name; the object is loaded the first time the name is looked up.
+    """
+
+    def __init__(self, kind: str, group: str) -> None:
+        self.kind = kind
+        self.group = group
+        self._items: dict[str, T] = {}
+
+    def register(self, *names: str) -> Callable[[T], T]:
+        """Decorator that puts an object under one or more names.
+
+        Raises:
+            ValueError: no name was given, or a name is taken by another object.
+        """
+        if not names:
+            raise ValueError(f"a {self.kind} needs at least one name to be registered under")
+
+        def add(item: T) -> T:
+            # A class defined again by a reloaded notebook cell is the same thing, not a clash.
+            clash = [n for n in names if n in self._items and not _same_definition(self._items[n], item)]
+            if clash:
+                raise ValueError(f"{self.kind} {clash[0]!r} is already registered as {self._items[clash[0]]!r}")
+            self._items.update(dict.fromkeys(names, item))
+            return item
+
+        return add
+
+    def get(self, name: str) -> T:
+        """The object registered under `name`.
+
+        Raises:
+            UnknownNameError: nothing is, here or among the entry points.
+        """
+        if name not in self._items:
+            for point in entry_points(group=self.group, name=name):
+                self._items.setdefault(name, point.load())
+        if name not in self._items:
+            raise UnknownNameError(f"no {self.kind} is called {name!r}; known: {', '.join(self) or 'none'}")
+        return self._items[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in set(self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*self._items, *(point.name for point in entry_points(group=self.group))}))
+
+
+def _same_definition(old: object, new: object) -> bool:
+    keys = ("__module__", "__qualname__")
+    return old is new or all(getattr(old, k, None) == getattr(new, k, old) for k in keys)

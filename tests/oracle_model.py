@@ -1,0 +1,108 @@
+"""A second, slow way to shift a model, which shares no code with the library: the oracle of whole-model tests.
+
+MimIC through an attention function of its own that transformers calls in place of "eager"; LIVE through forward hooks.
+Everything is written from the formulae, in whatever precision the model has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+NAME = "oracle_of_mimic_core_tests"
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    heads = query.shape[1]
+    out, log_z2, log_z2_all = [], [], []
+    for h in range(heads):
+        kv = h * key.shape[1] // heads
+        all_logits = torch.einsum("btd,bsd->bts", query[:, h], key[:, kv]) * scaling
+        logits = all_logits if attention_mask is None else all_logits + attention_mask[:, 0]
+        weights = torch.exp(logits - logits.max(-1, keepdim=True).values)
+        weights = weights / weights.sum(-1, keepdim=True)
+        out.append(weights @ value[:, kv])
+        log_z2.append(torch.logsumexp(logits, -1))
+        log_z2_all.append(torch.logsumexp(all_logits, -1))
+    params = module.__dict__.get("oracle_params")
+    if params is not None:
+        if params["all_keys"]:
+            log_z2 = log_z2_all
+        out = _shift(out, query, log_z2, params)
+    return torch.stack(out, dim=2), None
+
+
+def _shift(out: list[Tensor], query: Tensor, log_z2: list[Tensor], p: dict[str, Any]) -> list[Tensor]:
+    heads, width = len(out), out[0].shape[-1]
+    vector, weight, bias = p["vector"], p.get("gate_weight"), p.get("gate_bias")
+    vectors = vector.reshape(heads, width)
+    if weight is None:
+        return [out[h] + vectors[h] for h in range(heads)]
+    if p["shared"]:
+        together = torch.cat([query[:, h] for h in range(heads)], dim=-1)
+        log_z1 = together @ weight + bias
+        mean = sum(log_z2) / heads
+        mu = torch.exp(log_z1) / (torch.exp(log_z1) + torch.exp(mean))
+        return [out[h] + mu[..., None] * vectors[h] for h in range(heads)]
+    shifted = []
+    for h in range(heads):
+        log_z1 = query[:, h] @ weight[h] + bias[h]
+        mu = torch.exp(log_z1) / (torch.exp(log_z1) + torch.exp(log_z2[h]))
+        shifted.append(out[h] + mu[..., None] * vectors[h])
+    return shifted
+
+
+def _keep_length(h: Tensor, move: Tensor) -> Tensor:
+    moved = h + move
+    return moved / moved.pow(2).sum(-1, keepdim=True).sqrt() * h.pow(2).sum(-1, keepdim=True).sqrt()
+
+
+def _edit_output(function: Any) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (function(output[0]), *output[1:])
+        return function(output)
+
+    return hook
+
+
+@contextmanager
+def shifted(model: nn.Module, layers: nn.ModuleList, params: list[dict[str, Any] | None]) -> Iterator[None]:
+    """Inside, `model` runs with the shifts of `params`, one entry per layer (None: not shifted).
+
+    An entry has "kind" ("mimic" or "live") and the tensors of that method.
+    """
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, eager_mask)
+    before = model.config._attn_implementation  # pyright: ignore[reportAttributeAccessIssue]
+    model.set_attn_implementation(NAME)  # pyright: ignore[reportCallIssue]
+    hooks = []
+    for layer, p in zip(layers, params, strict=True):
+        if p is None:
+            continue
+        if p["kind"] == "mimic":
+            layer.self_attn.__dict__["oracle_params"] = p
+            if "mlp_vector" in p:
+                move = p["mlp_vector"]
+                hooks.append(layer.mlp.register_forward_hook(_edit_output(lambda h, m=move: _keep_length(h, m))))
+        else:
+            module = {"mlp_out": layer.mlp, "attn_out": layer.self_attn, "layer_out": layer}[p["site"]]
+            factor = torch.sigmoid(p["scale"]) if p["sigmoid"] else p["scale"]
+            move = factor * p["vector"]
+            hooks.append(module.register_forward_hook(_edit_output(lambda h, m=move: _keep_length(h, m))))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in layers:
+            layer.self_attn.__dict__.pop("oracle_params", None)
+        model.set_attn_implementation(before)  # pyright: ignore[reportCallIssue]
