@@ -32,7 +32,7 @@ class Capture:
         layers: Iterable[int] | None = None,
         grad: bool = True,
     ) -> None:
-        names = [check_site(s) for s in ([sites] if isinstance(sites, str) else sites)]
+        names: list[Site] = [check_site(s) for s in ([sites] if isinstance(sites, str) else sites)]
         if not names or len(set(names)) < len(names):
             raise UnknownNameError(f"capture needs distinct sites, at least one; found {names}")
         if where is not None and (where.dtype != torch.bool or where.ndim != 2):
@@ -42,10 +42,11 @@ class Capture:
         self._where = where
         self._grad = grad
         self._taken: dict[Site, dict[int, Tensor]] = {name: {} for name in names}
+        chosen = choose_layers(model, names, layers)
         self._edits = [
             SiteEdit(layer, name, partial(self._take, name), needs_lse=name in READ_ONLY_SITES)
             for name in names
-            for layer in choose_layers(model, names, layers)
+            for layer in chosen
         ]
         self._model = model
         self._installation: Installation | None = None
@@ -60,7 +61,7 @@ class Capture:
         if self._installation is not None:
             self._installation.remove()
 
-    def __getitem__(self, site: str) -> Mapping[int, Float[Tensor, "..."]]:
+    def __getitem__(self, site: str) -> Mapping[int, Float[Tensor, ...]]:
         """A site's activations by layer.
 
         Raises:
@@ -75,7 +76,7 @@ class Capture:
         return taken
 
     @property
-    def states(self) -> Mapping[int, Float[Tensor, "..."]]:
+    def states(self) -> Mapping[int, Float[Tensor, ...]]:
         """The one site's activations by layer.
 
         Raises:
@@ -97,14 +98,14 @@ class Capture:
         taken = self._taken[site]
         if at.layer in taken:
             raise PatchStateError(
-                f"this capture already holds {site!r} of layer {at.layer}: one capture is for one forward; open another, "
-                f"or read every step of a generation with mimic_core.hook"
+                f"this capture already holds {site!r} of layer {at.layer}: one capture is for one forward; open "
+                f"another, or read every step of a generation with mimic_core.hook"
             )
         if self._grad and installation.forward_has_grad and not torch.is_grad_enabled():
             raise PatchStateError(
-                f"the forward runs with gradients, layer {at.layer} without: reentrant gradient checkpointing would cut the "
-                f"capture off from its gradient; use gradient_checkpointing_kwargs={{'use_reentrant': False}}, or "
-                f"capture(..., grad=False)"
+                f"the forward runs with gradients, layer {at.layer} without: reentrant gradient checkpointing "
+                f"would cut the capture off from its gradient; use gradient_checkpointing_kwargs="
+                f"{{'use_reentrant': False}}, or capture(..., grad=False)"
             )
         taken[at.layer] = self._select(site, value if self._grad else value.detach(), at)
 
@@ -117,8 +118,8 @@ class Capture:
                 f"where is [b t] = {list(self._where.shape)}, site {site!r} of layer {at.layer} holds "
                 f"{list(tokens_first.shape[:2])} tokens"
             )
-        # Inside a checkpointed layer, saved tensors are dropped and counted again when it is recomputed; what the selection
-        # saves is the capture's own and stays out of that.
+        # Inside a checkpointed layer, saved tensors are dropped and counted again when it is recomputed; what the
+        # selection saves is the capture's own and stays out of that.
         with torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
             return tokens_first[self._where.to(value.device)]
 

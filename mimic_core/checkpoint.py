@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -73,8 +73,8 @@ def load_shifts(source: str | os.PathLike[str], model: nn.Module, revision: str 
         The stack, not yet patched in, each head on its layer's device.
 
     Raises:
-        CheckpointError: there is nothing at `source`; it is damaged, of another format or version, needs a shift head that
-            isn't registered, or was made for a model of other sizes.
+        CheckpointError: there is nothing at `source`; it is damaged, of another format or version, needs a shift head
+            that isn't registered, or was made for a model of other sizes.
         UnsupportedModelError: no adapter fits the model.
     """
     spec = adapter_for(model).spec(unwrap(model))
@@ -82,7 +82,7 @@ def load_shifts(source: str | os.PathLike[str], model: nn.Module, revision: str 
     description = _read_description(folder / _DESCRIPTION)
     try:
         head = head_class(description["head"])
-        config = head.config_class(**description["config"])
+        config = head.config_class.from_dict(description["config"])
         saved_spec = _spec_from_dict(description["model"])
         if misfit := saved_spec.misfit(spec):
             raise CheckpointError(f"shifts at {source} do not fit this model: they were made for {misfit}")

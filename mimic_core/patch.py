@@ -50,9 +50,10 @@ class Handle:
 def patch(model: nn.Module, shifts: ShiftStack) -> Handle:
     """Put a stack of shift heads into a model.
 
-    At once: the model is shifted until the handle is removed. All or nothing: on an error the model is as it was. Several
-    stacks can be in one model; at a shared site they act in the order they were patched in. The model's parameters,
-    config and state dict don't change, and the shifts are no part of the model.
+    At once: the model is shifted until the handle is removed. All or nothing: on an error the model is as it was.
+    Several stacks can be in one model; at a shared site they act in the order they were patched in. The model's
+    parameters, config and state dict don't change, and the shifts are no part of the model. A deep copy or pickle of a
+    patched model is patched too, with shifts of its own.
 
     Raises:
         UnsupportedModelError: no adapter fits the model.
@@ -99,8 +100,8 @@ def hook(
         UnknownNameError: there is no such site.
         UnsupportedModelError: no adapter fits, or a layer lacks the site.
 
-    A forward raises ShapeError if `fn` returns another shape, dtype or device, and PatchStateError if it returns a value at
-    `lse`, which can only be read, or if a site is never reached.
+    A forward raises ShapeError if `fn` returns another shape, dtype or device, and PatchStateError if it returns a
+    value at `lse`, which can only be read, or if a site is never reached.
     """
     name = check_site(site)
     chosen = choose_layers(model, (name,), layers)

@@ -20,8 +20,8 @@ def shifts_from_reference(state_dict: Mapping[str, Tensor], model: nn.Module, lo
 
     Which variant it is follows from names and shapes: `attn_shift` [l h d] (per head) or [l c] (shared), with
     `log_Z1_lin.<l>.weight`, `.bias` if it has gates and `ffn_shift` [l c] if it also shifts the MLP output; LIVE's
-    `ffn_shift` and `ffn_shift_scale` [l]; or `attn_shift` [l c] and `attn_shift_scale` [l] (a norm-preserving vector on the
-    attention output, its scale fixed).
+    `ffn_shift` and `ffn_shift_scale` [l]; or `attn_shift` [l c] and `attn_shift_scale` [l] (a norm-preserving vector on
+    the attention output, its scale fixed).
 
     Args:
         state_dict: Such a state dict (load it with `torch.load(..., weights_only=True)`).
@@ -39,8 +39,8 @@ def shifts_from_reference(state_dict: Mapping[str, Tensor], model: nn.Module, lo
             if tensor.numel() != own.numel():
                 raise CheckpointError(
                     f"this state dict does not fit the model: {name} of layer {index} has {tensor.numel()} numbers, "
-                    f"the model's {own.numel()} ({head.layer.heads} attention heads of {head.layer.head_dim}, hidden size "
-                    f"{head.layer.hidden_size})"
+                    f"the model's {own.numel()} ({head.layer.heads} attention heads of {head.layer.head_dim}, hidden "
+                    f"size {head.layer.hidden_size})"
                 )
             own.data.copy_(tensor.reshape(own.shape))
     depth = next(x.shape[0] for name, x in state_dict.items() if name in ("attn_shift", "ffn_shift"))
@@ -61,8 +61,8 @@ def _variant(state_dict: Mapping[str, Tensor], log_z2: Any) -> HeadConfig:
         return LIVEConfig(site="attn_out", learn_scale=False, scale_init=1.0)
     raise CheckpointError(
         f"these names are no variant of the published code: {', '.join(sorted(state_dict)) or 'none at all'}; expected "
-        f"attn_shift with or without log_Z1_lin.<layer>.weight and .bias and ffn_shift, or ffn_shift with ffn_shift_scale, or "
-        f"attn_shift with attn_shift_scale"
+        f"attn_shift with or without log_Z1_lin.<layer>.weight and .bias and ffn_shift, or ffn_shift with "
+        f"ffn_shift_scale, or attn_shift with attn_shift_scale"
     )
 
 

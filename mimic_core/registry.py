@@ -56,7 +56,7 @@ class Registry(Generic[T]):
         return self._items[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in set(self)
+        return name in self._items or name in set(self)
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted({*self._items, *(point.name for point in entry_points(group=self.group))}))

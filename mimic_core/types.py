@@ -101,7 +101,11 @@ class AttentionView(ABC):
     value: Tensor
     mask: Any
     scale: float
-    is_causal: bool
+
+    @property
+    @abstractmethod
+    def is_causal(self) -> bool:
+        """See `At.is_causal`."""
 
     @property
     @abstractmethod
@@ -192,7 +196,7 @@ class LayerStates(Protocol):
     """
 
     @property
-    def states(self) -> Mapping[int, Float[Tensor, "..."]]: ...
+    def states(self) -> Mapping[int, Float[Tensor, ...]]: ...
 
     @property
     def samples(self) -> Int[Tensor, " n"] | None: ...

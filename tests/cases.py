@@ -169,8 +169,11 @@ def model_of(case: Case, attention: str = "sdpa", dtype: torch.dtype = torch.flo
 def fresh_model(case: Case, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(11)
     model = case.build()
-    model.set_attn_implementation(attention)  # pyright: ignore[reportCallIssue]
-    return model.to(dtype).eval().requires_grad_(False)
+    model.set_attn_implementation(attention)
+    model.to(dtype).eval().requires_grad_(False)
+    # transformers sets some attributes in a model's first forward; a test that compares attributes wants them there.
+    logits_of(model, as_dtype(case.inputs(), dtype))
+    return model
 
 
 HEADS: dict[str, mc.HeadConfig] = {
@@ -204,6 +207,10 @@ def zero_vectors(shifts: mc.ShiftStack) -> mc.ShiftStack:
         if name.endswith("vector"):
             p.data.zero_()
     return shifts
+
+
+def as_dtype(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def logits_of(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> Tensor:

@@ -42,14 +42,14 @@ def _attention(
 
 def _shift(out: list[Tensor], query: Tensor, log_z2: list[Tensor], p: dict[str, Any]) -> list[Tensor]:
     heads, width = len(out), out[0].shape[-1]
-    vector, weight, bias = p["vector"], p.get("gate_weight"), p.get("gate_bias")
-    vectors = vector.reshape(heads, width)
-    if weight is None:
+    vectors = p["vector"].reshape(heads, width)
+    if "gate_weight" not in p:
         return [out[h] + vectors[h] for h in range(heads)]
+    weight, bias = p["gate_weight"], p["gate_bias"]
     if p["shared"]:
         together = torch.cat([query[:, h] for h in range(heads)], dim=-1)
         log_z1 = together @ weight + bias
-        mean = sum(log_z2) / heads
+        mean = torch.stack(log_z2).mean(0)
         mu = torch.exp(log_z1) / (torch.exp(log_z1) + torch.exp(mean))
         return [out[h] + mu[..., None] * vectors[h] for h in range(heads)]
     shifted = []
@@ -82,8 +82,8 @@ def shifted(model: nn.Module, layers: nn.ModuleList, params: list[dict[str, Any]
     """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, eager_mask)
-    before = model.config._attn_implementation  # pyright: ignore[reportAttributeAccessIssue]
-    model.set_attn_implementation(NAME)  # pyright: ignore[reportCallIssue]
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
     hooks = []
     for layer, p in zip(layers, params, strict=True):
         if p is None:
@@ -105,4 +105,4 @@ def shifted(model: nn.Module, layers: nn.ModuleList, params: list[dict[str, Any]
             hook.remove()
         for layer in layers:
             layer.self_attn.__dict__.pop("oracle_params", None)
-        model.set_attn_implementation(before)  # pyright: ignore[reportCallIssue]
+        model.set_attn_implementation(before)

@@ -47,7 +47,7 @@ def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 def skip_if_ill_defined(padding: str, log_z2: str, attention: str) -> None:
     """Over all keys, log Z2 sees the padding's keys too, made by rows that attend to nothing.
 
-    The numbers come from an additive mask, which averages all values in such a row; so does "eager", while "sdpa" gives 0.
+    The numbers come from an additive mask, which averages all values in such a row; so does "eager"; "sdpa" gives 0.
     """
     if padding == "left" and log_z2 == "all_keys" and attention == "sdpa":
         pytest.skip("log Z2 over the keys of left padding depends on what attention puts into padding")
@@ -59,7 +59,7 @@ def label_mask(golden: Golden) -> Tensor:
 
 
 def has_masked_rows(golden: Golden) -> bool:
-    """Left padding puts rows that attend to nothing before the text, and the published LM loss scores the last of them."""
+    """Left padding puts rows that attend to nothing before the text; the published LM loss scores the last of them."""
     return golden.padding == "left"
 
 
@@ -264,8 +264,8 @@ def test_generation(case: str, prompt: str, form: str, cache: str, attention: st
 def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int, use_cache: bool) -> tuple[Tensor, Tensor]:
     """Greedy decoding by hand, where padding's position is 1 as in the stored runs.
 
-    Newer transformers give padding another position, which its keys, so log Z2 over all keys, depend on. And its own loop
-    without a cache drops image inputs that some of these models want again.
+    Newer transformers give padding another position, which its keys, so log Z2 over all keys, depend on. And its own
+    loop without a cache drops image inputs that some of these models want again.
     """
     inputs, tokens, logits, cache = dict(inputs), [], [], {}
     for step in range(steps):
@@ -294,7 +294,7 @@ def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int, use_cache:
 
 
 def library_generate(model: nn.Module, inputs: dict[str, Tensor], steps: int) -> tuple[Tensor, Tensor]:
-    out = model.generate(  # pyright: ignore[reportCallIssue]
+    out = model.generate(
         **inputs,
         max_new_tokens=steps,
         do_sample=False,

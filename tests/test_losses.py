@@ -180,12 +180,13 @@ def kl_case(
 def test_logits_kl_is_the_oracle(
     lengths: list[int], longer: int, sides: tuple[bool, bool], temperature: float, seed: int
 ):
-    case = kl_case(lengths, longer, sides, seed)
-    got, want = (source.logits_kl(*case, temperature) for source in (losses, oracles))
+    student, teacher, student_where, teacher_where = kl_case(lengths, longer, sides, seed)
+    got = losses.logits_kl(student, teacher, student_where, teacher_where, temperature)
+    want = oracles.logits_kl(student, teacher, student_where, teacher_where, temperature)
     torch.testing.assert_close(got, want)
-    (mine,), (exact,) = (torch.autograd.grad(y, case[0]) for y in (got, want))
+    (mine,), (exact,) = (torch.autograd.grad(y, student) for y in (got, want))
     torch.testing.assert_close(mine, exact)
-    assert not mine[~case[2]].any(), "only chosen positions get a gradient"
+    assert not mine[~student_where].any(), "only chosen positions get a gradient"
 
 
 def test_kl_by_hand():
@@ -199,11 +200,11 @@ def test_kl_by_hand():
 
 
 def test_kl_teacher_gets_no_gradient_and_half_precision_is_computed_in_fp32():
-    student, teacher, *where = kl_case([2, 0, 5], 3, (True, False), 0)
+    student, teacher, student_where, teacher_where = kl_case([2, 0, 5], 3, (True, False), 0)
     student, teacher = (x.detach().bfloat16().requires_grad_() for x in (student, teacher))
-    got = losses.logits_kl(student, teacher, *where)
+    got = losses.logits_kl(student, teacher, student_where, teacher_where)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), oracles.logits_kl(student, teacher, *where))
+    torch.testing.assert_close(got.double(), oracles.logits_kl(student, teacher, student_where, teacher_where))
     got.backward()
     assert teacher.grad is None
     assert student.grad is not None

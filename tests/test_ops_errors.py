@@ -101,11 +101,11 @@ def test_wrong_gated_shift(_id: str, change: dict[str, Tensor], message: str):
 
 
 def _every_op(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> list[Any]:
-    shift = [x.to(q.device) for x in SHIFT.values()]
+    vector, weight, bias = (x.to(q.device) for x in SHIFT.values())
     return [
         lambda: ops.attention_with_lse(q, k, v, **options),
         lambda: ops.attention_lse(q, k, **options),
-        lambda: ops.shifted_attention(q, k, v, *shift, **options),
+        lambda: ops.shifted_attention(q, k, v, vector, weight, bias, **options),
         lambda: ops.resolve_backend(q, k, v, options.get("mask"), options["backend"]),
     ]
 
@@ -141,10 +141,10 @@ def test_unavailable_backend_never_falls_back(backend: str, reason: str):
 
 
 def test_auto_on_another_device_is_not_the_cpu_kernel():
-    x = [X[name].to("meta") for name in ("q", "k", "v", *SHIFT)]
-    said = ops.resolve_backend(*x[:3])
+    q, k, v, vector, weight, bias = (X[name].to("meta") for name in ("q", "k", "v", *SHIFT))
+    said = ops.resolve_backend(q, k, v)
     assert said == ("sdpa", "not cpu: the tensors are on meta")
-    assert ops.shifted_attention(*x).shape == (2, 5, 4, 8)
+    assert ops.shifted_attention(q, k, v, vector, weight, bias).shape == (2, 5, 4, 8)
 
 
 BUILTINS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 from torch import nn
 
@@ -82,7 +82,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside PEFT, DistributedDataParallel and `torch.compile` wrappers."""
     while True:
         if callable(get_base_model := getattr(model, "get_base_model", None)):
-            model = get_base_model()
+            model = cast(nn.Module, get_base_model())
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):

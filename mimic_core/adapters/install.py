@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import PatchStateError, UnsupportedModelError
-from ..types import ATTENTION_SITES, Site
-from .base import AttentionAdapter, adapter_for, unwrap
+from ..types import ATTENTION_SITES, LayerSpec, Site
+from .base import adapter_for, unwrap
 from .interface import SLOT, AttentionSlot, Entry, SiteEdit
 
 
@@ -54,8 +54,11 @@ class Installation:
         self._slotted: list[nn.Module] = []
         inner = unwrap(model)
         adapter = adapter_for(inner)
+        layers = adapter.spec(inner).layers
         self._entries = [Entry(edit, self) for edit in edits]
-        places = [self._place(adapter, inner, entry.edit) for entry in self._entries]
+        for entry in self._entries:
+            _check_place(inner, layers, entry.edit)
+        places = [adapter.module(inner, entry.edit.layer, entry.edit.site) for entry in self._entries]
         try:
             for entry, module in zip(self._entries, places, strict=True):
                 self._attach(entry, module)
@@ -66,21 +69,6 @@ class Installation:
         except BaseException:
             self.remove()
             raise
-
-    @staticmethod
-    def _place(adapter: AttentionAdapter, model: nn.Module, edit: SiteEdit) -> nn.Module:
-        layers = adapter.spec(model).layers
-        if not 0 <= edit.layer < len(layers):
-            raise UnsupportedModelError(
-                f"layer {edit.layer} was asked for; {type(model).__name__} has decoder layers 0 to {len(layers) - 1}"
-            )
-        layer = layers[edit.layer]
-        if edit.site not in layer.sites:
-            raise UnsupportedModelError(
-                f"site {edit.site!r} was asked for; layer {edit.layer} ({layer.path}) has "
-                f"{', '.join(layer.sites) or 'no site'}"
-            )
-        return adapter.module(model, edit.layer, edit.site)
 
     def _attach(self, entry: Entry, module: nn.Module) -> None:
         if entry.edit.site in ATTENTION_SITES:
@@ -160,6 +148,18 @@ class Installation:
                 f"a forward of {type(module).__name__} never reached {where}{more}, so the edits there did nothing; "
                 f"its attention may not go through transformers' AttentionInterface, or its adapter names wrong modules"
             )
+
+
+def _check_place(model: nn.Module, layers: Sequence[LayerSpec], edit: SiteEdit) -> None:
+    if not 0 <= edit.layer < len(layers):
+        raise UnsupportedModelError(
+            f"layer {edit.layer} was asked for; {type(model).__name__} has decoder layers 0 to {len(layers) - 1}"
+        )
+    layer = layers[edit.layer]
+    if edit.site not in layer.sites:
+        raise UnsupportedModelError(
+            f"site {edit.site!r} was asked for; layer {edit.layer} ({layer.path}) has {', '.join(layer.sites) or 'no site'}"
+        )
 
 
 class _OutputHook:

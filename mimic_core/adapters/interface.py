@@ -1,8 +1,8 @@
 """The way into attention: transformers' `AttentionInterface`, wrapped while any site is in use.
 
-A model asks `AttentionInterface.get_interface` for its attention function at every call. The wrap returns one that looks
-for a slot of edits in the calling module's `__dict__` and otherwise passes straight through, so masks, configs, the vision
-tower and cross-attention never notice.
+A model asks `AttentionInterface.get_interface` for its attention function at every call. The wrap returns one that
+looks for a slot of edits in the calling module's `__dict__` and otherwise passes straight through, so masks, configs,
+the vision tower and cross-attention never notice.
 """
 
 from __future__ import annotations
@@ -145,30 +145,27 @@ class AttentionCall(AttentionView):
     @property
     def lse(self) -> Tensor:
         if self._lse is None:
-            self._lse = ops.attention_lse(self.query, self.key, *self._logits_options())
+            self._check_lse()
+            self._lse = ops.attention_lse(self.query, self.key, self.mask, self.scale, self.is_causal)
         return self._lse
 
     @property
     def lse_all_keys(self) -> Tensor:
-        _, scale, _ = self._logits_options()
-        return ops.attention_lse(self.query, self.key, None, scale, False)
+        self._check_lse()
+        return ops.attention_lse(self.query, self.key, None, self.scale, False)
 
-    def _logits_options(self) -> tuple[Tensor | None, float, bool]:
-        problem = self._lse_problem()
-        if problem:
-            raise UnsupportedModelError(f"the LSE of {type(self.module).__name__} can't be computed: {problem}")
-        return self.mask, self.scale, self.is_causal
-
-    def _lse_problem(self) -> str | None:
+    def _check_lse(self) -> None:
+        problem = None
         odd = [name for name in _CHANGES_LOGITS if self.options.get(name) is not None]
         if odd:
-            return f"{', '.join(odd)} enter(s) its attention logits, which is not supported"
-        if self.implementation not in ("sdpa", "eager"):
-            return (
+            problem = f"{', '.join(odd)} enter(s) its attention logits, which is not supported"
+        elif self.implementation not in ("sdpa", "eager"):
+            problem = (
                 f"attention implementation {self.implementation!r} hides its mask or logits; "
                 f"use model.set_attn_implementation('sdpa') or 'eager'"
             )
-        return None
+        if problem:
+            raise UnsupportedModelError(f"the LSE of {type(self.module).__name__} can't be computed: {problem}")
 
     def run(self, base: Callable[..., Any], entries: Sequence[Entry]) -> tuple[Tensor, Any]:
         """Attention with all edits of this call."""
@@ -176,6 +173,8 @@ class AttentionCall(AttentionView):
             setattr(self, site, self._edited(entries, site, getattr(self, site)))
         heads = [e for e in entries if e.edit.site == "attn_heads"]
         readers = [e for e in entries if e.edit.needs_lse]
+        if readers:
+            self._check_lse()  # before attention is paid for
         weights = None
         if readers and self._kernel_is_ours(base):
             first = heads[0] if heads and readers == heads[:1] else None
@@ -206,15 +205,18 @@ class AttentionCall(AttentionView):
     def _kernel_is_ours(self, base: Callable[..., Any]) -> bool:
         """Whether one call of `ops` gives the very bits the model's own sdpa would, and the LSE with them."""
         q, k, v, mask = self.query, self.key, self.value, self.mask
-        if self.implementation != "sdpa" or base is not sdpa_attention_forward or self._lse_problem():
+        if self.implementation != "sdpa" or base is not sdpa_attention_forward:
             return False
         if self.options.get("dropout") or ops.resolve_backend(q, k, v, mask).name != "cpu":
             return False
         grouped = k.shape[1] != q.shape[1]
         if grouped and q.shape[2] == 1 and (mask is not None or q.shape[-1] > 256):
-            # transformers decodes such a token with the heads of a group packed into one matrix, which rounds otherwise.
+            # transformers decodes such a token with a group's heads packed into one matrix, which rounds otherwise.
             return False
-        choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, self.is_causal, scale=self.scale, enable_gqa=grouped)
+        # What torch's own dispatch asks; only its flash kernel is the one `ops` runs.
+        choice = torch.ops.aten._fused_sdp_choice(
+            q, k, v, mask, 0.0, self.is_causal, scale=self.scale, enable_gqa=grouped
+        )
         return choice == SDPBackend.FLASH_ATTENTION.value
 
 

@@ -7,7 +7,7 @@ from .base import PathAdapter, register_adapter
 
 @register_adapter("idefics")
 class IdeficsAdapter(PathAdapter):
-    """Idefics (Laurençon et al., 2023). Its gated cross-attention layers sit beside the decoder layers: never shifted."""
+    """Idefics (Laurençon et al., 2023). Its gated cross-attention sits beside the decoder layers and is no site."""
 
     layers = "model.layers"
 

@@ -32,7 +32,9 @@ class Prompter:
         # without; the query's own first token in its place makes the alignment loss explode.
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if bos is None:
-            raise DemoError("the tokenizer has neither a BOS nor an EOS token to begin a prompt with; choose another --model")
+            raise DemoError(
+                "the tokenizer has neither a BOS nor an EOS token to begin a prompt with; choose another --model"
+            )
         self._bos: int = bos
         self._tokenizer = tokenizer
 

@@ -30,11 +30,17 @@ class HeadConfig:
             object.__setattr__(self, "layers", tuple(self.layers))
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as JSON data; `type(config)(**data)` is the config again."""
+        """The options as JSON data."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> HeadConfig:
+        """The config that `to_dict` described: JSON's lists are tuples again."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+    @classmethod
     def option_names(cls) -> tuple[str, ...]:
+        """The names of the options."""
         return tuple(f.name for f in fields(cls))
 
 

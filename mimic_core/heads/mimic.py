@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -25,8 +26,8 @@ class MimICConfig(HeadConfig):
             LSE is then averaged over heads.
         gate: False leaves the vector alone, with weight 1.
         log_z2: Which keys the gate's log Z2 sums over: those attention attends to ("attended", as the paper's
-            formula), or "all_keys", masked and future ones too, as the published code. The latter depends on padding and
-            makes cached decoding differ from a full forward; it is for checkpoints and numbers made with that code.
+            formula), or "all_keys", masked and future ones too, as the published code. The latter depends on padding
+            and makes cached decoding differ from a full forward; it is for checkpoints and numbers of that code.
         mlp_vector: Also a norm-preserving vector on the MLP output.
         vector_std: Standard deviation of the initial vectors.
         gate_std: Standard deviation of the initial gate weights. With `shared` the gate starts as a
@@ -79,16 +80,17 @@ class MimICHead(ShiftHead):
 
     def forward(self, value: Float[Tensor, "b t h e"], at: At) -> Float[Tensor, "b t h e"]:
         vector = self.vector.to(value.device)
+        if self.config.shared:
+            vector = rearrange(vector, "(h e) -> h e", h=self.layer.heads)
         if not self.config.gate:
-            return (value + vector.view(self.layer.heads, -1)).to(value.dtype)
+            return (value + vector).to(value.dtype)
         log_z2 = at.lse if self.config.log_z2 == "attended" else at.lse_all_keys
         weight, bias = self.gate_weight.to(value.device), self.gate_bias.to(value.device)
         if not self.config.shared:
             return ops.gated_shift(value, at.query, log_z2, vector, weight, bias)
-        # b h t d -> b t (h d): one gate for the concatenated heads.
-        query = at.query.transpose(1, 2).flatten(2).to(log_z2.dtype)
+        query = rearrange(at.query, "b h t d -> b t (h d)").to(log_z2.dtype)
         mu = ops.gate(query @ weight.to(query.dtype) + bias, log_z2.mean(1))
-        return (value + mu[..., None, None] * vector.view(self.layer.heads, -1)).to(value.dtype)
+        return (value + mu[..., None, None] * vector).to(value.dtype)
 
     def fused(self, at: At) -> Tensor | None:
         if not self.needs_lse or self.config.shared:

@@ -22,9 +22,9 @@ class ShiftStack(nn.Module):
         spec: The model the heads are sized for.
 
     Raises:
-        ShapeError: the config is of another class, or `config.layers` names a layer twice or one the model doesn't have.
-        UnsupportedModelError: a chosen layer lacks a site the head edits. With `config.layers` None, layers that lack it
-            (linear attention in a hybrid decoder) get no head, and this is raised only if none is left.
+        ShapeError: the config is of another class, or `config.layers` names a layer twice or one the model lacks.
+        UnsupportedModelError: a chosen layer lacks a site the head edits. With `config.layers` None, layers that lack
+            it (linear attention in a hybrid decoder) get no head, and this is raised only if none is left.
     """
 
     def __init__(self, head: type[ShiftHead], config: HeadConfig, spec: ModelSpec) -> None:
@@ -75,8 +75,8 @@ def _choose(config: HeadConfig, spec: ModelSpec) -> list[LayerSpec]:
     known = len(spec.layers)
     if not config.layers or len(set(config.layers)) < len(config.layers) or not set(config.layers) <= set(range(known)):
         raise ShapeError(
-            f"layers should be distinct indices from 0 to {known - 1} ({spec.model_type} has {known} decoder layers), or "
-            f"None for all; found {list(config.layers)}"
+            f"layers should be distinct indices from 0 to {known - 1} ({spec.model_type} has {known} decoder layers), "
+            f"or None for all; found {list(config.layers)}"
         )
     return [spec.layers[index] for index in sorted(config.layers)]
 

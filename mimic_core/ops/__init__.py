@@ -2,9 +2,9 @@
 
 `b` batch, `h` attention heads, `g` key/value heads (g divides h), `t` query positions, `s` key positions, `d` head_dim,
 `e` value head_dim. Masks are None, bool (True = attend) or additive, broadcastable to [b h t s]. `is_causal` is
-aligned at the upper left, as torch's. Parameters in fp32, maths in fp32 (fp64 for fp64 inputs), the result in the input's
-dtype. `backend` is "auto", "reference", "cpu" (torch's flash kernel) or "sdpa" (any device); only "auto" chooses, a
-named one never falls back.
+aligned at the upper left, as torch's. Parameters in fp32, maths in fp32 (fp64 for fp64 inputs), the result in the
+input's dtype. `backend` is "auto", "reference", "cpu" (torch's flash kernel) or "sdpa" (any device); only "auto"
+chooses, a named one never falls back.
 """
 
 from __future__ import annotations

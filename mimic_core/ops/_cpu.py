@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.torch_version import TorchVersion
 
 from ._masks import Mask, causal_mask, rows_that_attend
 from ._reference import gate, gate_logit, gated_shift, wide
@@ -26,7 +27,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # Given fewer key/value heads than query heads, the kernel of torch 2.6 reads past their end; 2.13's is right.
-_GROUPED_HEADS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
+_GROUPED_HEADS = TorchVersion(torch.__version__) >= "2.13"
 
 
 def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> str | None:
@@ -46,7 +47,7 @@ class _Prepared(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    mask: Float[Tensor, "..."] | None
+    mask: Float[Tensor, ...] | None
     is_causal: bool
     attends: Bool[Tensor, "#b #h #t"] | None
 
@@ -126,7 +127,7 @@ class _AttentionWithLSE(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_out, grad_lse = grads
         q, k, v, out, lse, mask = ctx.saved_tensors
         options = {"attn_mask": mask, "scale": ctx.scale}
@@ -174,7 +175,7 @@ class _ShiftedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grads
         q, k, v, shifted, lse, mu, vector, gate_weight, mask = ctx.saved_tensors
         grad = grad.transpose(1, 2)  # b h t d from here on

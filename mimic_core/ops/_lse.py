@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -38,10 +39,8 @@ def _chunks(q: Tensor, k: Tensor) -> list[slice]:
 
 def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool, rows: slice) -> Tensor:
     """Masked logits of some rows, heads grouped by the key head they share: [b g r t s]."""
-    b, h, _, d = q.shape
-    g = k.shape[1]
-    grouped = wide(q[:, :, rows]).reshape(b, g, h // g, -1, d)
-    scores = grouped @ wide(k)[:, :, None].mT * scale
+    grouped = _by_key_head(q[:, :, rows], k)
+    scores = wide(grouped) @ wide(k)[:, :, None].mT * scale
     if is_causal:
         causal = torch.arange(rows.start, rows.stop, device=q.device)[:, None] < torch.arange(
             k.shape[2], device=q.device
@@ -51,8 +50,13 @@ def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool, row
         return scores
     mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
     part = mask if mask.shape[2] == 1 else mask[:, :, rows]
-    part = part[:, :, None] if part.shape[1] == 1 else part.unflatten(1, (g, h // g))
+    part = part[:, :, None] if part.shape[1] == 1 else _by_key_head(part, k)
     return scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
+
+
+def _by_key_head(x: Tensor, k: Tensor) -> Tensor:
+    """Attention heads grouped by the key head they share."""
+    return rearrange(x, "b (g r) t d -> b g r t d", g=k.shape[1])
 
 
 class _ChunkedLSE(torch.autograd.Function):
@@ -66,12 +70,10 @@ class _ChunkedLSE(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grads
         q, k, lse, mask = ctx.saved_tensors
-        b, h, t, d = q.shape
-        g = k.shape[1]
-        dq = torch.empty(b, h, t, d, dtype=lse.dtype, device=q.device)
+        dq = torch.empty(q.shape, dtype=lse.dtype, device=q.device)
         dk = torch.zeros(k.shape, dtype=lse.dtype, device=q.device)
         for rows in _chunks(q, k):
             scores = _scores(q, k, mask, ctx.scale, ctx.is_causal, rows)
@@ -80,6 +82,5 @@ class _ChunkedLSE(torch.autograd.Function):
             weights = torch.exp(scores - row_lse.masked_fill(row_lse == -torch.inf, 0.0))
             weights = weights * (grad[:, :, rows].reshape(*scores.shape[:-1], 1) * ctx.scale)
             dq[:, :, rows] = (weights @ wide(k)[:, :, None]).flatten(1, 2)
-            grouped = wide(q[:, :, rows]).reshape(b, g, h // g, -1, d)
-            dk += (weights.mT @ grouped).sum(2)
+            dk += (weights.mT @ wide(_by_key_head(q[:, :, rows], k))).sum(2)
         return dq.to(q.dtype), dk.to(k.dtype), None, None, None

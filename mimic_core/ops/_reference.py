@@ -54,7 +54,7 @@ def _lse(scores: Tensor, attends: Tensor | None) -> Tensor:
     return lse if attends is None else lse.masked_fill(~attends, -torch.inf)
 
 
-def gate(log_z1: Float[Tensor, "..."], lse: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def gate(log_z1: Float[Tensor, ...], lse: Float[Tensor, ...]) -> Float[Tensor, ...]:
     """mu = sigmoid(log_z1 - lse): the weight demonstrations would have had in this row's softmax.
 
     0 where lse is -inf: a row that attends to nothing is padding, and shifting it would be noise.
@@ -109,6 +109,6 @@ def norm_preserving_add(
     return (moved * ratio).to(x.dtype)
 
 
-def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Bool[Tensor, "..."] | None) -> str | None:
+def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Bool[Tensor, ...] | None) -> str | None:
     """Why this backend can't run the call; None: it can."""
     return None

@@ -1,0 +1,454 @@
+"""Saved shifts: what is written, that it comes back exactly, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, HEADS, TEXT, Case, fresh_model, logits_of, model_of, random_shifts
+from safetensors import safe_open
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import mimic_core as mc
+from mimic_core import heads
+
+BY_NAME = {case.name: case for case in CASES}
+LLAMA = BY_NAME["llama"]
+SITES = ["query", "key", "value", "lse", "attn_heads", "attn_out", "mlp_out", "layer_out"]
+NAMES = ["shifts.json", "shifts.safetensors"]
+
+# What is on people's disks: a change here needs a new version, and the old one still read.
+DESCRIPTION: dict[str, Any] = {
+    "format": "mimic_core.shifts",
+    "version": 1,
+    "head": "mimic",
+    "config": {
+        "layers": None,
+        "shared": False,
+        "gate": True,
+        "log_z2": "attended",
+        "mlp_vector": False,
+        "vector_std": 0.001,
+        "gate_std": 0.02,
+    },
+    "model": {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "layers": [
+            {
+                "index": index,
+                "path": f"model.layers.{index}",
+                "hidden_size": 32,
+                "heads": 4,
+                "kv_heads": 2,
+                "head_dim": 24,
+                "value_dim": 24,
+                "sites": SITES,
+            }
+            for index in range(3)
+        ],
+    },
+}
+PER_HEAD = {"vector": [4, 24], "gate_weight": [4, 24], "gate_bias": [4]}
+KEYS: dict[str, dict[str, list[int]]] = {
+    "mimic": PER_HEAD,
+    "mimic-all-keys": PER_HEAD,
+    "mimic-shared": {"vector": [96], "gate_weight": [96], "gate_bias": []},
+    "mimic-vector-only": {"vector": [4, 24]},
+    "mimic-shared-vector-only": {"vector": [96]},
+    "mimic-and-mlp": {**PER_HEAD, "mlp_vector": [32]},
+    "mimic-one-layer": PER_HEAD,
+    "live": {"vector": [32], "scale": []},
+    "live-layer-out": {"vector": [32], "scale": []},
+    "live-attn-out": {"vector": [32], "scale": []},
+}
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def assert_same(found: mc.ShiftStack, wanted: mc.ShiftStack) -> None:
+    assert (found.name, found.config, found.layers) == (wanted.name, wanted.config, wanted.layers)
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = dict(getattr(found, kind)()), dict(getattr(wanted, kind)())
+        assert list(ours) == list(theirs)
+        for name, x in ours.items():
+            assert x.dtype == torch.float32, name
+            assert x.requires_grad == theirs[name].requires_grad, name
+            assert torch.equal(x, theirs[name]), name
+
+
+def all_random(model: nn.Module, head: str) -> mc.ShiftStack:
+    """Random parameters, and buffers that are not where they start."""
+    shifts = random_shifts(model, head)
+    for x in shifts.buffers():
+        x.uniform_(0.2, 0.9)
+    return shifts
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_round_trip(case: Case, head: str, tmp_path: Path) -> None:
+    model = model_of(case)
+    shifts = all_random(model, head)
+    mc.save_shifts(shifts, tmp_path / "new" / "folder")
+    assert listed(tmp_path / "new" / "folder") == NAMES
+    loaded = mc.load_shifts(str(tmp_path / "new" / "folder"), model)
+    assert_same(loaded, shifts)
+    assert type(loaded.config) is type(shifts.config)
+    assert loaded.spec == shifts.spec
+
+
+def test_the_description_is_pinned(tmp_path: Path) -> None:
+    mc.save_shifts(random_shifts(model_of(LLAMA), "mimic"), tmp_path)
+    text = (tmp_path / "shifts.json").read_text()
+    assert json.loads(text) == DESCRIPTION
+    assert list(json.loads(text)) == list(DESCRIPTION)
+    assert text.endswith("}\n")
+
+
+@pytest.mark.parametrize(
+    ("head", "config"),
+    [
+        ("mimic-one-layer", {"layers": [1]}),
+        ("mimic-shared", {"shared": True}),
+        ("mimic-all-keys", {"log_z2": "all_keys"}),
+        ("live-layer-out", {"layers": None, "site": "layer_out", "learn_scale": True, "sigmoid": True}),
+        ("live-attn-out", {"site": "attn_out", "learn_scale": False, "scale_init": 1.0, "vector_std": 0.01}),
+    ],
+)
+def test_the_config_is_in_the_description(head: str, config: dict[str, Any], tmp_path: Path) -> None:
+    mc.save_shifts(random_shifts(model_of(LLAMA), head), tmp_path)
+    found = json.loads((tmp_path / "shifts.json").read_text())
+    assert found["head"] == head.partition("-")[0]
+    assert set(found["config"]) == set(HEADS[head].option_names())
+    assert found["config"].items() >= config.items()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_saved_names_are_pinned(head: str, tmp_path: Path) -> None:
+    mc.save_shifts(random_shifts(model_of(LLAMA), head), tmp_path)
+    layers = [1] if head == "mimic-one-layer" else [0, 1, 2]
+    with safe_open(tmp_path / "shifts.safetensors", "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        assert file.metadata() == {"format": "pt"}
+        assert {name: x.get_shape() for name, x in slices.items()} == {
+            f"heads.{layer}.{name}": shape for layer in layers for name, shape in KEYS[head].items()
+        }
+        assert {x.get_dtype() for x in slices.values()} == {"F32"}
+
+
+def test_files_of_version_1_load(tmp_path: Path) -> None:
+    tensors = {f"heads.{i}.{name}": torch.randn(shape) for i in range(3) for name, shape in PER_HEAD.items()}
+    (tmp_path / "shifts.safetensors").write_bytes(save(tensors))
+    (tmp_path / "shifts.json").write_text(json.dumps(DESCRIPTION))
+    loaded = mc.load_shifts(tmp_path, model_of(LLAMA))
+    assert loaded.config == mc.MimICConfig()
+    assert all(torch.equal(x, tensors[name]) for name, x in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64])
+def test_parameters_are_fp32_whatever_the_model_or_the_file_holds(stored: torch.dtype, tmp_path: Path) -> None:
+    model = model_of(LLAMA, dtype=torch.bfloat16)
+    shifts = random_shifts(model, "mimic")
+    rounded = {name: x.to(stored).float() for name, x in shifts.state_dict().items()}
+    mc.save_shifts(shifts.to(stored), tmp_path)
+    loaded = mc.load_shifts(tmp_path, model)
+    for name, x in loaded.state_dict().items():
+        assert x.dtype == torch.float32
+        assert torch.equal(x, rounded[name])
+
+
+def test_parameters_that_are_views_are_saved_by_value(tmp_path: Path) -> None:
+    shifts, table = random_shifts(model_of(LLAMA), "mimic"), torch.randn(24, 3, 4)
+    for head in shifts:
+        head.vector.data = table[:, head.layer.index].T  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    mc.save_shifts(shifts, tmp_path)
+    assert_same(mc.load_shifts(tmp_path, model_of(LLAMA)), shifts)
+
+
+@pytest.mark.parametrize("saved_from", ["bare", "with a head"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bare_models_and_models_with_a_head_share_shifts(case: Case, saved_from: str, tmp_path: Path) -> None:
+    model = model_of(case)
+    bare = model.base_model
+    assert isinstance(bare, nn.Module)
+    one, other = (bare, model) if saved_from == "bare" else (model, bare)
+    shifts = random_shifts(one, "mimic")
+    mc.save_shifts(shifts, tmp_path)
+    loaded = mc.load_shifts(tmp_path, other)
+    assert_same(loaded, shifts)
+    with mc.patch(one, shifts):
+        wanted = logits_of(model, case.inputs())
+    with mc.patch(other, loaded):
+        assert torch.equal(logits_of(model, case.inputs()), wanted)
+
+
+def test_a_family_of_the_same_sizes_fits(tmp_path: Path) -> None:
+    """Key/value heads and the family's name don't enter a shift's shape."""
+    shifts = random_shifts(model_of(BY_NAME["mistral"]), "mimic")
+    mc.save_shifts(shifts, tmp_path)
+    assert_same(mc.load_shifts(tmp_path, model_of(BY_NAME["qwen2"])), shifts)
+
+
+def test_saving_over_an_older_checkpoint(tmp_path: Path) -> None:
+    model = model_of(LLAMA)
+    (tmp_path / "README.md").write_text("mine")
+    mc.save_shifts(random_shifts(model, "mimic-and-mlp"), tmp_path)
+    newer = all_random(model, "live-attn-out")
+    mc.save_shifts(newer, tmp_path)
+    assert_same(mc.load_shifts(tmp_path, model), newer)
+    # Over the very file a stack was read from.
+    mc.save_shifts(mc.load_shifts(tmp_path, model), tmp_path)
+    assert_same(mc.load_shifts(tmp_path, model), newer)
+    assert listed(tmp_path) == ["README.md", *NAMES]
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def disk_full(*args: Any, **kwargs: Any) -> None:
+    for path in args:
+        if isinstance(path, Path) and path.parent.is_dir() and not path.exists():
+            path.write_bytes(b"half a fi")
+    raise OSError("disk full")
+
+
+@pytest.mark.parametrize("step", ["mimic_core.checkpoint.save_file", "pathlib.Path.write_text", "os.replace"])
+@pytest.mark.parametrize("older", [False, True])
+def test_an_error_while_saving_leaves_what_was_there(
+    step: str, older: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(LLAMA)
+    shifts = random_shifts(model, "mimic")
+    if older:
+        mc.save_shifts(shifts, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk full"):
+        patched.setattr(step, disk_full)
+        mc.save_shifts(random_shifts(model, "live"), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    if older:
+        assert_same(mc.load_shifts(tmp_path, model), shifts)
+
+
+def test_a_head_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = dict(heads.base._HEADS._items)
+    monkeypatch.setattr(heads.base._HEADS, "_items", dict(known))
+
+    @dataclass(frozen=True)
+    class BiasConfig(mc.HeadConfig):
+        widths: tuple[int, ...] = (32,)
+
+    @mc.register_head("bias")
+    class BiasHead(mc.ShiftHead):
+        site = "mlp_out"
+        config_class = BiasConfig
+
+        def __init__(self, config: BiasConfig, layer: mc.LayerSpec) -> None:
+            super().__init__(config, layer)
+            self.bias = nn.Parameter(torch.randn(config.widths))
+
+        def forward(self, value: Tensor, at: mc.At) -> Tensor:
+            return value + self.bias
+
+    model, inputs = model_of(LLAMA), LLAMA.inputs()
+    shifts = mc.build_shifts(model, BiasConfig(layers=(0, 2), widths=(1, 32)))
+    mc.save_shifts(shifts, tmp_path)
+    loaded = mc.load_shifts(tmp_path, model)
+    assert_same(loaded, shifts)
+    with mc.patch(model, shifts):
+        wanted = logits_of(model, inputs)
+    with mc.patch(model, loaded):
+        assert torch.equal(logits_of(model, inputs), wanted)
+
+    monkeypatch.setattr(heads.base._HEADS, "_items", known)
+    with pytest.raises(
+        mc.CheckpointError, match=r"no shift head is called 'bias'; known: live, mimic; .* import it first"
+    ):
+        mc.load_shifts(tmp_path, model)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sound checkpoint of MimIC shifts, to be damaged."""
+    mc.save_shifts(random_shifts(model_of(LLAMA), "mimic"), tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+Damage = Callable[[Path], object]
+
+
+def described(**changes: Any) -> Damage:
+    def write(folder: Path) -> None:
+        (folder / "shifts.json").write_text(json.dumps(DESCRIPTION | changes))
+
+    return write
+
+
+def with_config(**changes: Any) -> Damage:
+    return described(config=DESCRIPTION["config"] | changes)
+
+
+def text(content: str | bytes) -> Damage:
+    return lambda folder: (folder / "shifts.json").write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
+
+
+def tensors(change: Callable[[dict[str, Tensor]], object]) -> Damage:
+    def write(folder: Path) -> None:
+        found = load((folder / "shifts.safetensors").read_bytes())
+        change(found)
+        (folder / "shifts.safetensors").write_bytes(save(found))
+
+    return write
+
+
+def cut(name: str, keep: float) -> Damage:
+    def write(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: int(len(content) * keep)])
+
+    return write
+
+
+def of_another_model(dtype: torch.dtype) -> Damage:
+    def write(folder: Path) -> None:
+        state = {name: x.to(dtype) for name, x in model_of(LLAMA).state_dict().items()}
+        (folder / "shifts.safetensors").write_bytes(save(state))
+
+    return write
+
+
+UNREADABLE = r"shifts\.safetensors can't be read: .+; the file is damaged or missing"
+NO_JSON = r"shifts\.json can't be read as JSON: "
+FOREIGN = r"shifts\.json does not describe shifts: expected an object with format 'mimic_core\.shifts'"
+CANNOT_MAKE = r"shifts\.json does not describe shifts this version can make: "
+MISFIT = r"shifts\.safetensors does not fit its description: "
+MISSING_ALL = MISFIT + r"heads\.0\.vector is missing; .+; .+; heads\.1\.vector is missing and \d+ more"
+
+REFUSED: dict[str, tuple[Damage, str]] = {
+    "no tensors": (lambda folder: (folder / "shifts.safetensors").unlink(), UNREADABLE),
+    "empty tensors": (cut("shifts.safetensors", 0), UNREADABLE),
+    "truncated header": (cut("shifts.safetensors", 0.01), UNREADABLE),
+    "truncated tensors": (cut("shifts.safetensors", 0.9), UNREADABLE),
+    "another model's tensors": (of_another_model(torch.float32), MISSING_ALL),
+    # Where some checks of values are not implemented.
+    "another model's fp8 tensors": (of_another_model(torch.float8_e4m3fn), MISSING_ALL),
+    "no JSON": (lambda folder: (folder / "shifts.json").unlink(), NO_JSON),
+    "empty JSON": (text(""), NO_JSON),
+    "truncated JSON": (cut("shifts.json", 0.7), NO_JSON),
+    "not JSON": (text("vectors: 3"), NO_JSON),
+    "not text": (text(b"\xff\xfe\x00{}"), NO_JSON),
+    "a list": (text("[1, 2]"), FOREIGN),
+    "a number": (text("3"), FOREIGN),
+    "a model's config": (text('{"model_type": "llama", "hidden_size": 32}'), FOREIGN),
+    "another format": (described(format="peft.lora"), FOREIGN),
+    "newer version": (described(version=2), r"has version 2, this mimic_core reads version 1; update mimic_core"),
+    "no version": (described(version=None), r"has version None, this mimic_core reads version 1"),
+    "unknown head": (
+        described(head="prefix"),
+        CANNOT_MAKE + r"no shift head is called 'prefix'; known: live, mimic; if a package brings .*, import it first",
+    ),
+    "no head": (described(head=None), CANNOT_MAKE),
+    "head is a list": (described(head=["mimic"]), CANNOT_MAKE),
+    "unknown option": (with_config(temperature=2.0), CANNOT_MAKE + ".*'temperature'"),
+    "unknown choice": (with_config(log_z2="some"), CANNOT_MAKE + ".*'attended' or 'all_keys', found 'some'"),
+    "no such layer": (with_config(layers=[0, 3]), CANNOT_MAKE + r".*from 0 to 2 .* found \[0, 3\]"),
+    "layers of text": (with_config(layers=["first"]), CANNOT_MAKE),
+    "no number": (with_config(vector_std="small"), CANNOT_MAKE),
+    "no config": (described(config=None), CANNOT_MAKE),
+    "no model": (described(model=None), CANNOT_MAKE),
+    "model without sizes": (described(model={"model_type": "llama"}), CANNOT_MAKE + ".*'layers'"),
+    "layers without sizes": (described(model=DESCRIPTION["model"] | {"layers": [{"index": 0}]}), CANNOT_MAKE),
+    "another head's tensors": (described(head="live", config={}), MISFIT + r".*heads\.0\.scale is missing"),
+    "missing tensor": (tensors(lambda t: t.pop("heads.1.gate_bias")), MISFIT + r"heads\.1\.gate_bias is missing$"),
+    "extra tensor": (tensors(lambda t: t.update(more=torch.ones(1))), MISFIT + "more is not known$"),
+    "extra layer": (
+        tensors(lambda t: t.update({"heads.3.vector": torch.ones(4, 24)})),
+        MISFIT + r"heads\.3\.vector is not known$",
+    ),
+    "wrong shape": (
+        tensors(lambda t: t.update({"heads.0.vector": torch.ones(4, 8)})),
+        MISFIT + r"heads\.0\.vector is \[4, 8\], not \[4, 24\]$",
+    ),
+    "transposed": (
+        tensors(lambda t: t.update({"heads.2.gate_weight": torch.ones(24, 4)})),
+        MISFIT + r"heads\.2\.gate_weight is \[24, 4\], not \[4, 24\]$",
+    ),
+    "NaN": (
+        tensors(lambda t: t["heads.2.vector"][3].fill_(torch.nan)),
+        MISFIT + r"heads\.2\.vector holds NaN or infinity$",
+    ),
+    "infinity": (
+        tensors(lambda t: t["heads.0.gate_bias"].fill_(-torch.inf)),
+        MISFIT + r"heads\.0\.gate_bias holds NaN or infinity$",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), REFUSED.values(), ids=REFUSED)
+def test_damaged_files_are_refused(damage: Damage, message: str, folder: Path) -> None:
+    damage(folder)
+    with pytest.raises(mc.CheckpointError, match=message) as caught:
+        mc.load_shifts(folder, model_of(LLAMA))
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_hidden_layers": 4}, r"made for 3 decoder layers \(llama\), not 4 \(llama\)"),
+        ({"num_hidden_layers": 2}, r"made for 3 decoder layers \(llama\), not 2 \(llama\)"),
+        ({"head_dim": 16}, r"made for head_dim 24 in layer 0 \(llama\), not 16 \(llama\)"),
+        ({"num_attention_heads": 8}, r"made for heads 4 in layer 0 \(llama\), not 8 \(llama\)"),
+        ({"hidden_size": 48}, r"made for hidden_size 32 in layer 0 \(llama\), not 48 \(llama\)"),
+    ],
+)
+def test_a_model_of_other_sizes_is_refused(sizes: dict[str, int], message: str, folder: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**{**TEXT, "head_dim": 24, **sizes}))
+    with pytest.raises(mc.CheckpointError, match=rf"shifts at .* do not fit this model: they were {message}") as caught:
+        mc.load_shifts(folder, model)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_model_without_an_adapter_is_refused(folder: Path) -> None:
+    with pytest.raises(mc.UnsupportedModelError, match=r"found Linear$"):
+        mc.load_shifts(folder, nn.Linear(2, 2))
+
+
+class Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_no_pickle_is_ever_read(zipped: bool, folder: Path, tmp_path: Path) -> None:
+    sound, proof = fresh_model(LLAMA), tmp_path / "executed"
+    content = {"heads.0.vector": Payload(proof)}
+    # Beside the tensors, where a loader with a fallback would look, and in their place.
+    for name in ("shifts.pt", "shifts.bin", "pytorch_model.bin"):
+        torch.save(content, folder / name, _use_new_zipfile_serialization=zipped)
+    mc.load_shifts(folder, sound)
+    (folder / "shifts.safetensors").unlink()
+    with pytest.raises(mc.CheckpointError, match=UNREADABLE):
+        mc.load_shifts(folder, sound)
+    (folder / "shifts.pt").rename(folder / "shifts.safetensors")
+    with pytest.raises(mc.CheckpointError, match=UNREADABLE):
+        mc.load_shifts(folder, sound)
+    assert not proof.exists()
+    torch.load(folder / "shifts.safetensors", weights_only=False)
+    assert proof.exists(), "the payload was no payload"
