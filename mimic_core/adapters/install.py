@@ -158,7 +158,8 @@ def _check_place(model: nn.Module, layers: Sequence[LayerSpec], edit: SiteEdit) 
     layer = layers[edit.layer]
     if edit.site not in layer.sites:
         raise UnsupportedModelError(
-            f"site {edit.site!r} was asked for; layer {edit.layer} ({layer.path}) has {', '.join(layer.sites) or 'no site'}"
+            f"site {edit.site!r} was asked for; layer {edit.layer} ({layer.path}) has "
+            f"{', '.join(layer.sites) or 'no site'}"
         )
 
 

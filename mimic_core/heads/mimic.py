@@ -89,7 +89,9 @@ class MimICHead(ShiftHead):
         if not self.config.shared:
             return ops.gated_shift(value, at.query, log_z2, vector, weight, bias)
         query = rearrange(at.query, "b h t d -> b t (h d)").to(log_z2.dtype)
-        mu = ops.gate(query @ weight.to(query.dtype) + bias, log_z2.mean(1))
+        # Not a matrix product, which autocast would take in bf16.
+        log_z1 = (query * weight).sum(-1) + bias
+        mu = ops.gate(log_z1, log_z2.mean(1))
         return (value + mu[..., None, None] * vector).to(value.dtype)
 
     def fused(self, at: At) -> Tensor | None:

@@ -4,7 +4,7 @@
 `e` value head_dim. Masks are None, bool (True = attend) or additive, broadcastable to [b h t s]. `is_causal` is
 aligned at the upper left, as torch's. Parameters in fp32, maths in fp32 (fp64 for fp64 inputs), the result in the
 input's dtype. `backend` is "auto", "reference", "cpu" (torch's flash kernel) or "sdpa" (any device); only "auto"
-chooses, a named one never falls back.
+chooses, a named one never falls back. Autocast around a call changes nothing in it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..errors import BackendUnavailableError, UnknownNameError
 from . import _cpu, _reference, _sdpa
 from ._checks import check_attention, check_shift
 from ._masks import Mask
+from ._precision import full_precision
 from ._reference import gate
 
 __all__ = [
@@ -101,7 +102,8 @@ def attention_with_lse(
     """
     scale = check_attention(q, k, v, mask, scale, is_causal)
     module = _BACKENDS[resolve_backend(q, k, v, mask, backend).name]
-    return module.attention_with_lse(q, k, v, mask, scale, is_causal)
+    with full_precision(q):
+        return module.attention_with_lse(q, k, v, mask, scale, is_causal)
 
 
 def attention_lse(
@@ -118,7 +120,8 @@ def attention_lse(
     """
     scale = check_attention(q, k, k, mask, scale, is_causal)
     module = _BACKENDS[resolve_backend(q, k, k, mask, backend).name]
-    return module.attention_lse(q, k, mask, scale, is_causal)
+    with full_precision(q):
+        return module.attention_lse(q, k, mask, scale, is_causal)
 
 
 def gated_shift(
@@ -145,7 +148,8 @@ def gated_shift(
     Source: Jiang et al., CVPR 2025, arXiv:2504.08851, section 3.2.
     """
     check_shift(query, attn_out.shape, vector, gate_weight, gate_bias, lse)
-    return _reference.gated_shift(attn_out, query, lse, vector, gate_weight, gate_bias)
+    with full_precision(query):
+        return _reference.gated_shift(attn_out, query, lse, vector, gate_weight, gate_bias)
 
 
 def shifted_attention(
@@ -172,7 +176,8 @@ def shifted_attention(
     b, h, t, _ = q.shape
     check_shift(q, (b, t, h, v.shape[-1]), vector, gate_weight, gate_bias)
     module = _BACKENDS[resolve_backend(q, k, v, mask, backend).name]
-    return module.shifted_attention(q, k, v, vector, gate_weight, gate_bias, mask, scale, is_causal)
+    with full_precision(q):
+        return module.shifted_attention(q, k, v, vector, gate_weight, gate_bias, mask, scale, is_causal)
 
 
 def norm_preserving_add(
@@ -185,4 +190,5 @@ def norm_preserving_add(
     Maths in fp32, the result in x's dtype. Differentiable in every argument.
     Source: Peng et al., NeurIPS 2024, arXiv:2406.13185.
     """
-    return _reference.norm_preserving_add(x, vector, scale)
+    with full_precision(x):
+        return _reference.norm_preserving_add(x, vector, scale)

@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.torch_version import TorchVersion
 
 from ._masks import Mask, causal_mask, rows_that_attend
-from ._reference import gate, gate_logit, gated_shift, wide
+from ._precision import full_precision, wide
+from ._reference import gate, gate_logit, gated_shift
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -176,7 +177,11 @@ class _ShiftedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad,) = grads
+        with full_precision(grads[0]):
+            return _ShiftedAttention._backward(ctx, grads[0])
+
+    @staticmethod
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, shifted, lse, mu, vector, gate_weight, mask = ctx.saved_tensors
         grad = grad.transpose(1, 2)  # b h t d from here on
         wide_grad = wide(grad)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._masks import Mask, rows_that_attend
-from ._reference import wide
+from ._precision import full_precision, wide
 
 # Scores held at a time, in elements: 4 Mi is 16 MiB in fp32. Larger chunks were not faster on a CPU.
 _CHUNK_ELEMENTS = 1 << 22
@@ -71,7 +71,11 @@ class _ChunkedLSE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad,) = grads
+        with full_precision(grads[0]):
+            return _ChunkedLSE._backward(ctx, grads[0])
+
+    @staticmethod
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, lse, mask = ctx.saved_tensors
         dq = torch.empty(q.shape, dtype=lse.dtype, device=q.device)
         dk = torch.zeros(k.shape, dtype=lse.dtype, device=q.device)

@@ -7,11 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ._masks import Mask, causal_mask, rows_that_attend
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """`tensor` in the dtype the maths is done in: fp64 stays, everything else becomes fp32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+from ._precision import wide
 
 
 def logits(
