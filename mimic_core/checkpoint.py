@@ -142,7 +142,7 @@ def _fill(stack: ShiftStack, tensors: Mapping[str, Tensor], where: str) -> None:
         for name, x in own.items()
         if name in tensors and tensors[name].shape != x.shape
     ]
-    problems += [f"{name} holds NaN or infinity" for name, x in tensors.items() if not torch.isfinite(x).all()]
+    problems += [f"{name} holds NaN or infinity" for name, x in tensors.items() if not torch.isfinite(x.float()).all()]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise CheckpointError(f"{where} does not fit its description: {'; '.join(problems[:4])}{more}")

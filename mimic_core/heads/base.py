@@ -114,7 +114,10 @@ def head_class(name: str) -> type[ShiftHead]:
     Raises:
         UnknownNameError: none is.
     """
-    return _HEADS.get(name)
+    head = _HEADS.get(name)
+    if "name" not in vars(head):  # it came by an entry point, without the decorator
+        head.name = name
+    return head
 
 
 def head_for_config(config: HeadConfig) -> type[ShiftHead]:
@@ -125,8 +128,8 @@ def head_for_config(config: HeadConfig) -> type[ShiftHead]:
     """
     if type(config) is not HeadConfig:
         for name in _HEADS:
-            if _HEADS.get(name).config_class is type(config):
-                return _HEADS.get(name)
+            if head_class(name).config_class is type(config):
+                return head_class(name)
     raise UnknownNameError(
         f"no registered shift head has a config class of its own {type(config).__name__}; registered: "
         f"{', '.join(_HEADS)}; register the head, or name it: build_shifts(model, 'name')"

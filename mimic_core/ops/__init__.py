@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import BackendUnavailableError, UnknownNameError
 from . import _cpu, _reference, _sdpa
 from ._checks import check_attention, check_shift
-from ._masks import Mask
+from ._masks import Mask, four_axes
 from ._precision import full_precision
 from ._reference import gate
 
@@ -101,6 +101,7 @@ def attention_with_lse(
     Differentiable in q, k and v through both results; gradients of a mask only with backend "reference".
     """
     scale = check_attention(q, k, v, mask, scale, is_causal)
+    mask = four_axes(mask)
     module = _BACKENDS[resolve_backend(q, k, v, mask, backend).name]
     with full_precision(q):
         return module.attention_with_lse(q, k, v, mask, scale, is_causal)
@@ -119,6 +120,7 @@ def attention_lse(
     Makes no [t s] tensor (backend "reference" does). Raises as `attention_with_lse`. Differentiable in q and k.
     """
     scale = check_attention(q, k, k, mask, scale, is_causal)
+    mask = four_axes(mask)
     module = _BACKENDS[resolve_backend(q, k, k, mask, backend).name]
     with full_precision(q):
         return module.attention_lse(q, k, mask, scale, is_causal)
@@ -173,6 +175,7 @@ def shifted_attention(
     Source: Jiang et al., CVPR 2025, arXiv:2504.08851, section 3.2.
     """
     scale = check_attention(q, k, v, mask, scale, is_causal)
+    mask = four_axes(mask)
     b, h, t, _ = q.shape
     check_shift(q, (b, t, h, v.shape[-1]), vector, gate_weight, gate_bias)
     module = _BACKENDS[resolve_backend(q, k, v, mask, backend).name]

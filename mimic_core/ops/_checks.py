@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from ._masks import Mask
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, is_causal: bool) -> float:
+def check_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool
+) -> float:
     """Check one attention call and return its scale."""
     problem = _attention_problem(q, k, v, mask, is_causal)
     if problem:
@@ -19,10 +22,15 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | 
         )
         masked = "no mask" if mask is None else f"mask {list(mask.shape)} {mask.dtype} {mask.device}"
         raise ShapeError(f"{problem}; expected q [b h t d], k [b g s d], v [b g s e]; given {given}, {masked}")
-    return q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if not math.isfinite(scale) or scale == 0:
+        # Kernels scale what is masked already, and 0 * -inf is NaN.
+        raise ValueError(f"scale should be finite and not 0, found {scale}")
+    return scale
 
 
-def _attention_problem(q: Tensor, k: Tensor, v: Tensor, mask: Mask, is_causal: bool) -> str | None:
+def _attention_problem(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> str | None:
     if any(x.ndim != 4 for x in (q, k, v)):
         return "q, k and v need four axes each"
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
@@ -37,6 +45,8 @@ def _attention_problem(q: Tensor, k: Tensor, v: Tensor, mask: Mask, is_causal: b
         return "the tensors are on different devices"
     if mask is None:
         return None
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return "a mask is bool (True = attend) or floating point (added to the logits)"
     if is_causal:
         return "give a mask or is_causal, not both"
     if not _broadcasts(mask.shape, (*q.shape[:3], k.shape[2])):

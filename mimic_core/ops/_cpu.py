@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.torch_version import TorchVersion
 
-from ._masks import Mask, causal_mask, rows_that_attend
+from ._masks import Mask, causal_mask, four_axes, rows_that_attend
 from ._precision import full_precision, wide
 from ._reference import gate, gate_logit, gated_shift
 
@@ -60,12 +60,12 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, is_causal: bool) -> _P
     if is_causal and t < s:
         k, v = k[:, :, :t], v[:, :, :t]
     elif is_causal and t > s:
-        mask, is_causal = causal_mask(t, s, q.device), False
+        mask, is_causal = four_axes(causal_mask(t, s, q.device)), False
     if mask is not None:
         if mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
-        # In another dtype than q's it gives garbage, and only 2 or 4 axes are read rightly.
-        mask = mask.to(q.dtype).reshape((1,) * (4 - mask.ndim) + tuple(mask.shape)).expand(-1, -1, -1, s)
+        # In another dtype than q's it gives garbage.
+        mask = mask.to(q.dtype).expand(*mask.shape[:-1], s)
     if not _GROUPED_HEADS and k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     # A last axis that is not contiguous gives a wrong output beside a right LSE.

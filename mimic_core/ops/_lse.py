@@ -34,7 +34,7 @@ def attention_lse(
 def _chunks(q: Tensor, k: Tensor) -> list[slice]:
     b, h, t, _ = q.shape
     step = max(1, _CHUNK_ELEMENTS // max(1, b * h * k.shape[2]))
-    return [slice(start, min(start + step, t)) for start in range(0, t, step)]
+    return [slice(start, min(start + step, t)) for start in range(0, max(1, t), step)]
 
 
 def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool, rows: slice) -> Tensor:
@@ -48,10 +48,9 @@ def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool, row
         return scores.masked_fill_(causal, -torch.inf)
     if mask is None:
         return scores
-    mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
     part = mask if mask.shape[2] == 1 else mask[:, :, rows]
     part = part[:, :, None] if part.shape[1] == 1 else _by_key_head(part, k)
-    return scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
+    return scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.to(scores.dtype)
 
 
 def _by_key_head(x: Tensor, k: Tensor) -> Tensor:

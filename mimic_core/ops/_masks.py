@@ -11,6 +11,11 @@ from torch import Tensor
 Mask: TypeAlias = Bool[Tensor, "..."] | Float[Tensor, "..."] | None
 
 
+def four_axes(mask: Mask) -> Mask:
+    """The mask as [b h t s], each axis whole or 1: what kernels agree on."""
+    return mask if mask is None else mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+
+
 def causal_mask(t: int, s: int, device: torch.device) -> Bool[Tensor, "t s"]:
     """Query i attends to keys 0..i: aligned at the upper left, as torch's `is_causal` is."""
     return torch.ones(t, s, dtype=torch.bool, device=device).tril()
@@ -23,5 +28,4 @@ def rows_that_attend(mask: Mask) -> Bool[Tensor, "#b #h #t"] | None:
     """
     if mask is None:
         return None
-    rows = mask.any(-1) if mask.dtype == torch.bool else mask.amax(-1) > torch.finfo(mask.dtype).min
-    return rows.reshape((1,) * (3 - rows.ndim) + tuple(rows.shape))
+    return mask.any(-1) if mask.dtype == torch.bool else mask.amax(-1) > torch.finfo(mask.dtype).min

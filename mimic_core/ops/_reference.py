@@ -20,7 +20,7 @@ def logits(
         mask = causal_mask(q.shape[2], k.shape[2], q.device)
     if mask is None:
         return scores
-    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
 
 
 def attention_with_lse(
@@ -32,9 +32,7 @@ def attention_with_lse(
     is_causal: bool,
 ) -> tuple[Float[Tensor, "b t h e"], Float[Tensor, "b h t"]]:
     scores = logits(q, k, mask, scale, is_causal)
-    # A row of -inf alone has no softmax: it is 0, as in the flash kernels, not NaN.
-    weights = scores.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0).softmax(-1)
-    weights = weights.masked_fill(scores == -torch.inf, 0.0)
+    weights = _without_empty_rows(scores).softmax(-1).masked_fill(scores == -torch.inf, 0.0)
     out = weights @ wide(v).repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     return out.transpose(1, 2).to(q.dtype), _lse(scores, rows_that_attend(mask))
 
@@ -45,8 +43,13 @@ def attention_lse(
     return _lse(logits(q, k, mask, scale, is_causal), rows_that_attend(mask))
 
 
+def _without_empty_rows(scores: Tensor) -> Tensor:
+    # A row of -inf alone has no softmax: NaN, forward or backward. What is made of it is thrown away afterwards.
+    return scores.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+
+
 def _lse(scores: Tensor, attends: Tensor | None) -> Tensor:
-    lse = scores.logsumexp(-1)
+    lse = _without_empty_rows(scores).logsumexp(-1)
     return lse if attends is None else lse.masked_fill(~attends, -torch.inf)
 
 
