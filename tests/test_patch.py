@@ -199,6 +199,23 @@ def test_what_a_hook_is_told_explains_the_attention(case: Case, attention: str) 
         logits_of(model, inputs)
 
 
+@over_attention
+def test_the_lse_follows_edits_of_query_and_key(attention: str) -> None:
+    """Asked for early, before an edit changes what it is made of, it is not kept."""
+    model, inputs, seen = model_of(LLAMA, attention), LLAMA.inputs(), []
+
+    def read_and_double(value: Tensor, at: mc.At) -> Tensor:
+        seen.append(at.lse)
+        return value * 2
+
+    with mc.hook(model, "query", lambda value, at: value * 2, [0]), mc.capture(model, "lse", layers=[0]) as wanted:
+        logits_of(model, inputs)
+    with mc.hook(model, "query", read_and_double, [0]), mc.capture(model, "lse", layers=[0]) as found:
+        logits_of(model, inputs)
+    torch.testing.assert_close(found.states[0], wanted.states[0])
+    assert not torch.allclose(seen[0], found.states[0])
+
+
 def test_edits_run_in_the_order_they_were_installed() -> None:
     model, inputs, calls = model_of(LLAMA), LLAMA.inputs(), []
 

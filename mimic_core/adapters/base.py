@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..registry import Registry
-from ..types import ATTENTION_SITES, LayerSpec, ModelSpec, Site
+from ..types import SITES, LayerSpec, ModelSpec, Site
 
 
 @runtime_checkable
@@ -105,11 +105,13 @@ class PathAdapter:
             found too.
         attention: Path of the self-attention module in a layer.
         mlp: Path of the MLP module in a layer.
+        sites: The sites the family has; fewer where its attention does not go through the interface.
     """
 
     layers: ClassVar[str]
     attention: ClassVar[str] = "self_attn"
     mlp: ClassVar[str] = "mlp"
+    sites: ClassVar[tuple[Site, ...]] = SITES
 
     def spec(self, model: nn.Module) -> ModelSpec:
         model = unwrap(model)
@@ -163,8 +165,7 @@ class PathAdapter:
         kv_in_config = int(getattr(config, "num_key_value_heads", None) or heads)
         kv_heads = _width(attention, "k_proj", kv_in_config * head_dim) // head_dim
         value_dim = _width(attention, "v_proj", kv_heads * head_dim) // kv_heads
-        sites: tuple[Site, ...] = (*ATTENTION_SITES, "attn_out", "mlp_out", "layer_out")
-        return LayerSpec(index, path, hidden_size, heads, kv_heads, head_dim, value_dim, sites)
+        return LayerSpec(index, path, hidden_size, heads, kv_heads, head_dim, value_dim, self.sites)
 
     def _resolve(self, root: nn.Module, path: str) -> nn.Module:
         try:

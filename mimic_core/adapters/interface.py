@@ -169,8 +169,10 @@ class AttentionCall(AttentionView):
 
     def run(self, base: Callable[..., Any], entries: Sequence[Entry]) -> tuple[Tensor, Any]:
         """Attention with all edits of this call."""
-        for site in ("query", "key", "value"):
-            setattr(self, site, self._edited(entries, site, getattr(self, site)))
+        for entry in entries:
+            if entry.edit.site in ("query", "key", "value"):
+                setattr(self, entry.edit.site, entry.apply(getattr(self, entry.edit.site), self.module, self))
+                self._lse = None  # an edit may have asked for it and then changed what it is made of
         heads = [e for e in entries if e.edit.site == "attn_heads"]
         readers = [e for e in entries if e.edit.needs_lse]
         if readers:
@@ -190,17 +192,12 @@ class AttentionCall(AttentionView):
                 )
         else:
             out, weights = base(self.module, self.query, self.key, self.value, self.mask, **self.options)
-        if any(e.edit.site == "lse" for e in entries):
-            self._edited(entries, "lse", self.lse)
+        for entry in entries:
+            if entry.edit.site == "lse":
+                entry.apply(self.lse, self.module, self)
         for entry in heads:
             out = entry.apply(out, self.module, self)
         return out, weights
-
-    def _edited(self, entries: Sequence[Entry], site: Site, value: Tensor) -> Tensor:
-        for entry in entries:
-            if entry.edit.site == site:
-                value = entry.apply(value, self.module, self)
-        return value
 
     def _kernel_is_ours(self, base: Callable[..., Any]) -> bool:
         """Whether one call of `ops` gives the very bits the model's own sdpa would, and the LSE with them."""

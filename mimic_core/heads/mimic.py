@@ -68,7 +68,7 @@ class MimICHead(ShiftHead):
             torch.randn((h * e,) if config.shared else (h, e), dtype=torch.float32) * config.vector_std
         )
         if config.gate and config.shared:
-            bound = (h * d) ** -0.5
+            bound = max(1, h * d) ** -0.5  # a layer without attention heads is still asked what it would edit
             self.gate_weight = nn.Parameter(torch.empty(h * d, dtype=torch.float32).uniform_(-bound, bound))
             self.gate_bias = nn.Parameter(torch.empty((), dtype=torch.float32).uniform_(-bound, bound))
         elif config.gate:
