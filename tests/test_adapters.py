@@ -65,20 +65,18 @@ def test_spec(case: Case) -> None:
     assert adapter.decoder(model) is model.get_submodule(path.removesuffix(".layers"))
     for index in range(SIZES[case.name][0]):
         layer = model.get_submodule(f"{path}.{index}")
-        wanted = {site: layer.self_attn for site in (*ATTENTION_SITES, "attn_out")}
+        wanted = dict.fromkeys((*ATTENTION_SITES, "attn_out"), layer.self_attn)
         wanted |= {"mlp_out": layer.mlp, "layer_out": layer}
         assert {site: adapter.module(model, index, site) for site in ALL_SITES} == wanted
 
 
-@over_cases
-def test_every_family_is_a_case(case: Case) -> None:
-    known = set(adapters.base._ADAPTERS)
-    assert known == {case.name for case in CASES}
-    assert isinstance(mc.adapter_for(model_of(case)), (mc.PathAdapter, mc.AttentionAdapter))
+def test_every_adapter_has_a_case() -> None:
+    assert set(adapters.base._ADAPTERS) == {case.name for case in CASES} == set(SIZES)
 
 
 def assert_patchable(model: nn.Module, inputs: dict[str, Tensor], head: str, read: Any = hidden_of) -> None:
-    state, plain = snapshot(model), read(model, inputs)
+    plain = read(model, inputs)
+    state = snapshot(model)  # after a forward: transformers puts some hooks of its own in during the first
     shifts = random_shifts(model, head)
     with mc.patch(model, shifts):
         assert not torch.allclose(read(model, inputs), plain, atol=1e-3)
@@ -240,12 +238,15 @@ def test_an_adapter_of_ones_own(head: str, registry: dict[str, Any], tmp_path: P
             {"layers": "model.blocks"},
             r"a module at 'model\.blocks' of LlamaForCausalLM .* children are model, lm_head$",
         ),
-        ({"layers": "decoder.layers"}, r"'decoder\.layers' of LlamaForCausalLM .* children are model, lm_head$"),
+        (
+            {"layers": "decoder.layers"},
+            r"a module at 'decoder\.layers' of LlamaForCausalLM .* children are model, lm_head$",
+        ),
         (
             {"attention": "attn"},
-            r"'attn' of LlamaDecoderLayer .* children are self_attn, mlp, input_layernorm, post_attention_layernorm$",
+            r"a module at 'attn' of LlamaDecoderLayer .* children are self_attn, mlp, input_layernorm, post_",
         ),
-        ({"mlp": "feed_forward"}, r"'feed_forward' of LlamaDecoderLayer .* children are self_attn, mlp, "),
+        ({"mlp": "feed_forward"}, r"a module at 'feed_forward' of LlamaDecoderLayer .* children are self_attn, mlp, "),
         ({"layers": "model.norm"}, r"a non-empty ModuleList at 'model\.norm' of LlamaForCausalLM, found LlamaRMSNorm$"),
         ({"layers": "model"}, r"a non-empty ModuleList at 'model' of LlamaForCausalLM, found LlamaModel$"),
     ],
@@ -253,7 +254,7 @@ def test_an_adapter_of_ones_own(head: str, registry: dict[str, Any], tmp_path: P
 def test_wrong_paths_are_named(paths: dict[str, str], message: str, registry: dict[str, Any]) -> None:
     mc.register_adapter("tiny_vlm")(type("Wrong", (Renamed,), paths))
     model = model_of_type("tiny_vlm")
-    with pytest.raises(mc.UnsupportedModelError, match=f"^Wrong expects {message}|^Wrong expects.*{message}"):
+    with pytest.raises(mc.UnsupportedModelError, match=f"^Wrong expects {message}"):
         mc.adapter_for(model)
     with pytest.raises(mc.UnsupportedModelError, match=message):
         mc.build_shifts(model, "mimic")

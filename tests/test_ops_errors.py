@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import pytest
@@ -61,6 +62,13 @@ def test_wrong_attention(op: str, change: dict[str, Any], message: str):
         arguments.pop("v")
     with pytest.raises(ShapeError, match=message):
         plain(getattr(ops, op))(**arguments)
+
+
+@pytest.mark.parametrize("scale", [0.0, math.inf, -math.inf, math.nan])
+def test_scale_that_leaves_no_logits(scale: float):
+    for run in _every_op(Q, K, V, backend="auto", scale=scale)[:3]:  # the last takes no scale
+        with pytest.raises(ValueError, match=f"^scale should be finite and not 0, found {scale}$"):
+            run()
 
 
 WRONG_SHIFT = [

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import mimic_core as mc
 
-from .prompts import Batch, Prompt, Prompter, collate
+from .prompts import Batch, Prompter, collate
 from .tasks import Pair, Task
 
 TRAIN_BATCH, SCORE_BATCH = 2, 16
@@ -25,8 +25,8 @@ class Score:
     """What held-out pairs say about one way to tell the model the task.
 
     Attributes:
-        accuracy: Share of pairs whose every answer token, closing newline included, is the model's first choice. That is
-            greedy decoding giving exactly the answer and then a newline.
+        accuracy: Share of pairs whose every answer token, closing newline included, is the model's first choice: greedy
+            decoding gives exactly the answer and then a newline.
         nll: Negative log-likelihood of those tokens in nats, mean over all tokens of all answers.
         prompt_tokens: Mean length of the prompt before the answer.
     """
@@ -44,7 +44,7 @@ class Experiment:
         self.task = task
         self._tokenizer = tokenizer
         self._prompter = Prompter(tokenizer)
-        self._shots = shots
+        self.shots = shots
         self._seed = seed
         self._device = next(model.parameters()).device
 
@@ -91,7 +91,7 @@ class Experiment:
             order = draw.sample(self.task.train, len(self.task.train))
             for start in range(0, len(order), TRAIN_BATCH):
                 chosen = order[start : start + TRAIN_BATCH]
-                shown = [self._prompter(p, draw.sample([o for o in order if o != p], self._shots)) for p in chosen]
+                shown = [self._prompter(p, draw.sample([o for o in order if o != p], self.shots)) for p in chosen]
                 yield collate(shown, self._device), collate([self._prompter(p) for p in chosen], self._device)
 
     def train(self, method: str, epochs: int) -> mc.ShiftStack:
@@ -148,13 +148,17 @@ def live_loss(model: nn.Module, handle: mc.Handle, with_demonstrations: Batch, q
 
 
 def make_optimizer(shifts: mc.ShiftStack, method: str) -> torch.optim.Optimizer:
-    """AdamW with the papers' rates."""
+    """AdamW, with learning rates raised above the papers': 80 steps must do what theirs do in 250 and more.
+
+    MimIC at the papers' 5e-3 reached 76% on the past tense and 47% on capitals (seed 8), at 1e-2 82% and 48%. LIVE at
+    theirs (5e-3, scale 1e-2) reached 0% and 12%, at ten times that 46% and 28%.
+    """
     if method == "mimic":
-        return torch.optim.AdamW(shifts.parameters(), lr=5e-3, weight_decay=1e-3)
+        return torch.optim.AdamW(shifts.parameters(), lr=1e-2, weight_decay=1e-3)
     named = list(shifts.named_parameters())
     vectors = [p for name, p in named if name.endswith("vector")]
     scales = [p for name, p in named if name.endswith("scale")]
-    return torch.optim.AdamW([{"params": vectors, "lr": 5e-3}, {"params": scales, "lr": 1e-2}], weight_decay=1e-3)
+    return torch.optim.AdamW([{"params": vectors, "lr": 5e-2}, {"params": scales, "lr": 1e-1}], weight_decay=1e-3)
 
 
 def warm_cosine(step: int, steps: int, warm_up: float = 0.1) -> float:

@@ -42,7 +42,8 @@ def load_model(name: str | None = None) -> tuple[nn.Module, Any]:
             f"local path. transformers says: {error}"
         ) from error
     model.requires_grad_(False).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return nn.Module.to(model, device), tokenizer
 
 
 def _wheel_folder() -> str:

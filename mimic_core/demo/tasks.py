@@ -15,7 +15,7 @@ COUNTRIES = 100
 _DISSOLVED = ("CS", "AN")
 
 # Present and simple past, the most common first. Each past is a form of its own, without a regular one beside it.
-# Compounds (become, forgive, understand) are left out: a verb in training would give away its compound among the held-out.
+# Compounds (become, forgive) are left out: a verb in training would give away its compound among the held-out.
 _VERBS = """
 have had, do did, make made, get got, say said, find found, think thought, tell told, take took, go went, come came,
 see saw, leave left, give gave, hear heard, know knew, win won, hold held, bring brought, feel felt, pay paid,

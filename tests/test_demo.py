@@ -1,0 +1,100 @@
+"""The demo: its tasks, its prompts, and a whole run on a tiny model of random weights with a byte tokenizer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mimic_core.demo.prompts import Prompter, collate
+from mimic_core.demo.tasks import TASKS, DemoError, make_task
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    vocab = {letter: i for i, letter in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_nothing_held_out_is_trained_on(name: str) -> None:
+    pairs = TASKS[name]()
+    assert len({query for query, _ in pairs}) == len(pairs) >= 80
+    assert all(query and answer and query == query.strip() and answer == answer.strip() for query, answer in pairs)
+    splits = [make_task(name, 40, seed) for seed in (0, 0, 1)]
+    for task in splits:
+        assert len(task.train) == 40
+        assert len(task.held_out) == len(pairs) - 40
+        assert not {q for q, _ in task.train} & {q for q, _ in task.held_out}
+    assert splits[0] == splits[1] != splits[2]
+    with pytest.raises(DemoError, match="some must be held out"):
+        make_task(name, len(pairs), 0)
+
+
+def test_capitals_are_real() -> None:
+    known = dict(TASKS["capitals"]())
+    assert {known["France"], known["Japan"], known["Egypt"]} == {"Paris", "Tokyo", "Cairo"}
+
+
+def test_a_query_is_the_same_tokens_with_demonstrations(tokenizer: Any) -> None:
+    prompter = Prompter(tokenizer)
+    short = prompter(("go", "went"))
+    long = prompter(("go", "went"), [("see", "saw"), ("come", "came")])
+    assert long.ids[long.query_at :] == short.ids[short.query_at :]
+    assert short.ids[0] == long.ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(short.ids[short.answer_at :]).strip() == "went"
+    batch = collate([short, prompter(("understand", "understood"))], torch.device("cpu"))
+    ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
+    assert ids[0][mask[0]].tolist() == short.ids
+    assert ids[0][batch.answer_tokens[0]].tolist() == short.ids[short.answer_at :]
+    assert ids[0][batch.context_tokens[0]].tolist() == short.ids[short.query_at :]
+    assert not (batch.context_tokens & ~mask).any()
+    assert not batch.context_tokens[:, 0].any()
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mimic_core.demo", *options], capture_output=True, text=True, check=False
+    )
+
+
+def test_a_whole_run(tokenizer: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    done = run(
+        *("--model", str(tmp_path / "model"), "--task", "past-tense", "--quick", "--seed", "3"),
+        *("--output", str(tmp_path / "shifts"), "--json", str(tmp_path / "table.json")),
+    )
+    assert done.returncode == 0, done.stderr
+    for row in ("zero-shot", "8-shot", "LIVE", "MimIC"):
+        assert row in done.stdout
+    assert json.loads((tmp_path / "table.json").read_text())
+    assert list((tmp_path / "shifts").rglob("shifts.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "no/such-model-anywhere"), "can't be loaded"),
+        (("--task", "past-tense", "--pairs", "900"), "held out"),
+    ],
+)
+def test_a_wrong_wish_is_answered_in_a_sentence(options: tuple[str, ...], message: str) -> None:
+    failed = run(*options)
+    assert failed.returncode != 0
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
