@@ -129,9 +129,9 @@ def losses_of(model: nn.Module, shifts: mc.ShiftStack, golden: Golden, strategy:
 STEPS = [
     (*names, strategy, log_z2)
     for names in GOLDENS
-    if names[2] == "right"
     for strategy in cached_golden(*names).strategies
-    for log_z2 in ("all_keys", "attended")
+    # The stored exact form weighs a row without keys by 1, ours by 0, and the LM loss scores such a row.
+    for log_z2 in (("all_keys", "attended") if names[2] == "right" else ("all_keys",))
     if log_z2 == "all_keys" or f"masked_z2.loss.{strategy}.loss" in cached_golden(*names).tensors
 ]
 
@@ -140,6 +140,7 @@ STEPS = [
 def test_losses_and_gradients(
     case: str, variant: str, padding: str, strategy: str, log_z2: str, attention: str
 ) -> None:
+    skip_if_ill_defined(padding, log_z2, attention)
     golden, model = cached_golden(case, variant, padding), cached_model(case, attention)
     prefix = "masked_z2." if log_z2 == "attended" else ""
     shifts = mc.shifts_from_reference(golden.params, model, log_z2=log_z2)
