@@ -8,6 +8,7 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ import mimic_core as mc
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 UNWRAPPED = AttentionInterface.get_interface
-over_some_heads = pytest.mark.parametrize("head", ["mimic", "mimic-shared", "live", "mimic-and-mlp"])
+# Between them every way into a model: inside attention, fused or not, and a hook on a module's output.
+over_some_heads = pytest.mark.parametrize("head", ["mimic-shared", "mimic-and-mlp"])
 
 
 @pytest.fixture
@@ -130,7 +132,7 @@ def over_copies(test: Any) -> Any:
 
 
 @over_copies
-@pytest.mark.parametrize("head", ["mimic", "live", "mimic-and-mlp"])
+@pytest.mark.parametrize("head", ["live", "mimic-and-mlp"])
 @over_cases
 def test_a_copy_stays_patched_by_shifts_of_its_own(case: Case, head: str, copied: Callable[[Any], Any]) -> None:
     model, inputs = fresh_model(case), case.inputs()
@@ -303,10 +305,11 @@ def test_attention_can_be_changed_while_patched(case: Case, head: str) -> None:
     assert torch.equal(logits_of(model, inputs), plain)
 
 
-@pytest.mark.parametrize("head", ["mimic", "mimic-and-mlp"])
 @over_cases
-def test_threads_share_a_patched_model(case: Case, head: str) -> None:
+def test_threads_share_a_patched_model(case: Case) -> None:
     """4 threads of 10 forwards, each with inputs of its own, all started at once."""
+    if case.name == "llava" and find_spec("transformers.utils.output_capturing") is None:
+        pytest.skip("up to this version transformers' Llava swaps its own forwards during one, patched or not")
     model, start = fresh_model(case), threading.Barrier(4)
     inputs = [case.inputs("right"), case.inputs("left"), case.sample(0), case.sample(1)]
 
@@ -314,7 +317,7 @@ def test_threads_share_a_patched_model(case: Case, head: str) -> None:
         start.wait(timeout=30)
         return [logits_of(model, inputs[index]) for _ in range(10)]
 
-    with mc.patch(model, random_shifts(model, head)), ThreadPoolExecutor(4) as pool:
+    with mc.patch(model, random_shifts(model, "mimic-and-mlp")), ThreadPoolExecutor(4) as pool:
         wanted = [logits_of(model, x) for x in inputs]
         found = list(pool.map(run, range(4)))
     for logits, serial in zip(found, wanted, strict=True):

@@ -15,10 +15,10 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import BackendUnavailableError, UnknownNameError
+from ..errors import BackendUnavailableError, ShapeError, UnknownNameError
 from . import _cpu, _reference, _sdpa
 from ._checks import check_attention, check_shift
-from ._masks import Mask, four_axes
+from ._masks import Mask, normalised
 from ._precision import full_precision
 from ._reference import gate
 
@@ -96,12 +96,13 @@ def attention_with_lse(
 
     Raises:
         ShapeError: shapes, dtypes or devices do not fit each other, or both `mask` and `is_causal` are given.
+        ValueError: the scale is 0 or not finite.
         UnknownNameError, BackendUnavailableError: see `resolve_backend`.
 
     Differentiable in q, k and v through both results; gradients of a mask only with backend "reference".
     """
     scale = check_attention(q, k, v, mask, scale, is_causal)
-    mask = four_axes(mask)
+    mask = normalised(mask, q.dtype)
     module = _BACKENDS[resolve_backend(q, k, v, mask, backend).name]
     with full_precision(q):
         return module.attention_with_lse(q, k, v, mask, scale, is_causal)
@@ -120,7 +121,7 @@ def attention_lse(
     Makes no [t s] tensor (backend "reference" does). Raises as `attention_with_lse`. Differentiable in q and k.
     """
     scale = check_attention(q, k, k, mask, scale, is_causal)
-    mask = four_axes(mask)
+    mask = normalised(mask, q.dtype)
     module = _BACKENDS[resolve_backend(q, k, k, mask, backend).name]
     with full_precision(q):
         return module.attention_lse(q, k, mask, scale, is_causal)
@@ -175,7 +176,7 @@ def shifted_attention(
     Source: Jiang et al., CVPR 2025, arXiv:2504.08851, section 3.2.
     """
     scale = check_attention(q, k, v, mask, scale, is_causal)
-    mask = four_axes(mask)
+    mask = normalised(mask, q.dtype)
     b, h, t, _ = q.shape
     check_shift(q, (b, t, h, v.shape[-1]), vector, gate_weight, gate_bias)
     module = _BACKENDS[resolve_backend(q, k, v, mask, backend).name]
@@ -190,8 +191,13 @@ def norm_preserving_add(
 
     A sum of exactly zero stays zero. Norms over the last axis, no epsilon.
 
+    Raises:
+        ShapeError: the vector is not as wide as x's last axis.
+
     Maths in fp32, the result in x's dtype. Differentiable in every argument.
     Source: Peng et al., NeurIPS 2024, arXiv:2406.13185.
     """
+    if vector.shape != x.shape[-1:]:
+        raise ShapeError(f"vector should be [{x.shape[-1]}], as wide as x {list(x.shape)}; given {list(vector.shape)}")
     with full_precision(x):
         return _reference.norm_preserving_add(x, vector, scale)

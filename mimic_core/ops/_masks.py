@@ -16,6 +16,12 @@ def four_axes(mask: Mask) -> Mask:
     return mask if mask is None else mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
 
 
+def normalised(mask: Mask, dtype: torch.dtype) -> Mask:
+    """The mask with four axes, an additive one in q's dtype: what is lowest there is forbidden in every backend."""
+    mask = four_axes(mask)
+    return mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+
+
 def causal_mask(t: int, s: int, device: torch.device) -> Bool[Tensor, "t s"]:
     """Query i attends to keys 0..i: aligned at the upper left, as torch's `is_causal` is."""
     return torch.ones(t, s, dtype=torch.bool, device=device).tril()

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._lse import attention_lse
-from ._masks import Mask
+from ._masks import Mask, causal_mask, four_axes
 from ._reference import gated_shift
 
 __all__ = ["attention_lse", "attention_with_lse", "shifted_attention", "unavailable"]
@@ -22,6 +22,8 @@ def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> str | None:
 def attention_with_lse(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
+    if is_causal and scale < 0:  # torch's kernel multiplies its own -inf by the scale
+        mask, is_causal = four_axes(causal_mask(q.shape[2], k.shape[2], q.device)), False
     grouped = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
     additive = mask if mask is None or not mask.is_floating_point() else mask.to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=additive, is_causal=is_causal, scale=scale, **grouped)
