@@ -231,6 +231,19 @@ def test_an_adapter_of_ones_own(head: str, registry: dict[str, Any], tmp_path: P
     assert mc.load_shifts(tmp_path, model).spec.model_type == "tiny_vlm"
 
 
+def test_an_adapter_may_name_fewer_sites(registry: dict[str, Any]) -> None:
+    """For a family whose attention doesn't go through the interface."""
+    mc.register_adapter("tiny_vlm")(type("Outside", (Renamed,), {"sites": ("mlp_out", "layer_out")}))
+    model = model_of_type("tiny_vlm")
+    assert {layer.sites for layer in mc.adapter_for(model).spec(model).layers} == {("mlp_out", "layer_out")}
+    assert_patchable(model, LLAMA.inputs(), "live", logits_of)
+    lacks = r"which layer 0 \(model\.layers\.0\) doesn't have; it has mlp_out, layer_out"
+    with pytest.raises(mc.UnsupportedModelError, match=f"MimICHead edits attn_heads, {lacks}"):
+        mc.build_shifts(model, "mimic")
+    with pytest.raises(mc.UnsupportedModelError, match=f"LIVEHead edits attn_out, {lacks}"):
+        mc.build_shifts(model, "live", site="attn_out")
+
+
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
