@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from .errors import CheckpointError, MimicError
 from .heads import ShiftStack, head_class
 from .types import LayerSpec, ModelSpec
 
+# The base class of whatever HTTP client huggingface_hub is built on: httpx in 1.x, httpx2 in 2.x.
+_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 FORMAT, VERSION = "mimic_core.shifts", 1
 _TENSORS, _DESCRIPTION = "shifts.safetensors", "shifts.json"
 
@@ -108,7 +110,7 @@ def _folder(source: str | os.PathLike[str], revision: str | None) -> Path:
         return local
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=[_TENSORS, _DESCRIPTION]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, _HTTPError, OSError) as error:
         raise CheckpointError(
             f"no shifts at {str(source)!r}: it is neither a directory here nor a hub repository within reach ({error})"
         ) from error

@@ -36,23 +36,20 @@ def shifts_from_reference(state_dict: Mapping[str, Tensor], model: nn.Module, lo
     for index, head in enumerate(stack):
         for name, tensor in _layer_tensors(state_dict, index, config).items():
             own = getattr(head, name)
-            # Its shared gates are rows of one: [1 c] and [1].
-            fits = {tuple(own.shape)}
-            if name.startswith("gate") and own.ndim < 2:
-                fits = {(1, *own.shape)}
-            if tuple(tensor.shape) not in fits and not (name == "gate_bias" and tensor.shape == own.shape):
+            # A shared gate is a linear layer with one output, whose axis ours leave out.
+            one = isinstance(config, MimICConfig) and config.shared and name.startswith("gate_")
+            wanted = [1, *own.shape] if one else list(own.shape)
+            if list(tensor.shape) != wanted:
                 raise CheckpointError(
-                    f"this state dict does not fit the model: {name} of layer {index} is {list(tensor.shape)}, "
-                    f"the model's {list(own.shape)} ({head.layer.heads} attention heads of {head.layer.head_dim}, hidden "
-                    f"size {head.layer.hidden_size})"
+                    f"this state dict does not fit the model: {name} of layer {index} is {list(tensor.shape)}, the "
+                    f"model's {wanted} ({head.layer.heads} attention heads of {head.layer.head_dim}, hidden size "
+                    f"{head.layer.hidden_size})"
                 )
             own.data.copy_(tensor.reshape(own.shape))
-    depths = {x.shape[0] for name, x in state_dict.items() if not _GATE.fullmatch(name)}
-    depths |= {
-        int(match[1]) + 1 for name in state_dict if (match := _GATE.fullmatch(name)) and int(match[1]) >= len(stack)
-    }
-    if depths != {len(stack)}:
-        raise CheckpointError(f"this state dict is for {max(depths)} layers, the model has {len(stack)}")
+    for name, x in state_dict.items():
+        depth = int(gate[1]) + 1 if (gate := _GATE.fullmatch(name)) else x.shape[0]
+        if depth > len(stack):
+            raise CheckpointError(f"this state dict's {name} is for {depth} layers, the model has {len(stack)}")
     return stack
 
 
@@ -88,9 +85,8 @@ def _layer_tensors(state_dict: Mapping[str, Tensor], index: int, config: HeadCon
             wanted["mlp_vector"] = ("ffn_shift", index)
     found = {}
     for name, (key, row) in wanted.items():
-        if key not in state_dict or (
-            row is not None and (state_dict[key].ndim == 0 or row >= state_dict[key].shape[0])
-        ):
+        rows = state_dict[key].shape[:1] if key in state_dict else ()
+        if key not in state_dict or (row is not None and [row] >= list(rows)):
             raise CheckpointError(f"this state dict has no {key} for layer {index} of the model")
         found[name] = state_dict[key] if row is None else state_dict[key][row]
     return found

@@ -217,56 +217,64 @@ class AttentionCall(AttentionView):
         return choice == SDPBackend.FLASH_ATTENTION.value
 
 
-def _get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Any:
-    base = _original(self, attn_implementation, default)
+def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Any:
+        base = original(self, attn_implementation, default)
+        if _live is not get_interface:
+            return base  # kept underneath by a wrap put over this one; no patch of its time is left
 
-    # transformers' models pass these by name or in this order; some pass the mask by keyword.
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        slot: AttentionSlot | None = module.__dict__.get(SLOT)
-        entries = [] if slot is None else [e for e in slot.entries if e.owner.active]
-        if not entries:
-            return base(module, query, key, value, attention_mask, *args, **kwargs)
-        if args:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} passes {len(args)} arguments after the mask to its attention by position; "
-                f"only keywords are understood"
-            )
-        call = AttentionCall(attn_implementation or "eager", module, query, key, value, attention_mask, kwargs)
-        return call.run(base, entries)
+        # transformers' models pass these by name or in this order; some pass the mask by keyword.
+        def attention(
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Any = None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            slot: AttentionSlot | None = module.__dict__.get(SLOT)
+            entries = [] if slot is None else [e for e in slot.entries if e.owner.active]
+            if not entries:
+                return base(module, query, key, value, attention_mask, *args, **kwargs)
+            if args:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} passes {len(args)} arguments after the mask by position; its "
+                    f"attention is understood with keywords only"
+                )
+            call = AttentionCall(attn_implementation or "eager", module, query, key, value, attention_mask, kwargs)
+            return call.run(base, entries)
 
-    return attention
+        return attention
+
+    return get_interface
 
 
-_original = AttentionInterface.get_interface
-_lock = threading.Lock()
+_lock = threading.RLock()  # a collected slot is dropped wherever the collector runs, under this lock too
 _holders = 0
+_below: Callable[..., Any] = AttentionInterface.get_interface
+_live: Callable[..., Any] | None = None
 
 
 def _retain(slot: AttentionSlot) -> Callable[[], object]:
     """Keep the wrap in place until the slot is released or collected."""
-    global _holders, _original
+    global _holders, _below, _live
     with _lock:
         _holders += 1
         if _holders == 1:
-            _original = AttentionInterface.get_interface
-            AttentionInterface.get_interface = _get_interface
+            _below = AttentionInterface.get_interface
+            _live = AttentionInterface.get_interface = _wrapped(_below)
     finalizer = weakref.finalize(slot, _drop)
     finalizer.atexit = False
     return finalizer
 
 
 def _drop() -> None:
-    global _holders
+    global _holders, _live
     with _lock:
         _holders -= 1
-        # Somebody may have wrapped it after us; ours then stays underneath and passes through.
-        if _holders == 0 and AttentionInterface.get_interface is _get_interface:
-            AttentionInterface.get_interface = _original
+        if _holders == 0:
+            # Somebody may have wrapped it after us; ours then stays underneath and passes through.
+            if AttentionInterface.get_interface is _live:
+                AttentionInterface.get_interface = _below
+            _live = None
