@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,9 +64,9 @@ def test_a_query_is_the_same_tokens_with_demonstrations(tokenizer: Any) -> None:
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mimic_core.demo", *options], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "mimic_core.demo", *options]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=offline)
 
 
 def test_a_whole_run(tokenizer: Any, tmp_path: Path) -> None:

@@ -47,15 +47,15 @@ def parse() -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """All tasks asked for, table by table."""
-    model, tokenizer = load_model(options.model)
     names = list(TASKS) if options.task == "both" else [options.task]
     epochs, held_out = (1, 20) if options.quick else (options.epochs, None)
+    tasks = [make_task(name, options.pairs, options.seed, held_out) for name in names]
+    model, tokenizer = load_model(options.model)
     results = {}
     with TemporaryDirectory() as temporary:
-        for name in names:
-            task = make_task(name, options.pairs, options.seed, held_out)
+        for task in tasks:
             experiment = Experiment(model, tokenizer, task, options.shots, options.seed)
-            results[name] = run_task(experiment, epochs, (options.output or Path(temporary)) / name)
+            results[task.name] = run_task(experiment, epochs, (options.output or Path(temporary)) / task.name)
     if options.output:
         print(f"The shifts are in {options.output}.")
     if options.json:
