@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import ShapeError, UnknownNameError
+from .ops._precision import wide
 from .types import LayerStates
 
 __all__ = ["Recipe", "layer_cosine", "layer_mse", "lm", "logits_kl", "recipe"]
@@ -57,7 +58,7 @@ def _layer_wise(
     per_layer = []
     for layer in layers:
         ours, theirs = (_tokens(side.states[layer]) for side in (student, teacher))
-        per_layer.append(distance(_wide(ours), _wide(theirs.detach().to(ours.device))).to(samples.device))
+        per_layer.append(distance(wide(ours), wide(theirs.detach().to(ours.device))).to(samples.device))
     per_token = torch.stack(per_layer).mean(0)
     per_sample = per_token.new_zeros(len(counts)).index_add(0, samples, per_token) / counts
     return per_sample.mean()
@@ -96,10 +97,6 @@ def _mismatch(student: Tensor, teacher: Tensor) -> str:
     return "student and teacher selected the samples' tokens in different orders"
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def logits_kl(
     student: Float[Tensor, "b t n"],
     teacher: Float[Tensor, "b u n"],
@@ -131,8 +128,8 @@ def logits_kl(
             )
         chosen.append(where.to(logits.device).nonzero()[:, 0])
     _check_samples(*chosen)
-    ours = _wide(student[student_where.to(student.device)]) / temperature
-    theirs = _wide(teacher.detach()[teacher_where.to(teacher.device)]).to(ours.device) / temperature
+    ours = wide(student[student_where.to(student.device)]) / temperature
+    theirs = wide(teacher.detach()[teacher_where.to(teacher.device)]).to(ours.device) / temperature
     divergence = F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), reduction="batchmean", log_target=True)
     return divergence * temperature**2
 
@@ -159,7 +156,7 @@ def lm(
     chosen = label_mask[:, 1:].to(logits.device)
     if not chosen.any():
         raise ShapeError("label_mask chooses no token after the first position; there is nothing to predict")
-    return F.cross_entropy(_wide(logits[:, :-1][chosen]), input_ids[:, 1:].to(logits.device)[chosen])
+    return F.cross_entropy(wide(logits[:, :-1][chosen]), input_ids[:, 1:].to(logits.device)[chosen])
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import BackendUnavailableError, ShapeError, UnknownNameError
 from . import _cpu, _reference, _sdpa
 from ._checks import check_attention, check_shift
-from ._masks import Mask, normalised
+from ._masks import Mask, causal_mask, normalised
 from ._precision import full_precision
 from ._reference import gate
 
@@ -75,6 +75,17 @@ def resolve_backend(
     raise BackendUnavailableError("; ".join(passed_over))  # the reference takes everything: not reached
 
 
+def _arguments(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool
+) -> tuple[Mask, float, bool]:
+    """Mask, scale and is_causal, checked, as every backend takes them."""
+    scale = check_attention(q, k, v, mask, scale, is_causal)
+    if is_causal and scale < 0:
+        # torch's kernels multiply their own -inf by the scale: a negative one makes NaN of it.
+        return causal_mask(q.shape[2], k.shape[2], q.device), scale, False
+    return normalised(mask, q.dtype), scale, is_causal
+
+
 def attention_with_lse(
     q: Float[Tensor, "b h t d"],
     k: Float[Tensor, "b g s d"],
@@ -101,8 +112,7 @@ def attention_with_lse(
 
     Differentiable in q, k and v through both results; gradients of a mask only with backend "reference".
     """
-    scale = check_attention(q, k, v, mask, scale, is_causal)
-    mask = normalised(mask, q.dtype)
+    mask, scale, is_causal = _arguments(q, k, v, mask, scale, is_causal)
     module = _BACKENDS[resolve_backend(q, k, v, mask, backend).name]
     with full_precision(q):
         return module.attention_with_lse(q, k, v, mask, scale, is_causal)
@@ -120,8 +130,7 @@ def attention_lse(
 
     Makes no [t s] tensor (backend "reference" does). Raises as `attention_with_lse`. Differentiable in q and k.
     """
-    scale = check_attention(q, k, k, mask, scale, is_causal)
-    mask = normalised(mask, q.dtype)
+    mask, scale, is_causal = _arguments(q, k, k, mask, scale, is_causal)
     module = _BACKENDS[resolve_backend(q, k, k, mask, backend).name]
     with full_precision(q):
         return module.attention_lse(q, k, mask, scale, is_causal)
@@ -175,13 +184,15 @@ def shifted_attention(
     Differentiable in every tensor but the mask; the gradient through the LSE into q and k is included.
     Source: Jiang et al., CVPR 2025, arXiv:2504.08851, section 3.2.
     """
-    scale = check_attention(q, k, v, mask, scale, is_causal)
-    mask = normalised(mask, q.dtype)
+    mask, scale, is_causal = _arguments(q, k, v, mask, scale, is_causal)
     b, h, t, _ = q.shape
     check_shift(q, (b, t, h, v.shape[-1]), vector, gate_weight, gate_bias)
     module = _BACKENDS[resolve_backend(q, k, v, mask, backend).name]
     with full_precision(q):
-        return module.shifted_attention(q, k, v, vector, gate_weight, gate_bias, mask, scale, is_causal)
+        if fused := getattr(module, "shifted_attention", None):
+            return fused(q, k, v, vector, gate_weight, gate_bias, mask, scale, is_causal)
+        out, lse = module.attention_with_lse(q, k, v, mask, scale, is_causal)
+        return _reference.gated_shift(out, q, lse, vector, gate_weight, gate_bias)
 
 
 def norm_preserving_add(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.torch_version import TorchVersion
 
-from ._masks import Mask, causal_mask, four_axes, rows_that_attend
+from ._masks import Mask, causal_mask, rows_that_attend
 from ._precision import full_precision, wide
 from ._reference import gate, gate_logit, gated_shift
 
@@ -53,20 +53,19 @@ class _Prepared(NamedTuple):
     attends: Bool[Tensor, "#b #h #t"] | None
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> _Prepared:
+def _prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, is_causal: bool) -> _Prepared:
     """Steer clear of what the kernel gets wrong silently."""
     attends = rows_that_attend(mask)
     t, s = q.shape[2], k.shape[2]
     if is_causal and t < s:
-        k, v, s = k[:, :, :t], v[:, :, :t], t
-    # The kernel multiplies its own -inf by the scale: a negative one makes NaN of it.
-    if is_causal and (t > s or scale < 0):
-        mask, is_causal = four_axes(causal_mask(t, s, q.device)), False
+        k, v = k[:, :, :t], v[:, :, :t]
+    elif is_causal and t > s:
+        mask, is_causal = causal_mask(t, s, q.device), False
     if mask is not None:
         if mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
-        # In another dtype than q's it gives garbage; torch 2.6 takes the last axis for contiguous.
-        mask = mask.to(q.dtype).expand(*mask.shape[:-1], s)
+        # torch 2.6 takes the last axis for contiguous.
+        mask = mask.expand(*mask.shape[:-1], s)
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
     if not _GROUPED_HEADS and k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -78,7 +77,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causa
 def attention_with_lse(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    p = _prepare(q, k, v, mask, scale, is_causal)
+    p = _prepare(q, k, v, mask, is_causal)
     if _needs_grad(q, k, v):
         out, lse = _AttentionWithLSE.apply(p.q, p.k, p.v, p.mask, scale, p.is_causal)  # pyright: ignore[reportGeneralTypeIssues]
     else:
@@ -107,7 +106,7 @@ def shifted_attention(
     if not _needs_grad(q, k, v, vector, gate_weight, gate_bias):
         out, lse = attention_with_lse(q, k, v, mask, scale, is_causal)
         return gated_shift(out, q, lse, vector, gate_weight, gate_bias)
-    p = _prepare(q, k, v, mask, scale, is_causal)
+    p = _prepare(q, k, v, mask, is_causal)
     return _ShiftedAttention.apply(  # pyright: ignore[reportReturnType]
         p.q, p.k, p.v, vector, gate_weight, gate_bias, p.mask, p.attends, scale, p.is_causal
     )

@@ -50,7 +50,7 @@ def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool, row
         return scores
     part = mask if mask.shape[2] == 1 else mask[:, :, rows]
     part = part[:, :, None] if part.shape[1] == 1 else _by_key_head(part, k)
-    return scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.to(scores.dtype)
+    return scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
 
 
 def _by_key_head(x: Tensor, k: Tensor) -> Tensor:

@@ -11,20 +11,20 @@ from torch import Tensor
 Mask: TypeAlias = Bool[Tensor, "..."] | Float[Tensor, "..."] | None
 
 
-def four_axes(mask: Mask) -> Mask:
-    """The mask as [b h t s], each axis whole or 1: what kernels agree on."""
-    return mask if mask is None else mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
-
-
 def normalised(mask: Mask, dtype: torch.dtype) -> Mask:
-    """The mask with four axes, an additive one in q's dtype: what is lowest there is forbidden in every backend."""
-    mask = four_axes(mask)
-    return mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+    """The mask as every backend takes it: [b h t s], each axis whole or 1, an additive one in q's dtype.
+
+    The CPU kernel makes garbage of another dtype; and what is lowest in q's is forbidden in every backend.
+    """
+    if mask is None:
+        return None
+    mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+    return mask if mask.dtype == torch.bool else mask.to(dtype)
 
 
-def causal_mask(t: int, s: int, device: torch.device) -> Bool[Tensor, "t s"]:
+def causal_mask(t: int, s: int, device: torch.device) -> Bool[Tensor, "1 1 t s"]:
     """Query i attends to keys 0..i: aligned at the upper left, as torch's `is_causal` is."""
-    return torch.ones(t, s, dtype=torch.bool, device=device).tril()
+    return torch.ones(1, 1, t, s, dtype=torch.bool, device=device).tril()
 
 
 def rows_that_attend(mask: Mask) -> Bool[Tensor, "#b #h #t"] | None:

@@ -20,7 +20,7 @@ def logits(
         mask = causal_mask(q.shape[2], k.shape[2], q.device)
     if mask is None:
         return scores
-    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 
 
 def attention_with_lse(
@@ -79,21 +79,6 @@ def gated_shift(
 ) -> Float[Tensor, "b t h e"]:
     mu = gate(gate_logit(query, gate_weight, gate_bias), lse).transpose(1, 2)
     return (wide(attn_out) + mu[..., None] * vector.to(mu.dtype)).to(attn_out.dtype)
-
-
-def shifted_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    vector: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    mask: Mask,
-    scale: float,
-    is_causal: bool,
-) -> Tensor:
-    out, lse = attention_with_lse(q, k, v, mask, scale, is_causal)
-    return gated_shift(out, q, lse, vector, gate_weight, gate_bias)
 
 
 def norm_preserving_add(
