@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import adapter_for, unwrap
+from .adapters import locate
 from .errors import UnknownNameError
 from .heads import HeadConfig, ShiftStack, head_class, head_for_config
-from .types import ModelSpec
 
 
 def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: Any) -> ShiftStack:
@@ -29,7 +28,7 @@ def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: 
         UnknownNameError: no such head or option.
         ShapeError: `layers` names a layer the model doesn't have.
     """
-    adapter = adapter_for(model)
+    inner, _, spec = locate(model)
     if isinstance(head, str):
         kind = head_class(head)
         unknown = set(options) - set(kind.config_class.option_names())
@@ -43,14 +42,13 @@ def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: 
         kind, config = head_for_config(head), head
         if options:
             raise UnknownNameError(f"options go into the config or beside a name, not both; found {', '.join(options)}")
-    inner = unwrap(model)
-    return place(ShiftStack(kind, config, adapter.spec(inner)), inner, adapter.spec(inner))
+    return place(ShiftStack(kind, config, spec), inner)
 
 
-def place(stack: ShiftStack, model: nn.Module, spec: ModelSpec) -> ShiftStack:
+def place(stack: ShiftStack, model: nn.Module) -> ShiftStack:
     """Move each head to the device of its layer's weights; where those are offloaded (meta), leave it on the CPU."""
     for head in stack:
-        weights = next(model.get_submodule(spec.layers[head.layer.index].path).parameters(), None)
+        weights = next(model.get_submodule(head.layer.path).parameters(), None)
         if weights is not None and weights.device.type != "meta":
             head.to(weights.device)
     return stack

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .adapters import Installation, SiteEdit
 from .errors import PatchStateError, ShapeError, UnknownNameError
 from .patch import choose_layers
-from .types import READ_ONLY_SITES, At, Site, check_site
+from .types import At, Site, check_site
 
 # The axis of each site's tensor that runs over tokens.
 _TOKEN_AXIS: dict[str, int] = {"query": 2, "key": 2, "value": 2, "lse": 2}
@@ -43,11 +43,7 @@ class Capture:
         self._grad = grad
         self._taken: dict[Site, dict[int, Tensor]] = {name: {} for name in names}
         chosen = choose_layers(model, names, layers)
-        self._edits = [
-            SiteEdit(layer, name, partial(self._take, name), needs_lse=name in READ_ONLY_SITES)
-            for name in names
-            for layer in chosen
-        ]
+        self._edits = [SiteEdit(layer, name, partial(self._take, name)) for name in names for layer in chosen]
         self._model = model
         self._installation: Installation | None = None
 

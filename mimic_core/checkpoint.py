@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .adapters import adapter_for, unwrap
+from .adapters import locate
 from .build import place
 from .errors import CheckpointError, MimicError
 from .heads import ShiftStack, head_class
@@ -79,7 +79,7 @@ def load_shifts(source: str | os.PathLike[str], model: nn.Module, revision: str 
             that isn't registered, or was made for a model of other sizes.
         UnsupportedModelError: no adapter fits the model.
     """
-    spec = adapter_for(model).spec(unwrap(model))
+    inner, _, spec = locate(model)
     folder = _folder(source, revision)
     description = _read_description(folder / _DESCRIPTION)
     try:
@@ -101,7 +101,7 @@ def load_shifts(source: str | os.PathLike[str], model: nn.Module, revision: str 
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / _TENSORS} can't be read: {error}; the file is damaged or missing") from error
     _fill(stack, tensors, str(folder / _TENSORS))
-    return place(stack, unwrap(model), spec)
+    return place(stack, inner)
 
 
 def _folder(source: str | os.PathLike[str], revision: str | None) -> Path:

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from .adapters import Installation, SiteEdit, adapter_for, unwrap
+from .adapters import Installation, SiteEdit, locate
 from .adapters.install import installed
 from .errors import PatchStateError, ShapeError
 from .heads import ShiftStack
-from .types import READ_ONLY_SITES, At, check_site
+from .types import At, check_site
 
 
 class Handle:
@@ -61,9 +61,9 @@ def patch(model: nn.Module, shifts: ShiftStack) -> Handle:
         PatchStateError: this very stack is already in this model. Also raised by a later forward that never reaches one
             of the sites.
     """
-    spec = adapter_for(model).spec(unwrap(model))
+    inner, _, spec = locate(model)
     if misfit := shifts.spec.misfit(spec):
-        raise ShapeError(f"these shifts don't fit {type(unwrap(model)).__name__}: they were built for {misfit}")
+        raise ShapeError(f"these shifts don't fit {type(inner).__name__}: they were built for {misfit}")
     if any(i.key is shifts for i in installed(model)):
         raise PatchStateError(
             "these shifts are already in this model; remove their handle first, or build another stack"
@@ -105,7 +105,7 @@ def hook(
     """
     name = check_site(site)
     chosen = choose_layers(model, (name,), layers)
-    edits = [SiteEdit(layer, name, fn, needs_lse=name in READ_ONLY_SITES) for layer in chosen]
+    edits = [SiteEdit(layer, name, fn) for layer in chosen]
     return Handle(Installation(model, edits))
 
 
@@ -113,6 +113,5 @@ def choose_layers(model: nn.Module, sites: Iterable[str], layers: Iterable[int] 
     """The layers asked for, or every one that has all the sites."""
     if layers is not None:
         return list(layers)
-    spec = adapter_for(model).spec(unwrap(model))
     wanted = set(sites)
-    return [layer.index for layer in spec.layers if wanted <= set(layer.sites)]
+    return [layer.index for layer in locate(model).spec.layers if wanted <= set(layer.sites)]

@@ -85,8 +85,8 @@ def _layer_tensors(state_dict: Mapping[str, Tensor], index: int, config: HeadCon
             wanted["mlp_vector"] = ("ffn_shift", index)
     found = {}
     for name, (key, row) in wanted.items():
-        rows = state_dict[key].shape[:1] if key in state_dict else ()
-        if key not in state_dict or (row is not None and [row] >= list(rows)):
+        tensor = state_dict.get(key)
+        if tensor is None or (row is not None and (tensor.ndim == 0 or row >= len(tensor))):
             raise CheckpointError(f"this state dict has no {key} for layer {index} of the model")
-        found[name] = state_dict[key] if row is None else state_dict[key][row]
+        found[name] = tensor if row is None else tensor[row]
     return found

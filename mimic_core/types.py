@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -137,14 +137,11 @@ class At:
 
     def _seen(self, name: str) -> AttentionView:
         if self._attention is None:
-            self._absent(name)
+            raise PatchStateError(
+                f"`at.{name}` was asked for at site {self.site!r} of layer {self.layer}, which is outside the "
+                f"attention call; it is there only at {', '.join(ATTENTION_SITES)}"
+            )
         return self._attention
-
-    def _absent(self, name: str) -> NoReturn:
-        raise PatchStateError(
-            f"`at.{name}` was asked for at site {self.site!r} of layer {self.layer}, which is outside the attention "
-            f"call; it is there only at {', '.join(ATTENTION_SITES)}"
-        )
 
     @property
     def query(self) -> Float[Tensor, "b h t d"]:

@@ -1,6 +1,6 @@
 """Adapters: where a model's sites are, and how an edit gets there."""
 
-from .base import AttentionAdapter, PathAdapter, adapter_for, register_adapter, unwrap
+from .base import AttentionAdapter, PathAdapter, adapter_for, locate, register_adapter, unwrap
 from .install import Installation, SiteEdit
 from .named import Idefics2Adapter, IdeficsAdapter, LlamaAdapter, LlavaAdapter
 
@@ -14,6 +14,7 @@ __all__ = [
     "PathAdapter",
     "SiteEdit",
     "adapter_for",
+    "locate",
     "register_adapter",
     "unwrap",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Protocol, TypeVar, cast, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 from torch import nn
 
@@ -53,6 +53,14 @@ def register_adapter(*model_types: str) -> Callable[[A], A]:
     return _ADAPTERS.register(*model_types)  # pyright: ignore[reportReturnType]
 
 
+class Located(NamedTuple):
+    """A model without its wrappers, its adapter, and what the adapter says of it."""
+
+    model: nn.Module
+    adapter: AttentionAdapter
+    spec: ModelSpec
+
+
 def adapter_for(model: nn.Module) -> AttentionAdapter:
     """The adapter registered for the model's type, checked against the model.
 
@@ -61,6 +69,11 @@ def adapter_for(model: nn.Module) -> AttentionAdapter:
     Raises:
         UnsupportedModelError: no adapter is registered for the type, or the model is not laid out as it expects.
     """
+    return locate(model).adapter
+
+
+def locate(model: nn.Module) -> Located:
+    """`adapter_for`, with the model and the spec that finding it took."""
     inner = unwrap(model)
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
     if not isinstance(inner, nn.Module) or not isinstance(model_type, str):
@@ -74,8 +87,7 @@ def adapter_for(model: nn.Module) -> AttentionAdapter:
             f"subclass with the paths of its layers, attention and MLP"
         )
     adapter = _ADAPTERS.get(model_type)()
-    adapter.spec(inner)
-    return adapter
+    return Located(inner, adapter, adapter.spec(inner))
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import PatchStateError, UnsupportedModelError
 from ..types import ATTENTION_SITES, LayerSpec, Site
-from .base import adapter_for, unwrap
+from .base import locate, unwrap
 from .interface import SLOT, AttentionSlot, Entry, SiteEdit
 
 
@@ -52,12 +52,10 @@ class Installation:
         self._state = _ForwardState()
         self._hooks: list[RemovableHandle] = []
         self._slotted: list[nn.Module] = []
-        inner = unwrap(model)
-        adapter = adapter_for(inner)
-        layers = adapter.spec(inner).layers
+        inner, adapter, spec = locate(model)
         self._entries = [Entry(edit, self) for edit in edits]
         for entry in self._entries:
-            _check_place(inner, layers, entry.edit)
+            _check_place(inner, spec.layers, entry.edit)
         places = [adapter.module(inner, entry.edit.layer, entry.edit.site) for entry in self._entries]
         try:
             for entry, module in zip(self._entries, places, strict=True):
@@ -72,7 +70,7 @@ class Installation:
 
     def _attach(self, entry: Entry, module: nn.Module) -> None:
         if entry.edit.site in ATTENTION_SITES:
-            slot = module.__dict__.setdefault(SLOT, None) or AttentionSlot()
+            slot = module.__dict__.get(SLOT) or AttentionSlot()
             module.__dict__[SLOT] = slot
             slot.entries += (entry,)
             self._slotted.append(module)

@@ -37,7 +37,7 @@ class SiteEdit:
     Attributes:
         run: Given the value and an `At`, returns the new value, or None to leave it.
         fused: At `attn_heads`: attention and edit in one; may return None to decline.
-        needs_lse: `run` reads `at.lse`.
+        needs_lse: `run` reads `at.lse`; at site `lse` it is what it is given.
     """
 
     layer: int
@@ -174,7 +174,7 @@ class AttentionCall(AttentionView):
                 setattr(self, entry.edit.site, entry.apply(getattr(self, entry.edit.site), self.module, self))
                 self._lse = None  # an edit may have asked for it and then changed what it is made of
         heads = [e for e in entries if e.edit.site == "attn_heads"]
-        readers = [e for e in entries if e.edit.needs_lse]
+        readers = [e for e in entries if e.edit.needs_lse or e.edit.site == "lse"]
         if readers:
             self._check_lse()  # before attention is paid for
         weights = None
