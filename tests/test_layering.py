@@ -105,6 +105,24 @@ def test_only_some_parts_know_the_hub(path: Path) -> None:
     assert not found or noun(module_name(path)) in MAY_IMPORT_HUB, f"{path.name} imports {found}"
 
 
+@over_sources
+def test_only_triton_files_import_triton_and_nobody_imports_those_at_its_top(path: Path) -> None:
+    """So that a machine without triton, and `import mimic_core`, never meet it."""
+    if "triton" in {name[0] for name in imports(path)}:
+        assert path.name.startswith("_triton")
+    at_top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+    taken = {f"{node.module or ''}.{alias.name}" for node in at_top for alias in node.names}
+    if not imports_triton(path):
+        kernels = {p.stem for p in SOURCES if imports_triton(p)}
+        assert not [name for name in taken if kernels & set(name.split("."))], path.name
+
+
+def imports_triton(path: Path) -> bool:
+    top = ast.parse(path.read_text()).body
+    modules = [alias.name for node in top if isinstance(node, ast.Import) for alias in node.names]
+    return any(name.split(".")[0] == "triton" for name in modules)
+
+
 def names_taken(path: Path) -> Iterator[str]:
     """What a file takes from the package by name: `mc.patch`, or `from mimic_core import patch`."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -145,10 +163,10 @@ def test_no_broad_except(path: Path) -> None:
 
 
 def text_files() -> list[Path]:
-    suffixes = (".py", ".md", ".toml", ".yml", ".yaml", ".txt", ".typed")
+    suffixes = (".py", ".cpp", ".h", ".md", ".toml", ".yml", ".yaml", ".txt", ".typed")
     return [
         path
-        for folder in ("mimic_core", "tests", "docs")
+        for folder in ("mimic_core", "benchmarks", "tests", "docs")
         for path in sorted((ROOT / folder).rglob("*"))
         if path.suffix in suffixes and not any(part.startswith((".", "__pycache__")) for part in path.parts[-3:])
     ]
