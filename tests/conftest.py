@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
-# Before anything imports mimic_core.
-install_import_hook("mimic_core", "beartype.beartype")
-
 # The models are tiny: a second thread costs more than it does.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-shape-checks", action="store_true", help="import the package as a user does")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before anything imports mimic_core.
+    if not config.getoption("--no-shape-checks"):
+        install_import_hook("mimic_core", "beartype.beartype")
 
 
 @pytest.fixture
@@ -27,6 +36,31 @@ def no_shape_checks() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def native_kernels() -> ModuleType:
+    """The C++ kernels, built where only tests look."""
+    from mimic_core.ops import _native, build_native
+
+    build_native(Path(__file__).parent.parent / ".pytest_cache" / "native")
+    kernels = _native.kernels()
+    assert kernels is not None
+    return kernels
+
+
+@pytest.fixture(autouse=True)
+def _native_or_not(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the native kernels are built is the machine's; in a test it is the test's.
+
+    They are there where it has the parameter `backend` "native" or is marked so.
+    """
+    from mimic_core.ops import _native
+
+    wanted = getattr(getattr(request.node, "callspec", None), "params", {}).get("backend") == "native"
+    wanted = wanted or request.node.get_closest_marker("native") is not None
+    monkeypatch.setattr(_native, "_kernels", request.getfixturevalue("native_kernels") if wanted else None)
+    monkeypatch.setattr(_native, "_looked", True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -15,14 +15,14 @@ def tensors() -> dict[str, Tensor]:
     return {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "native", "sdpa"])
 def test_ops_are_the_same_inside_autocast(backend: str) -> None:
-    args = tensors()
+    args, name = tensors(), "cpu" if backend == "native" else backend
 
     def run(autocast: bool) -> list[Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            shifted = mc.ops.shifted_attention(*args.values(), is_causal=True, backend=backend)
-            lse = mc.ops.attention_lse(args["q"], args["k"], is_causal=True, backend=backend)
+            shifted = mc.ops.shifted_attention(*args.values(), is_causal=True, backend=name)
+            lse = mc.ops.attention_lse(args["q"], args["k"], is_causal=True, backend=name)
         loss = shifted.square().sum() + lse.square().sum()
         return [shifted, lse, *torch.autograd.grad(loss, list(args.values()))]
 

@@ -121,7 +121,8 @@ def _every_op(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> list[Any]:
 def test_unknown_backend_is_told_what_there_is():
     for run in _every_op(Q, K, V, backend="flash"):
         with pytest.raises(
-            UnknownNameError, match=r"^no backend is called 'flash'; there are: auto, cpu, sdpa, reference$"
+            UnknownNameError,
+            match=r"^no backend is called 'flash'; there are: auto, cpu, cuda, triton, sdpa, reference, flex$",
         ):
             run()
 
@@ -133,6 +134,10 @@ def test_unknown_backend_is_told_what_there_is():
         ("cpu", "the mask requires a gradient and the kernel passes none to it"),
         ("cpu", "the kernel does not take an empty batch or sequence"),
         ("sdpa", "the mask requires a gradient and the chunked LSE passes none to it"),
+        ("cuda", "the tensors are on cpu"),
+        ("triton", "the tensors are on cpu"),
+        ("flex", "the mask requires a gradient"),
+        ("flex", "flex_attention does not take an empty batch or sequence"),
     ],
 )
 def test_unavailable_backend_never_falls_back(backend: str, reason: str):
@@ -151,7 +156,7 @@ def test_unavailable_backend_never_falls_back(backend: str, reason: str):
 def test_auto_on_another_device_is_not_the_cpu_kernel():
     q, k, v, vector, weight, bias = (X[name].to("meta") for name in ("q", "k", "v", *SHIFT))
     said = ops.resolve_backend(q, k, v)
-    assert said == ("sdpa", "not cpu: the tensors are on meta")
+    assert said == ("sdpa", "the first choice")
     assert ops.shifted_attention(q, k, v, vector, weight, bias).shape == (2, 5, 4, 8)
 
 

@@ -162,7 +162,7 @@ def test_zero_vector_is_plain_attention_bit_for_bit(case: Case, dtype: torch.dty
 # --- the identity the method comes from
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu", "sdpa"])
 @DRAWN
 @given(
     sizes=st.tuples(*[st.integers(1, 6)] * 3), heads=st.sampled_from([(1, 1), (2, 1), (2, 2), (6, 3)]),

@@ -3,22 +3,36 @@
 `b` batch, `h` attention heads, `g` key/value heads (g divides h), `t` query positions, `s` key positions, `d` head_dim,
 `e` value head_dim. Masks are None, bool (True = attend) or additive, broadcastable to [b h t s]. `is_causal` is
 aligned at the upper left, as torch's. Parameters in fp32, maths in fp32 (fp64 for fp64 inputs), the result in the
-input's dtype. `backend` is "auto", "reference", "cpu" (torch's flash kernel) or "sdpa" (any device); only "auto"
-chooses, a named one never falls back. Autocast around a call changes nothing in it.
+input's dtype. Autocast around a call changes nothing in it.
+
+`backend` is "auto" or one of these; only "auto" chooses, a named one never falls back:
+
+| backend | what |
+|---|---|
+| cpu | torch's flash kernel; with `build_native` one pass around it in C++ |
+| cuda | torch's flash, memory-efficient or cuDNN kernel, one Triton pass around it |
+| triton | everything in one kernel, on CUDA |
+| flex | FlexAttention, on CUDA ("auto" never takes it) |
+| sdpa | any device: torch's attention, and the LSE beside it in chunks |
+| reference | the specification: eager, scores materialised |
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import NamedTuple
+import math
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import BackendUnavailableError, ShapeError, UnknownNameError
-from . import _cpu, _reference, _sdpa
+from ..errors import BackendUnavailableError, ShapeError
+from . import _native, _norm, _reference
+from ._backends import Backend, follows_sdpa, module_for, resolve_backend
 from ._checks import check_attention, check_shift
+from ._cpu import GROUPED_HEADS as _GROUPED_HEADS
+from ._folded import needs_grad
 from ._masks import Mask, causal_mask, normalised
+from ._native import build_native
 from ._precision import full_precision
 from ._reference import gate
 
@@ -26,53 +40,14 @@ __all__ = [
     "Backend",
     "attention_lse",
     "attention_with_lse",
+    "build_native",
+    "follows_sdpa",
     "gate",
     "gated_shift",
     "norm_preserving_add",
     "resolve_backend",
     "shifted_attention",
 ]
-
-# In the order "auto" tries them; the reference is never its choice.
-_BACKENDS: dict[str, ModuleType] = {"cpu": _cpu, "sdpa": _sdpa, "reference": _reference}
-
-
-class Backend(NamedTuple):
-    """Which backend runs a call, and why that one."""
-
-    name: str
-    why: str
-
-
-def resolve_backend(
-    q: Float[Tensor, "b h t d"],
-    k: Float[Tensor, "b g s d"],
-    v: Float[Tensor, "b g s e"],
-    mask: Mask = None,
-    backend: str = "auto",
-) -> Backend:
-    """The backend that would run attention over these tensors.
-
-    Raises:
-        UnknownNameError: there is no backend of that name.
-        BackendUnavailableError: the named backend can't run this call; the message says why.
-    """
-    if backend != "auto":
-        if backend not in _BACKENDS:
-            raise UnknownNameError(f"no backend is called {backend!r}; there are: auto, {', '.join(_BACKENDS)}")
-        if reason := _BACKENDS[backend].unavailable(q, k, v, mask):
-            raise BackendUnavailableError(
-                f"backend {backend!r} was asked for and can't run this call: {reason}; "
-                f'backend="auto" chooses one that can'
-            )
-        return Backend(backend, "asked for by name")
-    passed_over = []
-    for name, module in _BACKENDS.items():
-        reason = module.unavailable(q, k, v, mask)
-        if reason is None:
-            return Backend(name, "; ".join(passed_over) or "the first choice")
-        passed_over.append(f"not {name}: {reason}")
-    raise BackendUnavailableError("; ".join(passed_over))  # the reference takes everything: not reached
 
 
 def _arguments(
@@ -113,7 +88,7 @@ def attention_with_lse(
     Differentiable in q, k and v through both results; gradients of a mask only with backend "reference".
     """
     mask, scale, is_causal = _arguments(q, k, v, mask, scale, is_causal)
-    module = _BACKENDS[resolve_backend(q, k, v, mask, backend).name]
+    module = module_for(q, k, v, mask, backend)
     with full_precision(q):
         return module.attention_with_lse(q, k, v, mask, scale, is_causal)
 
@@ -124,16 +99,45 @@ def attention_lse(
     mask: Mask = None,
     scale: float | None = None,
     is_causal: bool = False,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " h"] | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "b h t"]:
     """The LSE of `attention_with_lse` alone, for an attention that was computed elsewhere.
 
-    Makes no [t s] tensor (backend "reference" does). Raises as `attention_with_lse`. Differentiable in q and k.
+    Args:
+        softcap: Logits are softcap * tanh(logits / softcap) before the mask. Backends "sdpa" and "reference" alone.
+        sinks: One more logit per attention head, which every row that attends to a key has.
+
+    Makes no [t s] tensor (backends "reference" and, on a CPU, "flex" do). Differentiable in q, k and the sinks.
+
+    Raises:
+        ShapeError, ValueError, UnknownNameError, BackendUnavailableError: as `attention_with_lse`; and for sinks that
+            are not one per attention head, a softcap that is not positive, a backend that doesn't know one.
     """
     mask, scale, is_causal = _arguments(q, k, k, mask, scale, is_causal)
-    module = _BACKENDS[resolve_backend(q, k, k, mask, backend).name]
+    if sinks is not None and (tuple(sinks.shape) != (q.shape[1],) or sinks.device != q.device):
+        raise ShapeError(
+            f"sinks should be [{q.shape[1]}] on {q.device}, one per attention head; given {list(sinks.shape)} on "
+            f"{sinks.device}"
+        )
+    capped = {}
+    if softcap is not None:
+        if not softcap > 0 or math.isinf(softcap):
+            raise ValueError(f"softcap should be positive and finite, found {softcap}")
+        capped = {"softcap": softcap}
+        if backend == "auto":
+            backend = "sdpa"
+        elif backend not in ("sdpa", "reference"):
+            raise BackendUnavailableError(
+                f"backend {backend!r} was asked for and can't run this call: only 'sdpa' and 'reference' know a softcap"
+            )
+    module = module_for(q, k, k, mask, backend)
     with full_precision(q):
-        return module.attention_lse(q, k, mask, scale, is_causal)
+        lse = module.attention_lse(q, k, mask, scale, is_causal, **capped)
+        if sinks is None:
+            return lse
+        return torch.logaddexp(lse, sinks.to(lse.dtype)[:, None]).masked_fill(lse == -torch.inf, -torch.inf)
 
 
 def gated_shift(
@@ -160,6 +164,10 @@ def gated_shift(
     Source: Jiang et al., CVPR 2025, arXiv:2504.08851, section 3.2.
     """
     check_shift(query, attn_out.shape, vector, gate_weight, gate_bias, lse)
+    if (native := _native.kernels()) and not needs_grad(attn_out, query, lse, vector, gate_weight, gate_bias):
+        out = native.gated_shift(attn_out, query, lse, vector, gate_weight, gate_bias)
+        if out is not None:
+            return out
     with full_precision(query):
         return _reference.gated_shift(attn_out, query, lse, vector, gate_weight, gate_bias)
 
@@ -184,10 +192,14 @@ def shifted_attention(
     Differentiable in every tensor but the mask; the gradient through the LSE into q and k is included.
     Source: Jiang et al., CVPR 2025, arXiv:2504.08851, section 3.2.
     """
+    if backend in ("auto", "cpu") and (native := _native.kernels()) and not torch.is_autocast_enabled("cpu"):
+        out = native.shifted_attention(q, k, v, vector, gate_weight, gate_bias, mask, scale, is_causal, _GROUPED_HEADS)
+        if out is not None:
+            return out
     mask, scale, is_causal = _arguments(q, k, v, mask, scale, is_causal)
     b, h, t, _ = q.shape
     check_shift(q, (b, t, h, v.shape[-1]), vector, gate_weight, gate_bias)
-    module = _BACKENDS[resolve_backend(q, k, v, mask, backend).name]
+    module = module_for(q, k, v, mask, backend)
     with full_precision(q):
         if fused := getattr(module, "shifted_attention", None):
             return fused(q, k, v, vector, gate_weight, gate_bias, mask, scale, is_causal)
@@ -208,7 +220,10 @@ def norm_preserving_add(
     Maths in fp32, the result in x's dtype. Differentiable in every argument.
     Source: Peng et al., NeurIPS 2024, arXiv:2406.13185.
     """
+    if (native := _native.kernels()) and isinstance(scale, Tensor):
+        out = native.norm_preserving_add(x, vector, scale)
+        if out is not None:
+            return out
     if vector.shape != x.shape[-1:]:
         raise ShapeError(f"vector should be [{x.shape[-1]}], as wide as x {list(x.shape)}; given {list(vector.shape)}")
-    with full_precision(x):
-        return _reference.norm_preserving_add(x, vector, scale)
+    return _norm.norm_preserving_add(x, vector, scale)

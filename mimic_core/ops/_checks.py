@@ -24,7 +24,7 @@ def check_attention(
         raise ShapeError(f"{problem}; expected q [b h t d], k [b g s d], v [b g s e]; given {given}, {masked}")
     if scale is None:
         return q.shape[-1] ** -0.5
-    if not math.isfinite(scale) or scale == 0:
+    if not 0 < abs(scale) < math.inf:
         # Kernels scale what is masked already, and 0 * -inf is NaN.
         raise ValueError(f"scale should be finite and not 0, found {scale}")
     return scale

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -21,12 +20,17 @@ _CHUNK_ELEMENTS = 1 << 22
 
 
 def attention_lse(
-    q: Float[Tensor, "b h t d"], k: Float[Tensor, "b g s d"], mask: Mask, scale: float, is_causal: bool
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b g s d"],
+    mask: Mask,
+    scale: float,
+    is_causal: bool,
+    softcap: float | None = None,
 ) -> Float[Tensor, "b h t"]:
     """`_reference.attention_lse` with the memory of one chunk. Differentiable in q and k, not in the mask."""
     if is_causal:
         k = k[:, :, : q.shape[2]]
-    lse: Tensor = _ChunkedLSE.apply(q, k, mask, scale, is_causal)  # pyright: ignore[reportAssignmentType]
+    lse: Tensor = _ChunkedLSE.apply(q, k, mask, scale, is_causal, softcap)  # pyright: ignore[reportAssignmentType]
     attends = rows_that_attend(mask)
     return lse if attends is None else lse.masked_fill(~attends, -torch.inf)
 
@@ -37,10 +41,14 @@ def _chunks(q: Tensor, k: Tensor) -> list[slice]:
     return [slice(start, min(start + step, t)) for start in range(0, max(1, t), step)]
 
 
-def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool, rows: slice) -> Tensor:
+def _scores(
+    q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool, softcap: float | None, rows: slice
+) -> Tensor:
     """Masked logits of some rows, heads grouped by the key head they share: [b g r t s]."""
     grouped = _by_key_head(q[:, :, rows], k)
     scores = wide(grouped) @ wide(k)[:, :, None].mT * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if is_causal:
         causal = torch.arange(rows.start, rows.stop, device=q.device)[:, None] < torch.arange(
             k.shape[2], device=q.device
@@ -55,16 +63,20 @@ def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool, row
 
 def _by_key_head(x: Tensor, k: Tensor) -> Tensor:
     """Attention heads grouped by the key head they share."""
-    return rearrange(x, "b (g r) t d -> b g r t d", g=k.shape[1])
+    return x.unflatten(1, (k.shape[1], -1))
 
 
 class _ChunkedLSE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool) -> Tensor:
-        parts = [_scores(q, k, mask, scale, is_causal, rows).logsumexp(-1).flatten(1, 2) for rows in _chunks(q, k)]
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool, softcap: float | None
+    ) -> Tensor:
+        parts = [
+            _scores(q, k, mask, scale, is_causal, softcap, rows).logsumexp(-1).flatten(1, 2) for rows in _chunks(q, k)
+        ]
         lse = torch.cat(parts, dim=2)
         ctx.save_for_backward(q, k, lse, mask)
-        ctx.scale, ctx.is_causal = scale, is_causal
+        ctx.options = scale, is_causal, softcap
         return lse
 
     @staticmethod
@@ -78,12 +90,17 @@ class _ChunkedLSE(torch.autograd.Function):
         q, k, lse, mask = ctx.saved_tensors
         dq = torch.empty(q.shape, dtype=lse.dtype, device=q.device)
         dk = torch.zeros(k.shape, dtype=lse.dtype, device=q.device)
+        scale, is_causal, softcap = ctx.options
         for rows in _chunks(q, k):
-            scores = _scores(q, k, mask, ctx.scale, ctx.is_causal, rows)
+            scores = _scores(q, k, mask, scale, is_causal, softcap, rows)
             # d lse / d logits is the softmax. A row of -inf alone passes nothing on.
             row_lse = lse[:, :, rows].reshape(*scores.shape[:-1], 1)
             weights = torch.exp(scores - row_lse.masked_fill(row_lse == -torch.inf, 0.0))
-            weights = weights * (grad[:, :, rows].reshape(*scores.shape[:-1], 1) * ctx.scale)
+            weights = weights * (grad[:, :, rows].reshape(*scores.shape[:-1], 1) * scale)
+            if softcap is not None:
+                # The tanh again: what comes after it, the mask, is without consequence where a weight is not zero.
+                capped = _scores(q, k, None, scale, False, softcap, rows) / softcap
+                weights = weights * (1 - capped * capped)
             dq[:, :, rows] = (weights @ wide(k)[:, :, None]).flatten(1, 2)
             dk += (weights.mT @ wide(_by_key_head(q[:, :, rows], k))).sum(2)
-        return dq.to(q.dtype), dk.to(k.dtype), None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), None, None, None, None

@@ -22,6 +22,13 @@ def normalised(mask: Mask, dtype: torch.dtype) -> Mask:
     return mask if mask.dtype == torch.bool else mask.to(dtype)
 
 
+def additive(mask: Tensor, dtype: torch.dtype) -> Float[Tensor, ...]:
+    """A bool mask as numbers to add: 0 or -inf."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
 def causal_mask(t: int, s: int, device: torch.device) -> Bool[Tensor, "1 1 t s"]:
     """Query i attends to keys 0..i: aligned at the upper left, as torch's `is_causal` is."""
     return torch.ones(1, 1, t, s, dtype=torch.bool, device=device).tril()

@@ -11,11 +11,18 @@ from ._precision import wide
 
 
 def logits(
-    q: Float[Tensor, "b h t d"], k: Float[Tensor, "b g s d"], mask: Mask, scale: float, is_causal: bool
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b g s d"],
+    mask: Mask,
+    scale: float,
+    is_causal: bool,
+    softcap: float | None = None,
 ) -> Float[Tensor, "b h t s"]:
-    """Attention logits, scaled and masked."""
+    """Attention logits, scaled, capped and masked."""
     keys = wide(k).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = wide(q) @ keys.mT * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if is_causal:
         mask = causal_mask(q.shape[2], k.shape[2], q.device)
     if mask is None:
@@ -38,9 +45,14 @@ def attention_with_lse(
 
 
 def attention_lse(
-    q: Float[Tensor, "b h t d"], k: Float[Tensor, "b g s d"], mask: Mask, scale: float, is_causal: bool
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b g s d"],
+    mask: Mask,
+    scale: float,
+    is_causal: bool,
+    softcap: float | None = None,
 ) -> Float[Tensor, "b h t"]:
-    return _lse(logits(q, k, mask, scale, is_causal), rows_that_attend(mask))
+    return _lse(logits(q, k, mask, scale, is_causal, softcap), rows_that_attend(mask))
 
 
 def _without_empty_rows(scores: Tensor) -> Tensor:

@@ -1,0 +1,231 @@
+"""CUDA: the attention kernels torch itself carries (flash, memory-efficient, cuDNN), all of which give the LSE.
+
+Which one runs is torch's own choice for the call, so that a shift of zero changes no bit of the model. Around it one
+fused pass before and after (`_triton_epilogue`).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
+
+from . import _epilogue, _triton
+from ._folded import Kernel, Ops, Prepared, Saved, ops_of
+from ._masks import Mask, additive, causal_mask, rows_that_attend
+
+_aten = torch.ops.aten
+_ALIGNMENT = 16  # elements: what the memory-efficient kernel wants a row of its bias to start at
+
+
+def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> str | None:
+    """Why this backend can't run the call; None: it can."""
+    if q.device.type != "cuda":
+        return f"the tensors are on {q.device}"
+    if q.dtype == torch.float64:
+        return "no fused kernel takes fp64"
+    if v.shape[-1] != q.shape[-1]:
+        return f"values as wide as queries are wanted, found {v.shape[-1]} and {q.shape[-1]}"
+    if q.shape[-1] % 8:
+        return f"head_dim should be a multiple of 8, found {q.shape[-1]}"
+    if mask is not None and mask.requires_grad:
+        return "the mask requires a gradient and the kernels pass none to it"
+    if 0 in (q.shape[0], q.shape[2], k.shape[2]):
+        return "the kernels do not take an empty batch or sequence"
+    return None
+
+
+def follows_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> bool:
+    """Whether F.scaled_dot_product_attention would run this very kernel on the call, so give the same bits."""
+    return torch.compiler.is_compiling() or _choice(q, k, v, mask, scale, is_causal) in _OPS
+
+
+def _choice(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> int:
+    grouped = k.shape[1] != q.shape[1]
+    if grouped and mask is not None:
+        # Only flash takes grouped heads, and no mask: callers repeat the keys, and the choice does not count heads.
+        q, grouped = q[:, : k.shape[1]], False
+        mask = mask if mask.shape[1] == 1 else mask[:, : k.shape[1]]
+    return torch._fused_sdp_choice(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _ops(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> Ops:
+    if not torch.compiler.is_compiling():
+        choice = _choice(q, k, v, mask, scale, is_causal)
+        if choice in _OPS:
+            return _OPS[choice]
+    # The compiler can't trace the question, and where torch's answer is its slow path there is a better one.
+    masked = mask is not None or (is_causal and q.shape[2] > k.shape[2])
+    flash = not masked and q.dtype != torch.float32 and q.shape[-1] <= 256
+    return _OPS[(SDPBackend.FLASH_ATTENTION if flash else SDPBackend.EFFICIENT_ATTENTION).value]
+
+
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    return _ops(q, k, v, mask, scale, is_causal).attention_with_lse(q, k, v, mask, scale, is_causal)
+
+
+def attention_lse(q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool) -> Tensor:
+    return _ops(q, k, k, mask, scale, is_causal).attention_lse(q, k, mask, scale, is_causal)
+
+
+def shifted_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    vector: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    mask: Mask,
+    scale: float,
+    is_causal: bool,
+) -> Tensor:
+    shifted = _ops(q, k, v, mask, scale, is_causal).shifted_attention
+    return shifted(q, k, v, vector, gate_weight, gate_bias, mask, scale, is_causal)
+
+
+def _epilogue_now() -> ModuleType:
+    """One fused pass in Triton; plain torch without it, and where torch.compile traces, which fuses that."""
+    if torch.compiler.is_compiling() or not _triton.INSTALLED:
+        return _epilogue
+    from . import _triton_epilogue
+
+    return _triton_epilogue
+
+
+def _prepared(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool, grouped: bool) -> Prepared:
+    """Causal at the upper left whatever a kernel makes of unequal lengths; heads repeated unless `grouped`."""
+    attends = rows_that_attend(mask)
+    t, s = q.shape[2], k.shape[2]
+    if is_causal and t < s:
+        k, v = k[:, :, :t], v[:, :, :t]
+    elif is_causal and t > s:
+        mask, is_causal = causal_mask(t, s, q.device), False
+    if mask is not None:
+        mask = _aligned(additive(mask, q.dtype)).expand(*q.shape[:3], s)
+    if not grouped and k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return Prepared(q, k, v, mask, scale, is_causal, attends)
+
+
+def _aligned(mask: Tensor) -> Tensor:
+    """The same numbers, each row at an address the kernel can load whole vectors from."""
+    s = mask.shape[-1]
+    wanted = -(-s // _ALIGNMENT) * _ALIGNMENT
+    steps = [stride for size, stride in zip(mask.shape[:-1], mask.stride()[:-1], strict=True) if size > 1]
+    if mask.stride(-1) == 1 and not any(step % _ALIGNMENT for step in steps):
+        return mask
+    return F.pad(mask, (0, wanted - s))[..., :s]
+
+
+class _Flash:
+    @staticmethod
+    def prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> Prepared:
+        return _prepared(q, k, v, mask, scale, is_causal, grouped=True)
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
+    ) -> tuple[Tensor, Tensor, Saved]:
+        out, lse, *saved, _ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)
+        return out, lse, tuple(saved)
+
+    @staticmethod
+    def backward(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        saved: Saved,
+        mask: Tensor | None,
+        scale: float,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        *lengths, seed, offset = saved
+        return _aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, lse, *lengths, 0.0, is_causal, seed, offset, scale=scale
+        )
+
+
+class _Efficient:
+    @staticmethod
+    def prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> Prepared:
+        return _prepared(q, k, v, mask, scale, is_causal, grouped=False)
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
+    ) -> tuple[Tensor, Tensor, Saved]:
+        out, lse, *random = _aten._scaled_dot_product_efficient_attention(
+            q, k, v, mask, True, 0.0, is_causal, scale=scale
+        )
+        # It comes with its rows padded, and the backward wants it so.
+        return out, lse[:, :, : q.shape[2]], (lse, *random)
+
+    @staticmethod
+    def backward(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        saved: Saved,
+        mask: Tensor | None,
+        scale: float,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        padded, *random = saved
+        wanted = [True, True, True, False]
+        dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
+            grad, q, k, v, mask, out, padded, *random, 0.0, wanted, is_causal, scale=scale
+        )
+        return dq, dk, dv
+
+
+class _CuDNN:
+    @staticmethod
+    def prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> Prepared:
+        return _prepared(q, k, v, mask, scale, is_causal, grouped=False)
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
+    ) -> tuple[Tensor, Tensor, Saved]:
+        out, lse, *saved, _ = _aten._scaled_dot_product_cudnn_attention(
+            q, k, v, mask, True, 0.0, is_causal, False, scale=scale
+        )
+        return out, lse.reshape(q.shape[:3]), (lse, *saved)
+
+    @staticmethod
+    def backward(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        saved: Saved,
+        mask: Tensor | None,
+        scale: float,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        as_given, *lengths, seed, offset = saved
+        return _aten._scaled_dot_product_cudnn_attention_backward(
+            grad, q, k, v, out, as_given, seed, offset, mask, *lengths, 0.0, is_causal, scale=scale
+        )
+
+
+_KERNELS: dict[SDPBackend, Kernel] = {
+    SDPBackend.FLASH_ATTENTION: _Flash(),
+    SDPBackend.EFFICIENT_ATTENTION: _Efficient(),
+    SDPBackend.CUDNN_ATTENTION: _CuDNN(),
+}
+_OPS = {kind.value: ops_of(kernel, _epilogue_now) for kind, kernel in _KERNELS.items()}

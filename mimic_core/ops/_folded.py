@@ -1,0 +1,222 @@
+"""Attention by a kernel that gives its LSE, differentiable in it, and the shift with one backward for both.
+
+No aten attention passes a gradient to its LSE; they drop it without a word. So autograd is done here. With G the
+gradient of the shifted output, f = query . weight + bias and mu = sigmoid(f - lse):
+
+    df = mu (1 - mu) (G . vector)          d lse = -df
+
+A flash backward uses its `out` argument only for delta = rowsum(G * out), and delta must become
+rowsum(G * out) - d lse = G . (out + mu (1 - mu) vector). So the kernel is handed
+out + mu (1 - mu) vector = shifted - mu^2 vector, and the gradient through the LSE costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._masks import Mask
+from ._precision import full_precision
+
+
+class Prepared(NamedTuple):
+    """One call as a kernel takes it: what it would get wrong silently is out of the way."""
+
+    q: Float[Tensor, "b h t d"]
+    k: Float[Tensor, "b g s d"]
+    v: Float[Tensor, "b g s d"]
+    mask: Float[Tensor, "#b #h #t s"] | None
+    scale: float
+    is_causal: bool
+    attends: Bool[Tensor, "#b #h #t"] | None
+
+
+Saved = tuple[Any, ...]
+"""What a kernel's forward keeps for its backward, beyond out and LSE: tensors, numbers, None."""
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """An attention kernel and its backward. `out` is [b h t d] in any memory order."""
+
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> Prepared: ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
+    ) -> tuple[Tensor, Tensor, Saved]: ...
+
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        saved: Saved,
+        mask: Tensor | None,
+        scale: float,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class Ops(NamedTuple):
+    """The three ops a backend offers."""
+
+    attention_with_lse: Callable[..., tuple[Tensor, Tensor]]
+    attention_lse: Callable[..., Tensor]
+    shifted_attention: Callable[..., Tensor]
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether autograd would record a function of these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def ops_of(kernel: Kernel, epilogue: Callable[[], ModuleType]) -> Ops:
+    """The three ops of a backend, from its kernel and the epilogue it has at the time of a call."""
+
+    class AttentionWithLSE(torch.autograd.Function):
+        """Attention and LSE, differentiable in both."""
+
+        @staticmethod
+        def forward(
+            ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
+        ) -> Any:
+            out, lse, saved = kernel.forward(q, k, v, mask, scale, is_causal)
+            _save(ctx, (q, k, v, mask, out, lse), saved)
+            ctx.scale, ctx.is_causal = scale, is_causal
+            ctx.set_materialize_grads(False)
+            return out, lse
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            grad_out, grad_lse = grads
+            (q, k, v, mask, out, lse), saved = _saved(ctx, 6)
+            rest = (saved, mask, ctx.scale, ctx.is_causal)
+            dq = dk = dv = None
+            if grad_out is not None:
+                dq, dk, dv = kernel.backward(grad_out, q, k, v, out, lse, *rest)
+            if grad_lse is not None:
+                # d lse / d logits is the softmax: what flows back from an attention whose values are all the first
+                # unit vector and whose `out`, so delta, is taken as zero.
+                unit = torch.zeros_like(v)
+                unit[..., 0] = 1.0
+                through = torch.zeros_like(out)
+                through[..., 0] = grad_lse
+                dq2, dk2, _ = kernel.backward(through, q, k, unit, torch.zeros_like(out), lse, *rest)
+                dq, dk = (dq2, dk2) if dq is None or dk is None else (dq + dq2, dk + dk2)
+            return dq, dk, dv, None, None, None
+
+    class ShiftedAttention(torch.autograd.Function):
+        """Attention, gate and shift with the folded backward of this file's docstring."""
+
+        @staticmethod
+        def forward(
+            ctx: Any,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            vector: Tensor,
+            gate_weight: Tensor,
+            gate_bias: Tensor,
+            mask: Tensor | None,
+            attends: Tensor | None,
+            scale: float,
+            is_causal: bool,
+        ) -> Tensor:
+            out, lse, saved = kernel.forward(q, k, v, mask, scale, is_causal)
+            out = out.transpose(1, 2)
+            mu = epilogue().gated_shift_(out, q, lse, attends, vector, gate_weight, gate_bias)
+            _save(ctx, (q, k, v, mask, out, lse, mu, vector, gate_weight), saved)
+            ctx.scale, ctx.is_causal = scale, is_causal
+            return out
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            with full_precision(grads[0]):
+                return ShiftedAttention._backward(ctx, grads[0])
+
+        @staticmethod
+        def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            (q, k, v, mask, shifted, lse, mu, vector, weight), saved = _saved(ctx, 9)
+            into_attention = any(ctx.needs_input_grad[:3])
+            out, df, d_vector, d_weight, d_bias = epilogue().folded_gradients(
+                grad, shifted, q, mu, vector, weight, into_attention
+            )
+            dq = dk = dv = None
+            if out is not None:
+                dq, dk, dv = kernel.backward(
+                    grad.transpose(1, 2),
+                    q,
+                    k,
+                    v,
+                    out.transpose(1, 2),
+                    lse,
+                    saved,
+                    mask,
+                    ctx.scale,
+                    ctx.is_causal,
+                )
+                if ctx.needs_input_grad[0]:
+                    epilogue().add_to_dq_(dq, df, weight)
+            return dq, dk, dv, d_vector, d_weight, d_bias, None, None, None, None
+
+    def attention_with_lse(
+        q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        p = kernel.prepare(q, k, v, mask, scale, is_causal)
+        if needs_grad(q, k, v):
+            out, lse = AttentionWithLSE.apply(p.q, p.k, p.v, p.mask, scale, p.is_causal)  # pyright: ignore[reportGeneralTypeIssues]
+        else:
+            out, lse, _ = kernel.forward(p.q, p.k, p.v, p.mask, scale, p.is_causal)
+        if p.attends is not None:
+            lse = lse.masked_fill(~p.attends, -torch.inf)
+        return out.transpose(1, 2), lse
+
+    def attention_lse(q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool) -> Tensor:
+        # A kernel wants values: the keys are at hand, and what comes out of them is thrown away.
+        return attention_with_lse(q, k, k.detach(), mask, scale, is_causal)[1]
+
+    def shifted_attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        vector: Tensor,
+        gate_weight: Tensor,
+        gate_bias: Tensor,
+        mask: Mask,
+        scale: float,
+        is_causal: bool,
+    ) -> Tensor:
+        p = kernel.prepare(q, k, v, mask, scale, is_causal)
+        if needs_grad(q, k, v, vector, gate_weight, gate_bias):
+            return ShiftedAttention.apply(  # pyright: ignore[reportReturnType]
+                p.q, p.k, p.v, vector, gate_weight, gate_bias, p.mask, p.attends, scale, p.is_causal
+            )
+        out, lse, _ = kernel.forward(p.q, p.k, p.v, p.mask, scale, p.is_causal)
+        out = out.transpose(1, 2)
+        epilogue().gated_shift_(out, p.q, lse, p.attends, vector, gate_weight, gate_bias)
+        return out
+
+    return Ops(attention_with_lse, attention_lse, shifted_attention)
+
+
+def _save(ctx: Any, tensors: tuple[Tensor | None, ...], saved: Saved) -> None:
+    """Tensors where autograd watches over them, the kernel's numbers beside."""
+    ctx.save_for_backward(*tensors, *(x for x in saved if isinstance(x, Tensor)))
+    ctx.numbers = tuple(None if isinstance(x, Tensor) else (x,) for x in saved)
+
+
+def _saved(ctx: Any, n: int) -> tuple[tuple[Any, ...], Saved]:
+    tensors = ctx.saved_tensors
+    rest = iter(tensors[n:])
+    return tensors[:n], tuple(next(rest) if x is None else x[0] for x in ctx.numbers)

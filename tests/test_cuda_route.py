@@ -1,0 +1,247 @@
+"""What runs around torch's CUDA kernels, without a GPU.
+
+On fake CUDA tensors the real operators check every argument and return the shapes they would. The numbers come from
+stand-ins with the same signatures that work as the kernels are documented to: a backward that uses its `out` for delta
+alone, an LSE with padded rows. With a GPU the kernels themselves run (marker gpu).
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from op_cases import CASES, HALF_CASES, Case, attending_inputs, check, inputs_of, results
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend
+
+from mimic_core import BackendUnavailableError, ops
+from mimic_core.ops import _cuda, _triton
+
+KINDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+needs_cuda_build = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="a torch built without CUDA")
+
+
+# --- the real operators, on fake tensors
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("mask", ["none", "causal", "bool b11s", "bool b1ts", "bool bhts", "bias 1hts", "upright"])
+@pytest.mark.parametrize("g", [4, 2, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_fit_the_schemas(kind: str, g: int, mask: str) -> None:
+    t, s = {"causal": (33, 33), "upright": (33, 50)}.get(mask, (33, 47))
+    case = Case("none" if mask in ("causal", "upright") else mask, g=g, t=t, s=s, d=64, dtype=torch.bfloat16)
+    if kind == "flash" and case.mask != "none":
+        pytest.skip("flash takes no mask")
+    inputs = inputs_of(case)
+    kernel = _cuda._KERNELS[KINDS[kind]]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q, k, v = (torch.empty(inputs.tensors[name].shape, dtype=torch.bfloat16, device="cuda") for name in "qkv")
+        given = inputs.options["mask"]
+        if given is not None:
+            given = torch.empty((1,) * (4 - given.ndim) + given.shape, dtype=given.dtype, device="cuda")
+        p = kernel.prepare(q, k, v, given, 0.125, mask in ("causal", "upright"))
+        out, lse, saved = kernel.forward(p.q, p.k, p.v, p.mask, 0.125, p.is_causal)
+        assert (out.shape, out.dtype) == (q.shape, q.dtype)
+        assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
+        grads = kernel.backward(out, p.q, p.k, p.v, out, lse, saved, p.mask, 0.125, p.is_causal)
+        assert [x.shape for x in grads] == [x.shape for x in (p.q, p.k, p.v)]
+        if p.mask is not None:
+            assert p.mask.shape == (2, 4, 33, s)
+            assert all(step % 16 == 0 for step in p.mask.stride()[:-1]), "rows start where whole vectors can be loaded"
+
+
+@needs_cuda_build
+def test_auto_on_cuda() -> None:
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, n, 33, 64, dtype=torch.bfloat16, device="cuda") for n in (4, 2, 2))
+        assert ops.resolve_backend(q, k, v) == ("cuda", "the first choice")
+        for change, reason in [
+            (lambda x: x.double(), "no fused kernel takes fp64"),
+            (lambda x: x[..., :20], "head_dim should be a multiple of 8, found 20"),
+            (lambda x: x[:0], "do not take an empty batch"),
+        ]:
+            odd = [change(x) for x in (q, k, v)]
+            with pytest.raises(BackendUnavailableError, match=reason):
+                ops.resolve_backend(*odd, backend="cuda")
+        with pytest.raises(BackendUnavailableError, match="values as wide as queries are wanted, found 32 and 64"):
+            ops.resolve_backend(q, k, v[..., :32], backend="cuda")
+
+
+# --- the maths around them
+
+
+def _softmax(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+    scores = q.double() @ k.double().mT * scale
+    if is_causal:
+        assert q.shape[2] == k.shape[2], "the kernels align a causal mask each in its own way"
+        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -math.inf)
+    if mask is not None:
+        assert mask.shape == scores.shape
+        scores = scores + mask.double()
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp()
+    # A row without keys gives finite nonsense, as the kernels' do.
+    return weights.nan_to_num(0.25), lse.masked_fill(lse == -math.inf, 3.0)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    weights, lse = _softmax(q, k, mask, scale, is_causal)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return (weights @ v.double()).to(q.dtype), lse.to(wide)
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Tensor | None, scale: float, is_causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(groups, 1) for x in (k, v))
+    weights, _ = _softmax(q, keys, mask, scale, is_causal)
+    grad = grad.double()
+    delta = (grad * out.double()).sum(-1, keepdim=True)
+    of_scores = weights * (grad @ values.double().mT - delta) * scale
+    of_k, of_v = ((x.mT @ y.double()).unflatten(1, (-1, groups)).sum(2) for x, y in ((of_scores, q), (weights, grad)))
+    return (of_scores @ keys.double()).to(q.dtype), of_k.to(q.dtype), of_v.to(q.dtype)
+
+
+def _flash(q: Any, k: Any, v: Any, dropout: float, is_causal: bool, debug: bool, *, scale: float) -> Any:
+    assert (dropout, debug) == (0.0, False)
+    return (
+        *_forward(q, k, v, None, scale, is_causal),
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        torch.ones(2),
+        torch.ones(1),
+        None,
+    )
+
+
+def _flash_backward(
+    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cum_q: Any, cum_k: Any, max_q: int, max_k: int,
+    dropout: float, is_causal: bool, seed: Any, offset: Any, *, scale: float,
+) -> Any:  # fmt: skip
+    assert (cum_q, cum_k, max_q, max_k, dropout) == (None, None, q.shape[2], k.shape[2], 0.0)
+    assert (len(seed), len(offset)) == (2, 1)
+    return _backward(grad, q, k, v, out, None, scale, is_causal)
+
+
+def _efficient(
+    q: Any, k: Any, v: Any, bias: Any, with_lse: bool, dropout: float, is_causal: bool, *, scale: float
+) -> Any:
+    assert with_lse
+    assert q.shape[1] == k.shape[1]
+    out, lse = _forward(q, k, v, bias, scale, is_causal)
+    padded = lse.new_full((*lse.shape[:2], -(-lse.shape[2] // 32) * 32), math.nan)
+    padded[:, :, : lse.shape[2]] = lse
+    return out, padded, torch.ones(()), torch.ones(())
+
+
+def _efficient_backward(
+    grad: Any, q: Any, k: Any, v: Any, bias: Any, out: Any, lse: Any, seed: Any, offset: Any, dropout: float,
+    wanted: Any, is_causal: bool, *, scale: float,
+) -> Any:  # fmt: skip
+    assert lse.shape[2] % 32 == 0, "as it came"
+    assert (wanted, seed.shape, offset.shape) == ([True, True, True, False], (), ())
+    return *_backward(grad, q, k, v, out, bias, scale, is_causal), None
+
+
+def _cudnn(
+    q: Any, k: Any, v: Any, bias: Any, with_lse: bool, dropout: float, is_causal: bool, debug: bool, *, scale: float
+) -> Any:
+    assert with_lse
+    assert q.shape[1] == k.shape[1]
+    out, lse = _forward(q, k, v, bias, scale, is_causal)
+    return out, lse[..., None], None, None, q.shape[2], k.shape[2], torch.ones(2), torch.ones(1), None
+
+
+def _cudnn_backward(
+    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, seed: Any, offset: Any, bias: Any, cum_q: Any, cum_k: Any,
+    max_q: int, max_k: int, dropout: float, is_causal: bool, *, scale: float,
+) -> Any:  # fmt: skip
+    assert lse.shape == (*q.shape[:3], 1)
+    assert (cum_q, cum_k, max_q, max_k, len(seed), len(offset)) == (None, None, q.shape[2], k.shape[2], 2, 1)
+    return _backward(grad, q, k, v, out, bias, scale, is_causal)
+
+
+@pytest.fixture
+def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"flash": (_flash, _flash_backward), "efficient": (_efficient, _efficient_backward)}
+    names["cudnn"] = (_cudnn, _cudnn_backward)
+    aten = {}
+    for name, (forward, backward) in names.items():
+        aten[f"_scaled_dot_product_{name}_attention"] = forward
+        aten[f"_scaled_dot_product_{name}_attention_backward"] = backward
+    monkeypatch.setattr(_cuda, "_aten", SimpleNamespace(**aten))
+    monkeypatch.setattr(_triton, "INSTALLED", False)
+
+
+def _ops_of(kind: str) -> Any:
+    """The ops of one kernel with the signatures of `mimic_core.ops`."""
+    kernel = _cuda._OPS[KINDS[kind].value]
+
+    def attention_with_lse(q: Any, k: Any, v: Any, mask: Any = None, scale: Any = None, is_causal: bool = False) -> Any:
+        return kernel.attention_with_lse(q, k, v, *ops._arguments(q, k, v, mask, scale, is_causal))
+
+    def attention_lse(q: Any, k: Any, mask: Any = None, scale: Any = None, is_causal: bool = False) -> Any:
+        return kernel.attention_lse(q, k, *ops._arguments(q, k, k, mask, scale, is_causal))
+
+    def shifted_attention(
+        q: Any, k: Any, v: Any, *shift: Any, mask: Any = None, scale: Any = None, is_causal: bool = False
+    ) -> Any:
+        return kernel.shifted_attention(q, k, v, *shift, *ops._arguments(q, k, v, mask, scale, is_causal))
+
+    return SimpleNamespace(
+        attention_with_lse=attention_with_lse, attention_lse=attention_lse, shifted_attention=shifted_attention
+    )
+
+
+SOME = [case for case in CASES + HALF_CASES if case.s < 100 and case.e is None]
+
+
+@pytest.mark.usefixtures("_stand_ins")
+@pytest.mark.parametrize("op", ["attention", "attention_lse", "shifted"])
+@pytest.mark.parametrize("case", SOME, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_around_a_kernel_is_the_oracle(kind: str, case: Case, op: str) -> None:
+    masked = case.mask != "none" or (case.is_causal and (case.t > case.s or (case.scale or 1) < 0))
+    if kind == "flash" and masked:
+        pytest.skip("flash takes no mask")
+    check(op, case, results(op, _ops_of(kind), attending_inputs(case)))
+
+
+# --- the kernels themselves
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["attention", "shifted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", ["none", "causal", "bool b1ts empty", "bias bhts"])
+@pytest.mark.parametrize("d", [64, 80, 128])
+def test_on_a_gpu(d: int, mask: str, dtype: torch.dtype, op: str) -> None:
+    causal = mask == "causal"
+    case = Case("none" if causal else mask, g=2, t=70, s=70, d=d, is_causal=causal, dtype=dtype)
+    inputs = attending_inputs(case)
+
+    def on_gpu(x: Any) -> Any:
+        return x.cuda() if isinstance(x, Tensor) else x
+
+    moved = inputs._replace(
+        tensors={name: x.cuda() for name, x in inputs.tensors.items()},
+        options={name: on_gpu(x) for name, x in inputs.options.items()},
+        incoming={name: x.cuda() for name, x in inputs.incoming.items()},
+    )
+    got = results(op, ops, moved, backend="cuda")
+    check(op, case, type(got)(*({name: x.cpu() for name, x in part.items()} for part in got)))
