@@ -268,20 +268,6 @@ def test_hook_asks_that_are_refused(no_shape_checks: None) -> None:
     assert snapshot(model) == state
 
 
-def test_logits_that_lse_does_not_follow_are_refused() -> None:
-    """Softcap, sinks and the like, and attention implementations whose mask says nothing here."""
-    model, inputs = fresh_model(LLAMA, "eager"), LLAMA.inputs()
-    with mc.patch(model, random_shifts(model, "mimic")):
-        with pytest.raises(mc.UnsupportedModelError, match="softcap enter"):
-            logits_of(model, inputs, softcap=30.0)
-        model.config._attn_implementation = "flex_attention"
-        with pytest.raises(mc.UnsupportedModelError, match="'flex_attention' hides its mask"):
-            logits_of(model, inputs)
-    model.config._attn_implementation = "eager"
-    with mc.patch(model, zero_vectors(random_shifts(model, "mimic-vector-only"))):
-        logits_of(model, inputs, softcap=30.0)
-
-
 def test_dropout_in_training_still_goes_through_the_models_own_attention() -> None:
     model, inputs = fresh_model(LLAMA), LLAMA.inputs()
     for layer in model.model.layers:

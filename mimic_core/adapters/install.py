@@ -72,7 +72,7 @@ class Installation:
         if entry.edit.site in ATTENTION_SITES:
             slot = module.__dict__.get(SLOT) or AttentionSlot()
             module.__dict__[SLOT] = slot
-            slot.entries += (entry,)
+            slot.hold((*slot.entries, entry))
             self._slotted.append(module)
         else:
             self._hooks.append(module.register_forward_hook(_OutputHook(entry)))
@@ -85,7 +85,7 @@ class Installation:
             slot: AttentionSlot | None = module.__dict__.get(SLOT)
             if slot is None:
                 continue
-            slot.entries = tuple(e for e in slot.entries if e.owner is not self)
+            slot.hold(tuple(e for e in slot.entries if e.owner is not self))
             if not slot.entries:
                 del module.__dict__[SLOT]
                 slot.release()

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
+from transformers.integrations import sdpa_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
@@ -26,8 +26,10 @@ from ..types import READ_ONLY_SITES, At, AttentionView, Site
 SLOT = "_mimic_core_sites"
 """Key of a module's slot in its `__dict__`: travels with deepcopy and pickle, is no submodule, leaves no state."""
 
-# Arguments of attention functions that change the logits in ways the LSE here does not follow.
-_CHANGES_LOGITS = ("softcap", "s_aux", "position_bias", "indices", "block_indices")
+# Arguments of attention functions that change the logits: those the LSE follows (where an implementation heeds them),
+# and those it does not.
+_FOLLOWED = ("softcap", "s_aux")
+_CHANGES_LOGITS = ("position_bias", "indices", "block_indices")
 
 
 @dataclass(frozen=True)
@@ -68,21 +70,19 @@ class Entry:
         """Run the edit on a value and check what comes back."""
         edit = self.edit
         result = edit.run(value, At(edit.layer, edit.site, module, attention))
-        return self.accept(result, value)
+        self.owner.reached(edit.layer, edit.site)
+        return value if result is None else self._checked(result, value)
 
-    def accept(self, result: Tensor | None, value: Tensor) -> Tensor:
+    def _checked(self, result: Tensor, value: Tensor) -> Tensor:
         site, layer = self.edit.site, self.edit.layer
-        self.owner.reached(layer, site)
-        if result is None:
-            return value
         if site in READ_ONLY_SITES:
             raise PatchStateError(
                 f"site {site!r} can be read, not edited: the function at layer {layer} must return None"
             )
         if not isinstance(result, Tensor):
             raise ShapeError(f"the edit at {site!r} of layer {layer} returned a {type(result).__name__}, not a tensor")
-        found, wanted = ((tuple(x.shape), x.dtype, x.device) for x in (result, value))
-        if found != wanted:
+        if result.shape != value.shape or result.dtype != value.dtype or result.device != value.device:
+            found, wanted = ((tuple(x.shape), x.dtype, x.device) for x in (result, value))
             raise ShapeError(
                 f"the edit at {site!r} of layer {layer} must return the shape, dtype and device it was given: "
                 f"{_words(*wanted)}; found {_words(*found)}"
@@ -94,12 +94,38 @@ def _words(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> st
     return f"{list(shape)} {dtype} {device}"
 
 
+class Plan:
+    """The edits of one call of attention, by the moment they run."""
+
+    def __init__(self, entries: tuple[Entry, ...]) -> None:
+        self.before = [e for e in entries if e.edit.site in ("query", "key", "value")]
+        self.of_lse = [e for e in entries if e.edit.site == "lse"]
+        self.heads = [e for e in entries if e.edit.site == "attn_heads"]
+        readers = [e for e in entries if e.edit.needs_lse or e.edit.site == "lse"]
+        self.reads_lse = bool(readers)
+        # Attention and edit can be one call where nobody else reads the LSE and no other edit comes between.
+        alone = readers[0] if len(readers) == 1 and readers == self.heads[:1] else None
+        self.fused = alone if alone is not None and alone.edit.fused is not None else None
+
+
 class AttentionSlot:
     """The edits inside one module's attention, in the order they were installed. Alive, it holds the wrap in place."""
 
     def __init__(self) -> None:
-        self.entries: tuple[Entry, ...] = ()
+        self.hold(())
         self._release = _retain(self)
+
+    def hold(self, entries: tuple[Entry, ...]) -> None:
+        """Replace the edits."""
+        self.entries = entries
+        self._plan = Plan(entries)
+
+    def plan(self) -> Plan | None:
+        """The edits that are on; None: there are none."""
+        active = [e for e in self.entries if e.owner.active]
+        if len(active) == len(self.entries):
+            return self._plan  # made when they were put there: a decoded token has no time for it
+        return Plan(tuple(active)) if active else None
 
     def release(self) -> None:
         self._release()
@@ -109,7 +135,7 @@ class AttentionSlot:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy or a loaded pickle of a patched model is patched too, and needs the wrap as much.
-        self.entries = state["entries"]
+        self.hold(state["entries"])
         self._release = _retain(self)
 
 
@@ -136,8 +162,8 @@ class AttentionCall(AttentionView):
 
     @property
     def is_causal(self) -> bool:
-        """No mask means causal where transformers' sdpa function takes it so; its eager function never does."""
-        if self.mask is not None or self.implementation == "eager" or self.query.shape[2] == 1:
+        """No mask means causal where transformers' sdpa function takes it so; the others never do."""
+        if self.mask is not None or self.implementation != "sdpa" or self.query.shape[2] == 1:
             return False
         asked = self.options.get("is_causal")
         return bool(getattr(self.module, "is_causal", True) if asked is None else asked)
@@ -146,20 +172,37 @@ class AttentionCall(AttentionView):
     def lse(self) -> Tensor:
         if self._lse is None:
             self._check_lse()
-            self._lse = ops.attention_lse(self.query, self.key, self.mask, self.scale, self.is_causal)
+            self._lse = ops.attention_lse(
+                self.query,
+                self.key,
+                _dense(self.mask, self.query, self.key),
+                self.scale,
+                self.is_causal,
+                softcap=self.options.get("softcap"),
+                sinks=self.options.get("s_aux"),
+            )
         return self._lse
 
     @property
     def lse_all_keys(self) -> Tensor:
         self._check_lse()
+        odd = [name for name in _FOLLOWED if self.options.get(name) is not None]
+        if odd:
+            raise UnsupportedModelError(
+                f"the LSE over all keys is that of the published models; {type(self.module).__name__} has "
+                f"{', '.join(odd)} in its attention logits"
+            )
         return ops.attention_lse(self.query, self.key, None, self.scale, False)
 
     def _check_lse(self) -> None:
         problem = None
-        odd = [name for name in _CHANGES_LOGITS if self.options.get(name) is not None]
+        options, refused = self.options, _CHANGES_LOGITS
+        if self.implementation == "sdpa":
+            refused = _FOLLOWED + _CHANGES_LOGITS  # transformers' sdpa function knows neither
+        odd = [name for name in refused if options.get(name) is not None]
         if odd:
             problem = f"{', '.join(odd)} enter(s) its attention logits, which is not supported"
-        elif self.implementation not in ("sdpa", "eager"):
+        elif self.implementation not in ("sdpa", "eager", "flex_attention"):
             problem = (
                 f"attention implementation {self.implementation!r} hides its mask or logits; "
                 f"use model.set_attn_implementation('sdpa') or 'eager'"
@@ -167,54 +210,82 @@ class AttentionCall(AttentionView):
         if problem:
             raise UnsupportedModelError(f"the LSE of {type(self.module).__name__} can't be computed: {problem}")
 
-    def run(self, base: Callable[..., Any], entries: Sequence[Entry]) -> tuple[Tensor, Any]:
+    def run(self, base: Callable[..., Any], plan: Plan) -> tuple[Tensor, Any]:
         """Attention with all edits of this call."""
-        for entry in entries:
-            if entry.edit.site in ("query", "key", "value"):
-                setattr(self, entry.edit.site, entry.apply(getattr(self, entry.edit.site), self.module, self))
-                self._lse = None  # an edit may have asked for it and then changed what it is made of
-        heads = [e for e in entries if e.edit.site == "attn_heads"]
-        readers = [e for e in entries if e.edit.needs_lse or e.edit.site == "lse"]
-        if readers:
+        for entry in plan.before:
+            setattr(self, entry.edit.site, entry.apply(getattr(self, entry.edit.site), self.module, self))
+            self._lse = None  # an edit may have asked for it and then changed what it is made of
+        if plan.reads_lse:
             self._check_lse()  # before attention is paid for
-        weights = None
-        if readers and self._kernel_is_ours(base):
-            first = heads[0] if heads and readers == heads[:1] else None
-            out = None
-            if first is not None and first.edit.fused is not None:
-                out = first.edit.fused(At(first.edit.layer, first.edit.site, self.module, self))
-            if first is not None and out is not None:
-                first.accept(out, out)
+        out = weights = None
+        heads = plan.heads
+        if plan.reads_lse and self.implementation == "sdpa" and base is sdpa_attention_forward:
+            out = self._fused(plan.fused) if plan.fused is not None else None
+            if out is not None:
                 heads = heads[1:]
             else:
-                out, self._lse = ops.attention_with_lse(
-                    self.query, self.key, self.value, self.mask, self.scale, self.is_causal
-                )
-        else:
+                out = self._with_lse()
+        if out is None:
             out, weights = base(self.module, self.query, self.key, self.value, self.mask, **self.options)
-        for entry in entries:
-            if entry.edit.site == "lse":
-                entry.apply(self.lse, self.module, self)
+        for entry in plan.of_lse:
+            entry.apply(self.lse, self.module, self)
         for entry in heads:
             out = entry.apply(out, self.module, self)
         return out, weights
 
-    def _kernel_is_ours(self, base: Callable[..., Any]) -> bool:
+    def _fused(self, entry: Entry) -> Tensor | None:
+        """Attention and one edit in one call, where it gives the bits of attention and edit apart."""
+        edit = entry.edit
+        if edit.fused is None or self._packed() or not self._kernel_is_ours(self.query):
+            return None
+        out = edit.fused(At(edit.layer, edit.site, self.module, self))
+        if out is not None:
+            entry.owner.reached(edit.layer, edit.site)
+        return out
+
+    def _with_lse(self) -> Tensor | None:
+        """Attention from `ops`, which keeps the LSE, where it gives the very bits of the model's own."""
+        q, groups = self.query, self.key.shape[1]
+        if not self._packed():
+            if not self._kernel_is_ours(q):
+                return None
+            out, self._lse = ops.attention_with_lse(q, self.key, self.value, self.mask, self.scale, self.is_causal)
+            return out
+        packed = q.reshape(q.shape[0], groups, -1, q.shape[-1])
+        if (self.mask is not None and self.mask.shape[1] != 1) or not self._kernel_is_ours(packed):
+            return None
+        out, lse = ops.attention_with_lse(packed, self.key, self.value, self.mask, self.scale)
+        self._lse = lse.reshape(q.shape[:3])
+        return out.transpose(1, 2).reshape(q.shape[0], 1, q.shape[1], -1)
+
+    def _packed(self) -> bool:
+        """Whether transformers decodes this token with a group's heads as the rows of one matrix, which rounds so."""
+        query = self.query
+        if query.shape[2] != 1 or query.shape[1] == self.key.shape[1] or not _PACKS_GROUPS:
+            return False
+        return (self.mask is not None or query.shape[-1] > 256) and not torch.compiler.is_compiling()
+
+    def _kernel_is_ours(self, query: Tensor) -> bool:
         """Whether one call of `ops` gives the very bits the model's own sdpa would, and the LSE with them."""
-        q, k, v, mask = self.query, self.key, self.value, self.mask
-        if self.implementation != "sdpa" or base is not sdpa_attention_forward:
+        if self.options.get("dropout"):
             return False
-        if self.options.get("dropout") or ops.resolve_backend(q, k, v, mask).name != "cpu":
-            return False
-        grouped = k.shape[1] != q.shape[1]
-        if grouped and q.shape[2] == 1 and (mask is not None or q.shape[-1] > 256):
-            # transformers decodes such a token with a group's heads packed into one matrix, which rounds otherwise.
-            return False
-        # What torch's own dispatch asks; only its flash kernel is the one `ops` runs.
-        choice = torch.ops.aten._fused_sdp_choice(
-            q, k, v, mask, 0.0, self.is_causal, scale=self.scale, enable_gqa=grouped
-        )
-        return choice == SDPBackend.FLASH_ATTENTION.value
+        return ops.follows_sdpa(query, self.key, self.value, self.mask, self.scale, self.is_causal)
+
+
+_PACKS_GROUPS = hasattr(sdpa_attention, "pack_gqa")
+
+
+def _dense(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
+    """A mask as `ops` takes it; flex attention's is a function of the indices."""
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor):
+        # Eager attention takes as much of a mask as there are keys.
+        return mask if mask.shape[-1] <= key.shape[2] else mask[..., : key.shape[2]]
+    from torch.nn.attention.flex_attention import create_mask
+
+    b, _, t, _ = query.shape
+    return create_mask(mask.mask_mod, b, 1, t, key.shape[2], device=str(query.device))
 
 
 def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -234,8 +305,8 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
             **kwargs: Any,
         ) -> Any:
             slot: AttentionSlot | None = module.__dict__.get(SLOT)
-            entries = [] if slot is None else [e for e in slot.entries if e.owner.active]
-            if not entries:
+            plan = None if slot is None else slot.plan()
+            if plan is None:
                 return base(module, query, key, value, attention_mask, *args, **kwargs)
             if args:
                 raise UnsupportedModelError(
@@ -243,7 +314,7 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
                     f"attention is understood with keywords only"
                 )
             call = AttentionCall(attn_implementation or "eager", module, query, key, value, attention_mask, kwargs)
-            return call.run(base, entries)
+            return call.run(base, plan)
 
         return attention
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -81,14 +80,14 @@ class MimICHead(ShiftHead):
     def forward(self, value: Float[Tensor, "b t h e"], at: At) -> Float[Tensor, "b t h e"]:
         vector = self.vector.to(value.device)
         if self.config.shared:
-            vector = rearrange(vector, "(h e) -> h e", h=self.layer.heads)
+            vector = vector.unflatten(0, (self.layer.heads, -1))
         if not self.config.gate:
             return (value + vector).to(value.dtype)
         log_z2 = at.lse if self.config.log_z2 == "attended" else at.lse_all_keys
         weight, bias = self.gate_weight.to(value.device), self.gate_bias.to(value.device)
         if not self.config.shared:
             return ops.gated_shift(value, at.query, log_z2, vector, weight, bias)
-        query = rearrange(at.query, "b h t d -> b t (h d)").to(log_z2.dtype)
+        query = at.query.transpose(1, 2).flatten(2).to(log_z2.dtype)
         # Not a matrix product, which autocast would take in bf16.
         log_z1 = (query * weight).sum(-1) + bias
         mu = ops.gate(log_z1, log_z2.mean(1))
@@ -97,17 +96,11 @@ class MimICHead(ShiftHead):
     def fused(self, at: At) -> Tensor | None:
         if not self.needs_lse or self.config.shared:
             return None
-        device = at.query.device
+        query, vector, weight, bias = at.query, self.vector, self.gate_weight, self.gate_bias
+        if vector.device != query.device:
+            vector, weight, bias = (x.to(query.device) for x in (vector, weight, bias))
         return ops.shifted_attention(
-            at.query,
-            at.key,
-            at.value,
-            self.vector.to(device),
-            self.gate_weight.to(device),
-            self.gate_bias.to(device),
-            mask=at.mask,
-            scale=at.scale,
-            is_causal=at.is_causal,
+            query, at.key, at.value, vector, weight, bias, mask=at.mask, scale=at.scale, is_causal=at.is_causal
         )
 
     def edits(self) -> dict[Site, Edit]:
