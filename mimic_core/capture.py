@@ -68,7 +68,10 @@ class Capture:
             raise UnknownNameError(f"this capture holds {', '.join(self._taken)}; found {site!r}")
         taken = self._taken[check_site(site)]
         if not taken:
-            raise PatchStateError(f"nothing was captured at {site!r}: run the model inside the `with`")
+            raise PatchStateError(
+                f"nothing was captured at {site!r}: run the model inside the `with`; code made by torch.compile is not "
+                f"captured"
+            )
         return taken
 
     @property

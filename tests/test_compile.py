@@ -1,0 +1,26 @@
+"""Runs compiled.py, a test file, in a process without shape checks: torch.compile can't trace those."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["not slow", "slow"])
+def test_compiled(part: str) -> None:
+    options = ["-m", "pytest", "-q", "--no-shape-checks", "--show-capture=no", "-pno:xdist", "-pno:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, *options, "-m", part, str(HERE / "compiled.py")],
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
