@@ -1,0 +1,86 @@
+"""`python -m benchmarks`: measure, write rows that describe themselves, draw them, and put them into the docs."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import warnings
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import mimic_core as mc
+
+from . import bench_patch, bench_shift, plots, records, report
+from .errors import BenchmarkError
+
+BENCHES = {"shift": bench_shift.tasks, "patch": bench_patch.tasks}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; what was refused ends the program with a message and status 1."""
+    options = parse(arguments)
+    # transformers 5.24 renames an argument that 5.1 knows by no other name.
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
+    try:
+        refused = run(options)
+    except (BenchmarkError, mc.MimicError) as error:
+        sys.exit(f"benchmarks: {error}")
+    if refused:
+        sys.exit("\n".join(f"benchmarks: {error}" for error in refused))
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="a few cases, a few rounds: to see that it works")
+    parser.add_argument("--only", choices=list(BENCHES), help="attention level, or whole models")
+    parser.add_argument("--cases", default="*", help="only cases whose name matches, as 'd64-*' (a shell pattern)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the CSV and the pictures (default: benchmarks/results and docs/images)"
+    )
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> list[BenchmarkError]:
+    """Measure what was asked for, write and show it; returns what was refused."""
+    device = torch.device(options.device)
+    machine = records.this_machine(device)
+    benches = [options.only] if options.only else list(BENCHES)
+    tasks = [(name, task) for name in benches for task in BENCHES[name](device, options.quick)]
+    tasks = [(name, task) for name, task in tasks if fnmatch(task.name, options.cases)]
+    if not tasks:
+        raise BenchmarkError(f"no case matches {options.cases!r}")
+    # A part of the cases is not a result: it goes where it overwrites none.
+    whole = not options.quick and options.cases == "*"
+    folder = options.out or records.RESULTS
+    path = folder / f"{'' if whole else 'part-'}{records.file_name(device)}"
+    rows = [row for row in records.read(path) if row.bench not in benches] if path.is_file() else []
+    refused: list[BenchmarkError] = []
+    gc.freeze()  # what is imported is never garbage, and looking through it takes longer than many a measurement
+    try:
+        with tqdm(tasks, unit="case", file=sys.stderr) as bar:
+            for _, task in bar:
+                bar.set_description(task.name)
+                rows += records.stamped(task.run(refused), machine)
+                records.write(path, rows)  # each time: a long run that is stopped leaves what it has
+    finally:
+        gc.unfreeze()
+    print(report.everything(rows))
+    print(f"\n{report.targets(rows)}")
+    print(f"\n{len(rows)} rows are in {path}.")
+    into_docs = whole and options.out is None
+    for picture in plots.draw(rows, plots.IMAGES if into_docs else folder, path.stem):
+        print(picture)
+    if into_docs:
+        print(report.update())
+    return refused
+
+
+if __name__ == "__main__":
+    main()
