@@ -45,7 +45,7 @@ class Effort:
         return rounds >= 3 and seconds > self.limit
 
 
-FULL = Effort(seconds=2.0, rounds=7)
+FULL = Effort(seconds=2.0, rounds=7, limit=8.0)
 QUICK = Effort(seconds=0.4, rounds=2, sample=0.0005)
 # A call of so many seconds is warm after one.
 _LONG = 0.02

@@ -116,7 +116,7 @@ def _compile(path: Path) -> None:
                 f"the native kernels could not be built: {error}; they need a C++ compiler and ninja, and nothing "
                 f"else in mimic_core needs them"
             ) from error
-        Path(work, "mimic_native.so").replace(path)
+        Path(work, f"mimic_native{cpp_extension.LIB_EXT}").replace(path)
 
 
 def _load(path: Path) -> ModuleType:
