@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._folded import needs_grad
 from ._masks import Mask
 from ._precision import full_precision
 from ._triton_blocks import WIDEST, blocks, capability, decode_blocks, on, splits, tiles
@@ -77,7 +78,7 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     # The kernels take a positive scale, and turning a sign is exact.
     q, scale = (q, scale) if scale > 0 else (-q, -scale)
-    if _needs_grad(q, k, v):
+    if needs_grad(q, k, v):
         return _Attention.apply(q, k, v, mask, scale, is_causal, True)  # pyright: ignore[reportReturnType]
     out, lse, _ = _forward(q, k, v, _Call(mask, scale, is_causal), None, save=True)
     assert lse is not None
@@ -86,7 +87,7 @@ def attention_with_lse(
 
 def attention_lse(q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool) -> Tensor:
     q, scale = (q, scale) if scale > 0 else (-q, -scale)
-    if _needs_grad(q, k):
+    if needs_grad(q, k):
         return _Attention.apply(q, k, k.detach(), mask, scale, is_causal, False)[1]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
     lse = _forward(q, k, k, _Call(mask, scale, is_causal, values=False), None, save=True).lse
     assert lse is not None
@@ -106,14 +107,10 @@ def shifted_attention(
 ) -> Tensor:
     if scale < 0:
         q, gate_weight, scale = -q, -gate_weight, -scale
-    if _needs_grad(q, k, v, vector, gate_weight, gate_bias):
+    if needs_grad(q, k, v, vector, gate_weight, gate_bias):
         return _ShiftedAttention.apply(q, k, v, vector, gate_weight, gate_bias, mask, scale, is_causal)  # pyright: ignore[reportReturnType]
     call = _Call(mask, scale, is_causal)
     return _forward(q, k, v, call, _Shift(vector, gate_weight, gate_bias), save=False).out
-
-
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 class _MaskArguments(NamedTuple):

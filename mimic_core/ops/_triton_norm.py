@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._folded import needs_grad
 from ._triton_blocks import on, power_of_two, processors
 from ._triton_tiles import rounded
 
@@ -87,7 +88,7 @@ def norm_preserving_add(
     Maths in fp32. Differentiable in every argument.
     """
     tensors = [y for y in (x, vector, scale) if isinstance(y, Tensor)]
-    if torch.is_grad_enabled() and any(y.requires_grad for y in tensors):
+    if needs_grad(*tensors):
         return _NormPreservingAdd.apply(x, vector, scale)  # pyright: ignore[reportReturnType]
     return _forward(x, vector, scale)
 
