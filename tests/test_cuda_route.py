@@ -53,10 +53,10 @@ def test_arguments_fit_the_schemas(kind: str, g: int, mask: str) -> None:
         if given is not None:
             given = torch.empty((1,) * (4 - given.ndim) + given.shape, dtype=given.dtype, device="cuda")
         p = kernel.prepare(q, k, v, given, 0.125, mask in ("causal", "upright"))
-        out, lse, saved = kernel.forward(p.q, p.k, p.v, p.mask, 0.125, p.is_causal)
+        out, lse, saved = kernel.forward(p)
         assert (out.shape, out.dtype) == (q.shape, q.dtype)
         assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
-        grads = kernel.backward(out, p.q, p.k, p.v, out, lse, saved, p.mask, 0.125, p.is_causal)
+        grads = kernel.backward(out, p, out, lse, saved)
         assert [x.shape for x in grads] == [x.shape for x in (p.q, p.k, p.v)]
         if p.mask is not None:
             assert p.mask.shape == (2, 4, 33, s)

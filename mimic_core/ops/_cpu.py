@@ -71,31 +71,19 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal
     return Prepared(q, k, v, mask, scale, is_causal, attends)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor, Saved]:
+def forward(p: Prepared) -> tuple[Tensor, Tensor, Saved]:
     """See `_folded.Kernel`."""
-    return *_flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale), ()
+    return *_flash(p.q, p.k, p.v, 0.0, p.is_causal, attn_mask=p.mask, scale=p.scale), ()
 
 
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    saved: Saved,
-    mask: Tensor | None,
-    scale: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, p: Prepared, out: Tensor, lse: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     """See `_folded.Kernel`."""
+    q, k, v, mask = p.q, p.k, p.v, p.mask
     dtype = q.dtype
     if dtype == torch.float16 or (dtype == torch.bfloat16 and not _BF16_INSTRUCTIONS):
         grad, q, k, v, out = (x.float() for x in (grad, q, k, v, out))
         mask = None if mask is None else mask.float()
-    grads = _flash_backward(grad, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
+    grads = _flash_backward(grad, q, k, v, out, lse, 0.0, p.is_causal, attn_mask=mask, scale=p.scale)
     return tuple(x.to(dtype) for x in grads)  # pyright: ignore[reportReturnType]
 
 

@@ -6,6 +6,7 @@ fused pass before and after (`_triton_epilogue`).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from types import ModuleType
 
 import torch
@@ -97,22 +98,6 @@ def _epilogue_now() -> ModuleType:
     return _triton_epilogue
 
 
-def _prepared(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool, grouped: bool) -> Prepared:
-    """Causal at the upper left whatever a kernel makes of unequal lengths; heads repeated unless `grouped`."""
-    attends = rows_that_attend(mask)
-    t, s = q.shape[2], k.shape[2]
-    if is_causal and t < s:
-        k, v = k[:, :, :t], v[:, :, :t]
-    elif is_causal and t > s:
-        mask, is_causal = causal_mask(t, s, q.device), False
-    if mask is not None:
-        mask = _aligned(additive(mask, q.dtype)).expand(*q.shape[:3], s)
-    if not grouped and k.shape[1] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return Prepared(q, k, v, mask, scale, is_causal, attends)
-
-
 def _aligned(mask: Tensor) -> Tensor:
     """The same numbers, each row at an address the kernel can load whole vectors from."""
     s = mask.shape[-1]
@@ -123,103 +108,82 @@ def _aligned(mask: Tensor) -> Tensor:
     return F.pad(mask, (0, wanted - s))[..., :s]
 
 
-class _Flash:
-    @staticmethod
-    def prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> Prepared:
-        return _prepared(q, k, v, mask, scale, is_causal, grouped=True)
+class _Torch(ABC):
+    """One of torch's kernels."""
 
-    @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
-    ) -> tuple[Tensor, Tensor, Saved]:
-        out, lse, *saved, _ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)
+    takes_groups = False  # key/value heads as they are; otherwise they are repeated first
+
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> Prepared:
+        """Causal at the upper left, whatever a kernel makes of unequal lengths."""
+        attends = rows_that_attend(mask)
+        t, s = q.shape[2], k.shape[2]
+        if is_causal and t < s:
+            k, v = k[:, :, :t], v[:, :, :t]
+        elif is_causal and t > s:
+            mask, is_causal = causal_mask(t, s, q.device), False
+        if mask is not None:
+            mask = _aligned(additive(mask, q.dtype)).expand(*q.shape[:3], s)
+        if not self.takes_groups and k.shape[1] != q.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        return Prepared(q, k, v, mask, scale, is_causal, attends)
+
+    @abstractmethod
+    def forward(self, p: Prepared) -> tuple[Tensor, Tensor, Saved]: ...
+
+    @abstractmethod
+    def backward(
+        self, grad: Tensor, p: Prepared, out: Tensor, lse: Tensor, saved: Saved
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class _Flash(_Torch):
+    takes_groups = True
+
+    def forward(self, p: Prepared) -> tuple[Tensor, Tensor, Saved]:
+        attention = _aten._scaled_dot_product_flash_attention
+        out, lse, *saved, _ = attention(p.q, p.k, p.v, 0.0, p.is_causal, False, scale=p.scale)
         return out, lse, tuple(saved)
 
-    @staticmethod
     def backward(
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        saved: Saved,
-        mask: Tensor | None,
-        scale: float,
-        is_causal: bool,
+        self, grad: Tensor, p: Prepared, out: Tensor, lse: Tensor, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]:
         *lengths, seed, offset = saved
         return _aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, lse, *lengths, 0.0, is_causal, seed, offset, scale=scale
+            grad, p.q, p.k, p.v, out, lse, *lengths, 0.0, p.is_causal, seed, offset, scale=p.scale
         )
 
 
-class _Efficient:
-    @staticmethod
-    def prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> Prepared:
-        return _prepared(q, k, v, mask, scale, is_causal, grouped=False)
-
-    @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
-    ) -> tuple[Tensor, Tensor, Saved]:
-        out, lse, *random = _aten._scaled_dot_product_efficient_attention(
-            q, k, v, mask, True, 0.0, is_causal, scale=scale
-        )
+class _Efficient(_Torch):
+    def forward(self, p: Prepared) -> tuple[Tensor, Tensor, Saved]:
+        attention = _aten._scaled_dot_product_efficient_attention
+        out, lse, *random = attention(p.q, p.k, p.v, p.mask, True, 0.0, p.is_causal, scale=p.scale)
         # It comes with its rows padded, and the backward wants it so.
-        return out, lse[:, :, : q.shape[2]], (lse, *random)
+        return out, lse[:, :, : p.q.shape[2]], (lse, *random)
 
-    @staticmethod
     def backward(
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        saved: Saved,
-        mask: Tensor | None,
-        scale: float,
-        is_causal: bool,
+        self, grad: Tensor, p: Prepared, out: Tensor, lse: Tensor, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]:
         padded, *random = saved
         wanted = [True, True, True, False]
         dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
-            grad, q, k, v, mask, out, padded, *random, 0.0, wanted, is_causal, scale=scale
+            grad, p.q, p.k, p.v, p.mask, out, padded, *random, 0.0, wanted, p.is_causal, scale=p.scale
         )
         return dq, dk, dv
 
 
-class _CuDNN:
-    @staticmethod
-    def prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> Prepared:
-        return _prepared(q, k, v, mask, scale, is_causal, grouped=False)
+class _CuDNN(_Torch):
+    def forward(self, p: Prepared) -> tuple[Tensor, Tensor, Saved]:
+        attention = _aten._scaled_dot_product_cudnn_attention
+        out, lse, *saved, _ = attention(p.q, p.k, p.v, p.mask, True, 0.0, p.is_causal, False, scale=p.scale)
+        return out, lse.reshape(p.q.shape[:3]), (lse, *saved)
 
-    @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
-    ) -> tuple[Tensor, Tensor, Saved]:
-        out, lse, *saved, _ = _aten._scaled_dot_product_cudnn_attention(
-            q, k, v, mask, True, 0.0, is_causal, False, scale=scale
-        )
-        return out, lse.reshape(q.shape[:3]), (lse, *saved)
-
-    @staticmethod
     def backward(
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        saved: Saved,
-        mask: Tensor | None,
-        scale: float,
-        is_causal: bool,
+        self, grad: Tensor, p: Prepared, out: Tensor, lse: Tensor, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]:
         as_given, *lengths, seed, offset = saved
         return _aten._scaled_dot_product_cudnn_attention_backward(
-            grad, q, k, v, out, as_given, seed, offset, mask, *lengths, 0.0, is_causal, scale=scale
+            grad, p.q, p.k, p.v, out, as_given, seed, offset, p.mask, *lengths, 0.0, p.is_causal, scale=p.scale
         )
 
 

@@ -43,26 +43,14 @@ Saved = tuple[Any, ...]
 
 @runtime_checkable
 class Kernel(Protocol):
-    """An attention kernel and its backward. `out` is [b h t d] in any memory order."""
+    """An attention kernel and its backward. `out` is [b h t d] in any memory order; `attends` is not the kernel's."""
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> Prepared: ...
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
-    ) -> tuple[Tensor, Tensor, Saved]: ...
+    def forward(self, p: Prepared) -> tuple[Tensor, Tensor, Saved]: ...
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        saved: Saved,
-        mask: Tensor | None,
-        scale: float,
-        is_causal: bool,
+        self, grad: Tensor, p: Prepared, out: Tensor, lse: Tensor, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -89,9 +77,9 @@ def ops_of(kernel: Kernel, epilogue: Callable[[], ModuleType]) -> Ops:
         def forward(
             ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
         ) -> Any:
-            out, lse, saved = kernel.forward(q, k, v, mask, scale, is_causal)
-            _save(ctx, (q, k, v, mask, out, lse), saved)
-            ctx.scale, ctx.is_causal = scale, is_causal
+            p = Prepared(q, k, v, mask, scale, is_causal, None)
+            out, lse, saved = kernel.forward(p)
+            _save(ctx, p, (out, lse), saved)
             ctx.set_materialize_grads(False)
             return out, lse
 
@@ -99,19 +87,18 @@ def ops_of(kernel: Kernel, epilogue: Callable[[], ModuleType]) -> Ops:
         @once_differentiable
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
             grad_out, grad_lse = grads
-            (q, k, v, mask, out, lse), saved = _saved(ctx, 6)
-            rest = (saved, mask, ctx.scale, ctx.is_causal)
+            p, (out, lse), saved = _saved(ctx, 2)
             dq = dk = dv = None
             if grad_out is not None:
-                dq, dk, dv = kernel.backward(grad_out, q, k, v, out, lse, *rest)
+                dq, dk, dv = kernel.backward(grad_out, p, out, lse, saved)
             if grad_lse is not None:
                 # d lse / d logits is the softmax: what flows back from an attention whose values are all the first
                 # unit vector and whose `out`, so delta, is taken as zero.
-                unit = torch.zeros_like(v)
+                unit = torch.zeros_like(p.v)
                 unit[..., 0] = 1.0
                 through = torch.zeros_like(out)
                 through[..., 0] = grad_lse
-                dq2, dk2, _ = kernel.backward(through, q, k, unit, torch.zeros_like(out), lse, *rest)
+                dq2, dk2, _ = kernel.backward(through, p._replace(v=unit), torch.zeros_like(out), lse, saved)
                 dq, dk = (dq2, dk2) if dq is None or dk is None else (dq + dq2, dk + dk2)
             return dq, dk, dv, None, None, None
 
@@ -132,11 +119,11 @@ def ops_of(kernel: Kernel, epilogue: Callable[[], ModuleType]) -> Ops:
             scale: float,
             is_causal: bool,
         ) -> Tensor:
-            out, lse, saved = kernel.forward(q, k, v, mask, scale, is_causal)
+            p = Prepared(q, k, v, mask, scale, is_causal, attends)
+            out, lse, saved = kernel.forward(p)
             out = out.transpose(1, 2)
             mu = epilogue().gated_shift_(out, q, lse, attends, vector, gate_weight, gate_bias)
-            _save(ctx, (q, k, v, mask, out, lse, mu, vector, gate_weight), saved)
-            ctx.scale, ctx.is_causal = scale, is_causal
+            _save(ctx, p, (out, lse, mu, vector, gate_weight), saved)
             return out
 
         @staticmethod
@@ -147,25 +134,14 @@ def ops_of(kernel: Kernel, epilogue: Callable[[], ModuleType]) -> Ops:
 
         @staticmethod
         def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            (q, k, v, mask, shifted, lse, mu, vector, weight), saved = _saved(ctx, 9)
+            p, (shifted, lse, mu, vector, weight), saved = _saved(ctx, 5)
             into_attention = any(ctx.needs_input_grad[:3])
             out, df, d_vector, d_weight, d_bias = epilogue().folded_gradients(
-                grad, shifted, q, mu, vector, weight, into_attention
+                grad, shifted, p.q, mu, vector, weight, into_attention
             )
             dq = dk = dv = None
             if out is not None:
-                dq, dk, dv = kernel.backward(
-                    grad.transpose(1, 2),
-                    q,
-                    k,
-                    v,
-                    out.transpose(1, 2),
-                    lse,
-                    saved,
-                    mask,
-                    ctx.scale,
-                    ctx.is_causal,
-                )
+                dq, dk, dv = kernel.backward(grad.transpose(1, 2), p, out.transpose(1, 2), lse, saved)
                 if ctx.needs_input_grad[0]:
                     epilogue().add_to_dq_(dq, df, weight)
             return dq, dk, dv, d_vector, d_weight, d_bias, None, None, None, None
@@ -177,7 +153,7 @@ def ops_of(kernel: Kernel, epilogue: Callable[[], ModuleType]) -> Ops:
         if needs_grad(q, k, v):
             out, lse = AttentionWithLSE.apply(p.q, p.k, p.v, p.mask, scale, p.is_causal)  # pyright: ignore[reportGeneralTypeIssues]
         else:
-            out, lse, _ = kernel.forward(p.q, p.k, p.v, p.mask, scale, p.is_causal)
+            out, lse, _ = kernel.forward(p)
         if p.attends is not None:
             lse = lse.masked_fill(~p.attends, -torch.inf)
         return out.transpose(1, 2), lse
@@ -202,7 +178,7 @@ def ops_of(kernel: Kernel, epilogue: Callable[[], ModuleType]) -> Ops:
             return ShiftedAttention.apply(  # pyright: ignore[reportReturnType]
                 p.q, p.k, p.v, vector, gate_weight, gate_bias, p.mask, p.attends, scale, p.is_causal
             )
-        out, lse, _ = kernel.forward(p.q, p.k, p.v, p.mask, scale, p.is_causal)
+        out, lse, _ = kernel.forward(p)
         out = out.transpose(1, 2)
         epilogue().gated_shift_(out, p.q, lse, p.attends, vector, gate_weight, gate_bias)
         return out
@@ -210,13 +186,17 @@ def ops_of(kernel: Kernel, epilogue: Callable[[], ModuleType]) -> Ops:
     return Ops(attention_with_lse, attention_lse, shifted_attention)
 
 
-def _save(ctx: Any, tensors: tuple[Tensor | None, ...], saved: Saved) -> None:
-    """Tensors where autograd watches over them, the kernel's numbers beside."""
-    ctx.save_for_backward(*tensors, *(x for x in saved if isinstance(x, Tensor)))
+def _save(ctx: Any, p: Prepared, tensors: tuple[Tensor, ...], saved: Saved) -> None:
+    """Tensors where autograd watches over them, numbers beside. Which rows attend, the backward need not know."""
+    of_kernel = (x for x in saved if isinstance(x, Tensor))
+    ctx.save_for_backward(p.q, p.k, p.v, p.mask, *tensors, *of_kernel)
+    ctx.options = p.scale, p.is_causal
     ctx.numbers = tuple(None if isinstance(x, Tensor) else (x,) for x in saved)
 
 
-def _saved(ctx: Any, n: int) -> tuple[tuple[Any, ...], Saved]:
-    tensors = ctx.saved_tensors
-    rest = iter(tensors[n:])
-    return tensors[:n], tuple(next(rest) if x is None else x[0] for x in ctx.numbers)
+def _saved(ctx: Any, n: int) -> tuple[Prepared, tuple[Any, ...], Saved]:
+    """What `_save` kept, `n` of them its `tensors`."""
+    q, k, v, mask, *rest = ctx.saved_tensors
+    of_kernel = iter(rest[n:])
+    saved = tuple(next(of_kernel) if x is None else x[0] for x in ctx.numbers)
+    return Prepared(q, k, v, mask, *ctx.options, None), tuple(rest[:n]), saved
