@@ -3,11 +3,15 @@
 An adapter says where, a head says what, `patch` joins them, `capture` reads, `ops` computes.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import losses, ops
 from .adapters import AttentionAdapter, PathAdapter, adapter_for, register_adapter
 from .build import build_shifts
 from .capture import Capture, capture
 from .checkpoint import load_shifts, save_shifts
+from .describe import describe
 from .errors import (
     BackendUnavailableError,
     CheckpointError,
@@ -21,6 +25,9 @@ from .heads import HeadConfig, LIVEConfig, MimICConfig, ShiftHead, ShiftStack, r
 from .patch import Handle, hook, patch
 from .reference_names import shifts_from_reference
 from .types import At, LayerSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from . import testing
 
 __version__ = "0.1.0"
 
@@ -47,6 +54,7 @@ __all__ = [
     "adapter_for",
     "build_shifts",
     "capture",
+    "describe",
     "hook",
     "load_shifts",
     "losses",
@@ -56,4 +64,11 @@ __all__ = [
     "register_head",
     "save_shifts",
     "shifts_from_reference",
+    "testing",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "testing":  # for those who write adapters; a program that runs has no use for it
+        return import_module(".testing", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -57,6 +57,7 @@ class LayerSpec:
         head_dim: Width of a query or key head.
         value_dim: Width of a value head, so of an attention head's output.
         sites: The sites that can be read (all but `lse` can be edited).
+        missing: Why the others can't, in words.
     """
 
     index: int
@@ -67,6 +68,11 @@ class LayerSpec:
     head_dim: int
     value_dim: int
     sites: tuple[Site, ...]
+    missing: str = field(default="", compare=False)
+
+    def offer(self) -> str:
+        """The sites there are and why the others aren't, for an error."""
+        return f"{', '.join(self.sites) or 'no site'}{f': {self.missing}' if self.missing else ''}"
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,11 @@ class AttentionView(ABC):
     @abstractmethod
     def lse_all_keys(self) -> Tensor:
         """See `At.lse_all_keys`."""
+
+    @property
+    @abstractmethod
+    def logits(self) -> tuple[str, ...]:
+        """See `At.logits`."""
 
 
 class At:
@@ -182,6 +193,11 @@ class At:
     def lse_all_keys(self) -> Float[Tensor, "b h t"]:
         """The same over all keys, masked ones included: what the published MimIC code uses."""
         return self._seen("lse_all_keys").lse_all_keys
+
+    @property
+    def logits(self) -> tuple[str, ...]:
+        """What enters the attention logits beside scale, query and key, in words: a softcap, sinks, a window, ..."""
+        return self._seen("logits").logits
 
 
 @runtime_checkable

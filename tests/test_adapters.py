@@ -71,7 +71,8 @@ def test_spec(case: Case) -> None:
 
 
 def test_every_adapter_has_a_case() -> None:
-    assert set(adapters.base._ADAPTERS) == {case.name for case in CASES} == set(SIZES)
+    by_the_kit = {"blt", "pi0"}  # in test_slice.py, as far as the laws go for them
+    assert set(adapters.base.ADAPTERS) - by_the_kit == {case.name for case in CASES} == set(SIZES)
 
 
 def assert_patchable(model: nn.Module, inputs: dict[str, Tensor], head: str, read: Any = hidden_of) -> None:
@@ -182,8 +183,8 @@ def test_wrappers_are_looked_through(case: Case, process_group: None) -> None:
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The registered adapters; what a test adds goes when it ends."""
-    items = dict(adapters.base._ADAPTERS._items)
-    monkeypatch.setattr(adapters.base._ADAPTERS, "_items", items)
+    items = dict(adapters.base.ADAPTERS._items)
+    monkeypatch.setattr(adapters.base.ADAPTERS, "_items", items)
     return items
 
 
@@ -197,8 +198,9 @@ class Renamed(mc.PathAdapter):
     layers = "model.layers"
 
 
-def test_a_model_without_adapter_is_told_what_to_write(registry: dict[str, Any]) -> None:
+def test_a_model_without_adapter_is_told_what_to_write(registry: dict[str, Any], monkeypatch: Any) -> None:
     model = model_of_type("tiny_vlm")
+    monkeypatch.setattr(model.model.layers[0], "forward", lambda states, *rest, **more: states.no_such_thing)
     state = snapshot(model)
     asks = [
         lambda: mc.adapter_for(model),
@@ -211,8 +213,10 @@ def test_a_model_without_adapter_is_told_what_to_write(registry: dict[str, Any])
         with pytest.raises(mc.UnsupportedModelError) as caught:
             ask()
         message = str(caught.value)
-        assert "no adapter is registered for model type 'tiny_vlm' (LlamaForCausalLM)" in message
-        assert "there are adapters for idefics, idefics2, llama, llava, mistral, qwen2." in message
+        assert (
+            "no adapter is registered for model type 'tiny_vlm' (LlamaForCausalLM), and its sites can't be" in message
+        )
+        assert "LlamaForCausalLM does not run on 4 tokens of text alone (LlamaModel: AttributeError: " in message
         assert "@mimic_core.register_adapter('tiny_vlm') on a PathAdapter subclass with the paths of" in message
     assert snapshot(model) == state
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 
 import mimic_core as mc
-from mimic_core.adapters.base import _ADAPTERS
+from mimic_core.adapters.base import ADAPTERS
 from mimic_core.heads.base import _HEADS
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +70,7 @@ def split(page: str) -> tuple[list[Block], str]:
 @pytest.fixture
 def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
     """A module for a page to run as, in an empty directory; what it registers is forgotten afterwards."""
-    for registry in (_ADAPTERS, _HEADS):
+    for registry in (ADAPTERS, _HEADS):
         monkeypatch.setattr(registry, "_items", dict(registry._items))
     monkeypatch.chdir(tmp_path)
     module = ModuleType("page_of_the_docs")

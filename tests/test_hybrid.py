@@ -48,7 +48,7 @@ class HybridAdapter(mc.PathAdapter):
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """Layers 0 and 2 attend, layer 1 mixes."""
-    monkeypatch.setattr(adapters.base._ADAPTERS, "_items", dict(adapters.base._ADAPTERS._items))
+    monkeypatch.setattr(adapters.base.ADAPTERS, "_items", dict(adapters.base.ADAPTERS._items))
     mc.register_adapter("hybrid")(HybridAdapter)
     return hybrid(mixing=[1])
 

@@ -30,6 +30,7 @@ LAYERS = {
     "capture": 3,
     "build": 3,
     "checkpoint": 3,
+    "describe": 3,
     "reference_names": 3,
     "testing": 3,
     "__init__": 4,
@@ -38,7 +39,9 @@ LAYERS = {
 # Neighbours that nevertheless never import each other.
 STRANGERS = [("heads", "adapters"), ("adapters", "heads")]
 HUB = {"transformers", "huggingface_hub", "safetensors"}
-MAY_IMPORT_HUB = {"adapters", "checkpoint", "demo"}
+MAY_IMPORT_HUB = {"adapters", "checkpoint", "demo", "testing"}
+# A model nobody has seen may raise anything; what it raised is told.
+RUN_FOREIGN_CODE = {"adapters/probe.py", "testing/verdicts.py"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -155,7 +158,7 @@ def test_no_eval_no_environment_no_utils(path: Path) -> None:
 def test_no_broad_except(path: Path) -> None:
     """An `except` that names everything has to raise again."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ExceptHandler):
+        if isinstance(node, ast.ExceptHandler) and str(path.relative_to(PACKAGE)) not in RUN_FOREIGN_CODE:
             names = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)} if node.type else {"BaseException"}
             if names & {"Exception", "BaseException"}:
                 raises_again = [n for n in node.body if isinstance(n, ast.Raise) and n.exc is None]

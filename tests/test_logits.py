@@ -169,7 +169,7 @@ KINDS = [("gemma2", "eager"), ("gpt_oss", "eager"), ("mistral", "eager"), ("mist
 
 @pytest.fixture
 def _adapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = adapters.base._ADAPTERS
+    known = adapters.base.ADAPTERS
     monkeypatch.setattr(known, "_items", dict(known._items))
     for name in ("gemma2", "gpt_oss"):
         mc.register_adapter(name)(Adapter)

@@ -1,11 +1,15 @@
 """Adapters: where a model's sites are, and how an edit gets there."""
 
-from .base import AttentionAdapter, PathAdapter, adapter_for, locate, register_adapter, unwrap
+from .base import AttentionAdapter, PathAdapter, register_adapter, unwrap
+from .generic import GenericAdapter
 from .install import Installation, SiteEdit
+from .locate import adapter_for, locate
 from .named import Idefics2Adapter, IdeficsAdapter, LlamaAdapter, LlavaAdapter
+from .probe import probe
 
 __all__ = [
     "AttentionAdapter",
+    "GenericAdapter",
     "Idefics2Adapter",
     "IdeficsAdapter",
     "Installation",
@@ -15,6 +19,7 @@ __all__ = [
     "SiteEdit",
     "adapter_for",
     "locate",
+    "probe",
     "register_adapter",
     "unwrap",
 ]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
+from operator import attrgetter
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..registry import Registry
-from ..types import SITES, LayerSpec, ModelSpec, Site
+from ..types import ATTENTION_SITES, SITES, LayerSpec, ModelSpec, Site
+from .probe import Probe, probe
 
 
 @runtime_checkable
@@ -38,7 +40,7 @@ class AttentionAdapter(Protocol):
         ...
 
 
-_ADAPTERS: Registry[type[AttentionAdapter]] = Registry("adapter", group="mimic_core.adapters")
+ADAPTERS: Registry[type[AttentionAdapter]] = Registry("adapter", group="mimic_core.adapters")
 A = TypeVar("A", bound="type[AttentionAdapter]")
 
 
@@ -50,44 +52,7 @@ def register_adapter(*model_types: str) -> Callable[[A], A]:
     Raises:
         ValueError: no model type is given, or one has another adapter already.
     """
-    return _ADAPTERS.register(*model_types)  # pyright: ignore[reportReturnType]
-
-
-class Located(NamedTuple):
-    """A model without its wrappers, its adapter, and what the adapter says of it."""
-
-    model: nn.Module
-    adapter: AttentionAdapter
-    spec: ModelSpec
-
-
-def adapter_for(model: nn.Module) -> AttentionAdapter:
-    """The adapter registered for the model's type, checked against the model.
-
-    PEFT, DistributedDataParallel and `torch.compile` wrappers are looked through.
-
-    Raises:
-        UnsupportedModelError: no adapter is registered for the type, or the model is not laid out as it expects.
-    """
-    return locate(model).adapter
-
-
-def locate(model: nn.Module) -> Located:
-    """`adapter_for`, with the model and the spec that finding it took."""
-    inner = unwrap(model)
-    model_type = getattr(getattr(inner, "config", None), "model_type", None)
-    if not isinstance(inner, nn.Module) or not isinstance(model_type, str):
-        raise UnsupportedModelError(
-            f"a transformers model with config.model_type is needed to choose an adapter, found {type(inner).__name__}"
-        )
-    if model_type not in _ADAPTERS:
-        raise UnsupportedModelError(
-            f"no adapter is registered for model type {model_type!r} ({type(inner).__name__}); there are adapters for "
-            f"{', '.join(_ADAPTERS)}. Register one: @mimic_core.register_adapter({model_type!r}) on a PathAdapter "
-            f"subclass with the paths of its layers, attention and MLP"
-        )
-    adapter = _ADAPTERS.get(model_type)()
-    return Located(inner, adapter, adapter.spec(inner))
+    return ADAPTERS.register(*model_types)  # pyright: ignore[reportReturnType]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -118,16 +83,19 @@ class PathAdapter:
         attention: Path of the self-attention module in a layer.
         mlp: Path of the MLP module in a layer.
         sites: The sites the family has; fewer where its attention does not go through the interface.
+        config: Path of the decoder's config in the model's, where `config.get_text_config` gives another.
     """
 
     layers: ClassVar[str]
     attention: ClassVar[str] = "self_attn"
     mlp: ClassVar[str] = "mlp"
     sites: ClassVar[tuple[Site, ...]] = SITES
+    config: ClassVar[str] = ""
 
     def spec(self, model: nn.Module) -> ModelSpec:
         model = unwrap(model)
-        config = model.config.get_text_config(decoder=True)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        of_model: Any = model.config
+        config = attrgetter(self.config)(of_model) if self.config else of_model.get_text_config(decoder=True)
         path = self._layers_path(model)
         layers = self._resolve(model, path)
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
@@ -135,15 +103,15 @@ class PathAdapter:
                 f"{type(self).__name__} expects a non-empty ModuleList at {path!r} of {type(model).__name__}, found "
                 f"{type(layers).__name__}"
             )
-        hidden_size = int(config.hidden_size)
-        return ModelSpec(
-            model_type=str(model.config.model_type),  # pyright: ignore[reportAttributeAccessIssue]
-            hidden_size=hidden_size,
-            layers=tuple(
-                self._layer_spec(layer, index, f"{path}.{index}", hidden_size, config)
-                for index, layer in enumerate(layers)
-            ),
-        )
+        named = all(hasattr(config, name) for name in ("hidden_size", "num_attention_heads"))
+        seen = None if named else probe(model, self.decoder(model))
+        specs = []
+        for index, layer in enumerate(layers):
+            where = f"{path}.{index}"
+            attention = self._attention_of(layer, where)
+            sizes = _sizes_in(config, attention) if seen is None else self._sizes_seen(seen, where)
+            specs.append(LayerSpec(index, where, *sizes, self.sites))
+        return ModelSpec(str(of_model.model_type), specs[0].hidden_size, tuple(specs))
 
     def decoder(self, model: nn.Module) -> nn.Module:
         model = unwrap(model)
@@ -162,22 +130,29 @@ class PathAdapter:
         bare = getattr(model, "base_model", None) is model
         return self.layers.removeprefix(prefix) if bare else self.layers
 
-    def _layer_spec(self, layer: nn.Module, index: int, path: str, hidden_size: int, config: object) -> LayerSpec:
+    def _attention_of(self, layer: nn.Module, path: str) -> nn.Module:
         attention = self._resolve(layer, self.attention)
         self._resolve(layer, self.mlp)
         if getattr(attention, "is_cross_attention", False):
             raise UnsupportedModelError(
                 f"{path}.{self.attention} is cross-attention; shifts go into self-attention only"
             )
-        heads_in_config = int(getattr(config, "num_attention_heads"))  # noqa: B009
-        head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
-        head_dim = int(head_dim or hidden_size // heads_in_config)
-        # The projections are the truth; a config may leave out what follows from the rest.
-        heads = _width(attention, "q_proj", heads_in_config * head_dim) // head_dim
-        kv_in_config = int(getattr(config, "num_key_value_heads", None) or heads)
-        kv_heads = _width(attention, "k_proj", kv_in_config * head_dim) // head_dim
-        value_dim = _width(attention, "v_proj", kv_heads * head_dim) // kv_heads
-        return LayerSpec(index, path, hidden_size, heads, kv_heads, head_dim, value_dim, self.sites)
+        return attention
+
+    def _sizes_seen(self, seen: Probe, path: str) -> _Sizes:
+        """The sizes the tensors had, where the config does not name them as transformers' own do."""
+        shapes = seen.outputs.get(path, [])
+        shape = shapes[0] if shapes else None
+        if shape is None:
+            raise UnsupportedModelError(f"{path} returned no tensor in a forward on text alone, so its size is unknown")
+        calls = seen.attention.get(f"{path}.{self.attention}", [])
+        if not calls and set(self.sites) & set(ATTENTION_SITES):
+            raise UnsupportedModelError(
+                f"{path}.{self.attention} does not go through transformers' attention interface, so "
+                f"{type(self).__name__} can't have {', '.join(ATTENTION_SITES)}: leave them out of its `sites`"
+            )
+        heads = (calls[0].heads, calls[0].kv_heads, calls[0].head_dim, calls[0].value_dim) if calls else (0, 0, 0, 0)
+        return _Sizes(shape[-1], *heads)
 
     def _resolve(self, root: nn.Module, path: str) -> nn.Module:
         try:
@@ -187,6 +162,26 @@ class PathAdapter:
                 f"{type(self).__name__} expects a module at {path!r} of {type(root).__name__} and there is none; "
                 f"its children are {', '.join(name for name, _ in root.named_children())}"
             ) from error
+
+
+class _Sizes(NamedTuple):
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+def _sizes_in(config: Any, attention: nn.Module) -> _Sizes:
+    hidden_size, heads_in_config = int(config.hidden_size), int(config.num_attention_heads)
+    head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
+    head_dim = int(head_dim or hidden_size // heads_in_config)
+    # The projections are the truth; a config may leave out what follows from the rest.
+    heads = _width(attention, "q_proj", heads_in_config * head_dim) // head_dim
+    kv_in_config = int(getattr(config, "num_key_value_heads", None) or heads)
+    kv_heads = _width(attention, "k_proj", kv_in_config * head_dim) // head_dim
+    value_dim = _width(attention, "v_proj", kv_heads * head_dim) // kv_heads
+    return _Sizes(hidden_size, heads, kv_heads, head_dim, value_dim)
 
 
 def _width(attention: nn.Module, projection: str, otherwise: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import PatchStateError, UnsupportedModelError
-from ..types import ATTENTION_SITES, LayerSpec, Site
-from .base import locate, unwrap
+from ..types import ATTENTION_SITES, LayerSpec, ModelSpec, Site
+from .base import AttentionAdapter, unwrap
 from .interface import SLOT, AttentionSlot, Entry, SiteEdit
+from .locate import locate
+from .scope import LayerScope
 
 
 class _ForwardState(threading.local):
@@ -53,12 +56,20 @@ class Installation:
         self._hooks: list[RemovableHandle] = []
         self._slotted: list[nn.Module] = []
         inner, adapter, spec = locate(model)
-        self._entries = [Entry(edit, self) for edit in edits]
-        for entry in self._entries:
-            _check_place(inner, spec.layers, entry.edit)
-        places = [adapter.module(inner, entry.edit.layer, entry.edit.site) for entry in self._entries]
+        edits = list(edits)
+        for edit in edits:
+            _check_place(inner, spec.layers, edit)
+        self._entries: list[Entry] = []
+        shared = _shared_modules(inner, adapter, spec, {edit.site for edit in edits})
+        places = [adapter.module(inner, edit.layer, edit.site) for edit in edits]
         try:
-            for entry, module in zip(self._entries, places, strict=True):
+            for edit, module in zip(edits, places, strict=True):
+                scope = None
+                if (module, edit.site) in shared or (edit.site in ("attn_out", "mlp_out") and _is_matrix(module)):
+                    scope = LayerScope(shared=(module, edit.site) in shared)
+                    self._tell(scope, adapter.module(inner, edit.layer, "layer_out"))
+                entry = Entry(edit, self, scope)
+                self._entries.append(entry)
                 self._attach(entry, module)
             # A wrapper may call the inner model's forward directly, past its hooks, so the decoder has them too.
             for module in {id(m): m for m in (inner, adapter.decoder(inner))}.values():
@@ -67,6 +78,10 @@ class Installation:
         except BaseException:
             self.remove()
             raise
+
+    def _tell(self, scope: LayerScope, layer: nn.Module) -> None:
+        self._hooks.append(layer.register_forward_pre_hook(scope.enter, with_kwargs=True))
+        self._hooks.append(layer.register_forward_hook(scope.leave, always_call=True))
 
     def _attach(self, entry: Entry, module: nn.Module) -> None:
         if entry.edit.site in ATTENTION_SITES:
@@ -156,9 +171,26 @@ def _check_place(model: nn.Module, layers: Sequence[LayerSpec], edit: SiteEdit) 
     layer = layers[edit.layer]
     if edit.site not in layer.sites:
         raise UnsupportedModelError(
-            f"site {edit.site!r} was asked for; layer {edit.layer} ({layer.path}) has "
-            f"{', '.join(layer.sites) or 'no site'}"
+            f"site {edit.site!r} was asked for; layer {edit.layer} ({layer.path}) has {layer.offer()}"
         )
+
+
+def _shared_modules(
+    model: nn.Module, adapter: AttentionAdapter, spec: ModelSpec, sites: Iterable[Site]
+) -> set[tuple[nn.Module, Site]]:
+    """The modules that are the same one in several layers."""
+    places: Counter[tuple[nn.Module, Site]] = Counter(
+        (adapter.module(model, layer.index, site), site)
+        for site in sites
+        for layer in spec.layers
+        if site in layer.sites
+    )
+    return {place for place, layers in places.items() if layers > 1}
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """A projection alone: some models hand it their tokens flattened."""
+    return not any(True for _ in module.children()) or hasattr(module, "base_layer")
 
 
 class _OutputHook:
@@ -168,15 +200,22 @@ class _OutputHook:
         self.entry = entry
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not self.entry.owner.active:
+        if not self.entry.active:
             return None
         if isinstance(output, tuple):
-            return (self.entry.apply(output[0], module), *output[1:])
+            parts = (self._edited(output[0], module), *output[1:])
+            return type(output)(*parts) if hasattr(output, "_fields") else parts
         if not isinstance(output, Tensor):
             raise UnsupportedModelError(
                 f"{type(module).__name__} returned a {type(output).__name__}; a site must return a tensor or a tuple"
             )
-        return self.entry.apply(output, module)
+        return self._edited(output, module)
+
+    def _edited(self, states: Tensor, module: nn.Module) -> Tensor:
+        scope = self.entry.scope
+        if states.ndim != 2 or scope is None:
+            return self.entry.apply(states, module)
+        return self.entry.apply(scope.unflatten(states), module).flatten(0, 1)
 
 
 def installed(model: nn.Module) -> list[Installation]:

@@ -22,6 +22,7 @@ from transformers.modeling_utils import AttentionInterface
 from .. import ops
 from ..errors import PatchStateError, ShapeError, UnsupportedModelError
 from ..types import READ_ONLY_SITES, At, AttentionView, Site
+from .scope import LayerScope
 
 SLOT = "_mimic_core_sites"
 """Key of a module's slot in its `__dict__`: travels with deepcopy and pickle, is no submodule, leaves no state."""
@@ -56,15 +57,24 @@ class Owner(Protocol):
     @property
     def active(self) -> bool: ...
 
+    @property
+    def in_forward(self) -> bool: ...
+
     def reached(self, layer: int, site: Site) -> None: ...
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An edit and its owner, as a slot holds it."""
+    """An edit and its owner, as a slot holds it; `scope` where the module does not tell which layer runs."""
 
     edit: SiteEdit
     owner: Owner
+    scope: LayerScope | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether the edit should run now."""
+        return self.owner.active and (self.scope is None or self.scope.runs(self.owner.in_forward))
 
     def apply(self, value: Tensor, module: nn.Module, attention: AttentionCall | None = None) -> Tensor:
         """Run the edit on a value and check what comes back."""
@@ -122,7 +132,7 @@ class AttentionSlot:
 
     def plan(self) -> Plan | None:
         """The edits that are on; None: there are none."""
-        active = [e for e in self.entries if e.owner.active]
+        active = [e for e in self.entries if e.active]
         if len(active) == len(self.entries):
             return self._plan  # made when they were put there: a decoded token has no time for it
         return Plan(tuple(active)) if active else None
@@ -194,6 +204,14 @@ class AttentionCall(AttentionView):
             )
         return ops.attention_lse(self.query, self.key, None, self.scale, False)
 
+    @property
+    def logits(self) -> tuple[str, ...]:
+        options = {name: x for name, x in self.options.items() if x is not None}
+        words = [f"softcap {options['softcap']:g}"] if "softcap" in options else []
+        words += ["sinks"] if "s_aux" in options else []
+        words += [f"window {options['sliding_window']}"] if options.get("sliding_window") else []
+        return (*words, *(name.replace("_", " ") for name in _CHANGES_LOGITS if name in options))
+
     def _check_lse(self) -> None:
         problem = None
         options, refused = self.options, _CHANGES_LOGITS
@@ -212,6 +230,11 @@ class AttentionCall(AttentionView):
 
     def run(self, base: Callable[..., Any], plan: Plan) -> tuple[Tensor, Any]:
         """Attention with all edits of this call."""
+        if self.implementation.startswith("paged|") and any(e.edit.site != "query" for e in plan.before):
+            raise UnsupportedModelError(
+                f"attention implementation {self.implementation!r} is handed the keys and values of new tokens alone, "
+                f"before its cache has them, so edits there would be others than elsewhere; use another implementation"
+            )
         for entry in plan.before:
             setattr(self, entry.edit.site, entry.apply(getattr(self, entry.edit.site), self.module, self))
             self._lse = None  # an edit may have asked for it and then changed what it is made of

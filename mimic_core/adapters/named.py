@@ -1,4 +1,7 @@
-"""The model families that come with an adapter: a line of paths each."""
+"""The model families that come with an adapter of their own: a line of paths each.
+
+Some could be found by the generic adapter too; these are known without running the model.
+"""
 
 from __future__ import annotations
 
@@ -31,3 +34,19 @@ class LlamaAdapter(PathAdapter):
     """Text decoders laid out as Llama's."""
 
     layers = "model.layers"
+
+
+@register_adapter("blt")
+class BltAdapter(PathAdapter):
+    """Byte Latent Transformer (Pagnoni et al., 2024): the transformer over patches, not those over bytes around it."""
+
+    layers = "model.global_transformer.layers"
+    config = "global_config"
+
+
+@register_adapter("pi0")
+class PI0Adapter(PathAdapter):
+    """PI0 (Black et al., 2024): the language model, not the action expert that reads its cache."""
+
+    layers = "model.vlm.language_model.layers"
+    config = "vlm_config.text_config"

@@ -40,7 +40,7 @@ class ShiftStack(nn.Module):
             at_fault = next(h for h in heads if _missing(h))
             raise UnsupportedModelError(
                 f"{head.__name__} edits {', '.join(_missing(at_fault))}, which layer {at_fault.layer.index} "
-                f"({at_fault.layer.path}) doesn't have; it has {', '.join(at_fault.layer.sites) or 'no site'}"
+                f"({at_fault.layer.path}) doesn't have; it has {at_fault.layer.offer()}"
             )
         self.heads = nn.ModuleDict({str(h.layer.index): h for h in fitting})
 

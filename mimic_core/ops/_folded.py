@@ -199,4 +199,5 @@ def _saved(ctx: Any, n: int) -> tuple[Prepared, tuple[Any, ...], Saved]:
     q, k, v, mask, *rest = ctx.saved_tensors
     of_kernel = iter(rest[n:])
     saved = tuple(next(of_kernel) if x is None else x[0] for x in ctx.numbers)
-    return Prepared(q, k, v, mask, *ctx.options, None), tuple(rest[:n]), saved
+    scale, is_causal = ctx.options
+    return Prepared(q, k, v, mask, scale, is_causal, None), tuple(rest[:n]), saved

@@ -1,0 +1,279 @@
+"""An adapter that finds its way: the sites of any text decoder that transformers loads, from one small forward."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from ..types import ATTENTION_SITES, SITES, LayerSpec, ModelSpec, Site
+from .base import unwrap
+from .probe import TOKENS, AttentionSeen, Probe, probe
+
+# Where a layer keeps its MLP, the likelier first; where no name fits, what MLP classes are called.
+_MLP_PATHS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "ff", "fc2", "output.dense")
+_MLP_CLASS = re.compile(r"MLP|Mlp|FeedForward|FFN|MoE|Moe|MOE|Dense\w*ActDense")
+_ATTENTION_CLASS = re.compile(r"(?<!Linear)(?<!Cross)Attention$")
+# What no layer's mixer of tokens is.
+_PLAIN = re.compile(r"Norm|Dropout|Identity|Rotary|Embedding|Linear|Router|Activation|Module")
+# The last matrix of an MLP or of attention, for those that add the residual themselves (BLOOM, MPT).
+_LAST_PROJECTIONS = ("dense_4h_to_h", "down_proj", "dense", "out_proj", "o_proj")
+_LAYER_LISTS = ("layers", "h", "blocks", "block", "layer")
+
+
+class GenericAdapter:
+    """Finds the decoder's layers and their sites by running the decoder once on four tokens.
+
+    Nothing is guessed that can be seen: an attention site is a module that hands its queries to transformers' attention
+    interface exactly once, sizes are those of the tensors it hands over, an output site is a module that runs exactly
+    once and returns hidden states. A layer that lacks sites says why (`LayerSpec.missing`). What was found is kept as
+    long as the model's modules are the same.
+    """
+
+    def spec(self, model: nn.Module) -> ModelSpec:
+        return _layout(unwrap(model)).spec
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        model = unwrap(model)
+        return model.get_submodule(_layout(model).decoder)
+
+    def module(self, model: nn.Module, layer: int, site: Site) -> nn.Module:
+        model = unwrap(model)
+        return model.get_submodule(_layout(model).paths[layer][site])
+
+
+@dataclass(frozen=True)
+class _Layout:
+    decoder: str
+    spec: ModelSpec
+    paths: tuple[dict[Site, str], ...]
+
+
+_layouts: WeakKeyDictionary[Probe, _Layout] = WeakKeyDictionary()
+
+
+def _layout(model: nn.Module) -> _Layout:
+    decoder = text_decoder(model)
+    seen = probe(model, decoder)
+    if seen not in _layouts:
+        _layouts[seen] = _find(model, decoder, seen)
+    return _layouts[seen]
+
+
+def _find(model: nn.Module, decoder: nn.Module, seen: Probe) -> _Layout:
+    names = {module: name for name, module in model.named_modules()}
+    path, layers = _layer_list(model, decoder, seen, names)
+    config: Any = model.config
+    hidden_size = int(getattr(config.get_text_config(decoder=True), "hidden_size", 0))
+    holders = Counter(module for layer in layers for module in layer.modules())
+    found = [
+        part
+        for index, layer in enumerate(layers)
+        for part in _Layer(layer, f"{path}.{index}", hidden_size, seen, names, holders).parts()
+    ]
+    if not any(sites for _, sites in found):
+        raise UnsupportedModelError(f"no layer of {path} has a site: {found[0][0]['missing']}")
+    layer_specs = tuple(
+        LayerSpec(index=index, **sizes, sites=tuple(s for s in SITES if s in sites))
+        for index, (sizes, sites) in enumerate(found)
+    )
+    widths = Counter(spec.hidden_size for spec in layer_specs if spec.sites)
+    spec = ModelSpec(str(config.model_type), widths.most_common(1)[0][0], layer_specs)
+    return _Layout(_runs_layers(path, names[decoder], seen), spec, tuple(sites for _, sites in found))
+
+
+def _runs_layers(layers: str, decoder: str, seen: Probe) -> str:
+    """The module nearest above the layers that ran once: in an encoder-decoder not the whole of it."""
+    parts = layers.split(".")
+    above = [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
+    return next((path for path in above if len(seen.outputs.get(path, [])) == 1), decoder)
+
+
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The text decoder transformers names, or the model itself."""
+    get = getattr(model, "get_decoder", None)
+    found = get() if callable(get) else None
+    if not isinstance(found, nn.Module) or found not in set(model.modules()):
+        return model
+    # What some models name so is the matrix that decodes hidden states to logits.
+    return found if any(isinstance(m, nn.ModuleList) for m in found.modules()) else model
+
+
+def _layer_list(
+    model: nn.Module, decoder: nn.Module, seen: Probe, names: dict[nn.Module, str]
+) -> tuple[str, nn.ModuleList]:
+    """The list of layers: the one most of attention is in; without attention, the one most of whose members ran."""
+    best: tuple[tuple[int, int, int, int], str, nn.ModuleList] | None = None
+    for module in decoder.modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0 or module not in names:
+            continue
+        path = names[module]
+        attended = sum(1 for name in seen.attention if "." in name.removeprefix(f"{path}.") and name.startswith(path))
+        ran = sum(1 for member in module if names.get(member) in seen.outputs)
+        named = path.rpartition(".")[2] in _LAYER_LISTS
+        key = (attended, int(named), ran, -path.count("."))
+        if ran and (attended or named) and (best is None or key > best[0]):
+            best = key, path, module
+    if best is None:
+        raise UnsupportedModelError(f"{type(decoder).__name__} has no list of layers that run")
+    return best[1], best[2]
+
+
+class _Layer:
+    """One member of the list of layers, as the probe saw it."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        path: str,
+        hidden_size: int,
+        seen: Probe,
+        names: dict[nn.Module, str],
+        holders: Counter[nn.Module],
+    ) -> None:
+        self.layer, self.path, self.seen, self.names, self.holders = layer, path, seen, names, holders
+        runs = seen.outputs.get(names[layer], [])
+        self.runs, returned = len(runs), (runs or [None])[0]
+        # Some hand on several streams, or a list: their attention and MLP return plain hidden states all the same.
+        self.returned = returned
+        # Some put learned tokens before the text.
+        tokens = returned[1] if returned is not None and len(returned) == 3 else TOKENS
+        width = hidden_size or (returned[-1] if returned else 0)
+        self.states = (1, tokens, width)
+        self.returns_states = returned == self.states
+
+    def parts(self) -> Iterator[tuple[dict[str, Any], dict[Site, str]]]:
+        """Sizes and sites: once; or once for each attention module, where there are several with an MLP for each."""
+        if self.runs != 1:
+            times = f"runs {self.runs} times in a forward" if self.runs else "does not run on text alone"
+            yield self._sizes(None, f"{type(self.layer).__name__} {times}"), {}
+            return
+        attention = [path for path in self._inside() if self._calls(path) and self._is_self_attention(path)]
+        pairs = list(zip(attention, self._listed_mlps(attention), strict=False)) if len(attention) > 1 else []
+        for n, (one, mlp) in enumerate(pairs):
+            yield self._part(one, mlp, self.path if n == len(pairs) - 1 else None)
+        if pairs:
+            return
+        mlp = self._mlp(attention)
+        if len(attention) > 1:
+            problem = f"{len(attention)} attention modules in one layer ({', '.join(attention)})"
+            yield self._sizes(None, problem), self._outputs(None, mlp, self.path)
+        else:
+            yield self._part(attention[0] if attention else None, mlp, self.path)
+
+    def _part(
+        self, attention: str | None, mlp: str | None, layer: str | None
+    ) -> tuple[dict[str, Any], dict[Site, str]]:
+        missing = []
+        if attention is None:
+            missing.append(self._why_no_attention(mlp))
+        elif len(calls := self._calls(attention)) != self.holders[self.module(attention)]:
+            missing.append(f"{attention} attends {len(calls)} times in a forward")
+            attention = None
+        sites = self._outputs(attention or self._other_attention(), mlp, layer)
+        if attention is not None:
+            sites |= dict.fromkeys(ATTENTION_SITES, f"{self.path}.{attention}")
+        if mlp is None:
+            missing.append("no module was seen to return the output of an MLP alone")
+        if not self.returns_states:
+            missing.append(f"{type(self.layer).__name__} returns {self.returned or 'no tensor'}, not [b t c]")
+        return self._sizes(attention, "; ".join(missing)), sites
+
+    def _outputs(self, attention: str | None, mlp: str | None, layer: str | None) -> dict[Site, str]:
+        sites: dict[Site, str] = {}
+        projected = None if attention is None else self._projected(attention)
+        if projected is not None:
+            sites["attn_out"] = f"{self.path}.{projected}"
+        if mlp is not None:
+            sites["mlp_out"] = f"{self.path}.{mlp}"
+        if layer is not None and self.returns_states:
+            sites["layer_out"] = layer
+        return sites
+
+    def _sizes(self, attention: str | None, missing: str) -> dict[str, Any]:
+        sizes: dict[str, Any] = {"path": self.path, "hidden_size": self.states[2], "missing": missing}
+        fields = ("heads", "kv_heads", "head_dim", "value_dim")
+        if attention is None:
+            return sizes | dict.fromkeys(fields, 0)
+        call = self._calls(attention)[0]
+        return sizes | {name: getattr(call, name) for name in fields}
+
+    def module(self, path: str) -> nn.Module:
+        """The module at a path from the layer."""
+        return self.layer.get_submodule(path)
+
+    def _inside(self) -> list[str]:
+        return [path for path, _ in self.layer.named_modules() if path]
+
+    def _calls(self, path: str) -> list[AttentionSeen]:
+        return self.seen.attention.get(self.names[self.module(path)], [])
+
+    def _is_self_attention(self, path: str) -> bool:
+        module = self.module(path)
+        if self.names[module] in self.seen.crossed or getattr(module, "is_cross_attention", False):
+            return False
+        # Some use the interface for other things than tokens, too: a token's states in the layers before, say.
+        return all(call.tokens == self.states[:2] for call in self._calls(path))
+
+    def _why_no_attention(self, mlp: str | None) -> str:
+        other = self._other_attention()
+        if other is not None:
+            return f"{type(self.module(other)).__name__} does not go through transformers' attention interface"
+        for path in self._inside():
+            kind = type(self.module(path)).__name__
+            if self._ran(path) and not _PLAIN.search(kind) and not f"{path}.".startswith(f"{mlp}."):
+                return f"no softmax attention ({kind})"
+        return "no attention"
+
+    def _other_attention(self) -> str | None:
+        """An attention module that does not go through the interface."""
+        named = (path for path in self._inside() if _ATTENTION_CLASS.search(type(self.module(path)).__name__))
+        return next((path for path in named if self._ran(path)), None)
+
+    def _ran(self, path: str) -> bool:
+        return self.names[self.module(path)] in self.seen.outputs
+
+    def _returns_states(self, path: str) -> bool:
+        """Whether a module returns hidden states once for each layer it is in, and they are not yet added up."""
+        try:
+            module = self.module(path)
+        except AttributeError:
+            return False
+        if "residual" in inspect.signature(module.forward).parameters:
+            return False
+        shapes = {self.states, self.states[1:]}
+        found = self.seen.outputs.get(self.names[module], [])
+        return len(found) == self.holders[module] and set(found) <= shapes
+
+    def _mlp(self, attention: list[str]) -> str | None:
+        """Path of the MLP: by its name, else the outermost module of such a class."""
+        outermost = sorted(self._inside(), key=lambda path: path.count("."))
+        named = [p for p in outermost if _MLP_CLASS.search(type(self.module(p)).__name__) and p not in attention]
+        within = [f"{p}.{last}" for p in named for last in _LAST_PROJECTIONS]
+        return next((path for path in (*_MLP_PATHS, *named, *within) if self._returns_states(path)), None)
+
+    def _listed_mlps(self, attention: list[str]) -> list[str]:
+        """The members of a list of MLPs, one for each attention module."""
+        for path in self._inside():
+            members = self.module(path)
+            if isinstance(members, nn.ModuleList) and len(members) == len(attention):
+                paths = [f"{path}.{n}" for n in range(len(members))]
+                if all(_MLP_CLASS.search(type(m).__name__) for m in members) and all(map(self._returns_states, paths)):
+                    return paths
+        return []
+
+    def _projected(self, attention: str) -> str | None:
+        """Where the output of attention is, after its output projection and before the residual addition."""
+        # In BERT and its kin the projection stands beside attention, or in it, with residual and norm behind it.
+        around = attention.rpartition(".")[0]
+        beside = f"{around}.output.dense" if around else attention
+        inside = (f"{attention}.{last}" for last in _LAST_PROJECTIONS)
+        paths = (beside, f"{attention}.output.dense", attention, *inside)
+        return next((path for path in paths if self._returns_states(path)), None)

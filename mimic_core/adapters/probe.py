@@ -1,0 +1,182 @@
+"""One small forward of a text decoder, watched: what runs, how often, and what attention is handed there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from operator import is_not
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+from ..types import At, Site
+from .interface import SLOT, AttentionSlot, Entry, SiteEdit
+
+TOKENS = 4
+"""How long the text of a probe is: more than one, so that it is no decoding step."""
+
+_OF_OTHERS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+
+
+@dataclass(frozen=True)
+class AttentionSeen:
+    """One call of the attention interface.
+
+    Attributes:
+        heads, kv_heads, head_dim, value_dim: As the tensors had them.
+        tokens: b and t of the queries.
+        logits: What entered the logits beside the scaled product and the mask, in words.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    tokens: tuple[int, int]
+    logits: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Probe:
+    """What ran, by module path from the model.
+
+    Attributes:
+        outputs: The shape of each call's output (a tuple's first element), in the order of calls; None where that is no
+            tensor.
+        attention: The calls of the attention interface.
+        crossed: Modules that were handed the states of an encoder or of images to attend to.
+    """
+
+    outputs: dict[str, list[tuple[int, ...] | None]] = field(default_factory=dict)
+    attention: dict[str, list[AttentionSeen]] = field(default_factory=dict)
+    crossed: set[str] = field(default_factory=set)
+
+
+class _Watcher:
+    """The owner of the probe's entries: always on, and nobody to report to."""
+
+    active = in_forward = True
+
+    def reached(self, layer: int, site: Site) -> None: ...
+
+
+_kept: WeakKeyDictionary[nn.Module, tuple[list[nn.Module], Probe]] = WeakKeyDictionary()
+
+
+def probe(model: nn.Module, decoder: nn.Module) -> Probe:
+    """Run `decoder`, or else `model`, on a text of four tokens in eval mode without gradients, and watch.
+
+    Modules, their modes and torch's random state are as before afterwards. What was seen is kept as long as the model's
+    modules are the same.
+
+    Raises:
+        UnsupportedModelError: neither runs on text alone.
+    """
+    modules = list(model.modules())[1:]  # without the model, which what is kept of it would else keep for good
+    before, seen = _kept.get(model, ([], None))
+    if seen is None or len(before) != len(modules) or any(map(is_not, before, modules)):
+        seen = _probe(model, decoder)
+        _kept[model] = modules, seen
+    return seen
+
+
+def _probe(model: nn.Module, decoder: nn.Module) -> Probe:
+    names = {module: name for name, module in model.named_modules(remove_duplicate=True)}
+    inside = [m for m in decoder.modules() if m in names]
+    vocabulary = _vocabulary(model, decoder)
+    errors = []
+    for runner in dict.fromkeys((decoder, model)):
+        seen = Probe()
+        try:
+            with _watched(inside, names, seen), _calm(model), torch.no_grad():
+                runner(**_text_for(runner, vocabulary))
+        except Exception as error:  # whatever a foreign model's code raises on an input it does not take
+            errors.append(f"{type(runner).__name__}: {type(error).__name__}: {error}")
+        else:
+            return seen
+    raise UnsupportedModelError(
+        f"{type(model).__name__} does not run on {TOKENS} tokens of text alone ({'; '.join(errors)})"
+    )
+
+
+def _vocabulary(model: nn.Module, decoder: nn.Module) -> tuple[int, torch.device]:
+    for holder in (decoder, model):
+        try:
+            table = holder.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(weight := getattr(table, "weight", None), Tensor):
+            device = weight.device
+            return int(weight.shape[0]), device
+    return 8, next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _text_for(runner: nn.Module, vocabulary: tuple[int, torch.device]) -> dict[str, Any]:
+    size, device = vocabulary
+    # Low ids that are neither of the usual special ones; padding would be masked.
+    ids = torch.arange(5, 5 + TOKENS, device=device) % size
+    text: dict[str, Any] = {
+        "input_ids": ids[None],
+        "attention_mask": torch.ones(1, TOKENS, dtype=torch.long, device=device),
+    }
+    taken = inspect.signature(runner.forward).parameters
+    if "use_cache" in taken:
+        text["use_cache"] = False
+    everything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    return {name: x for name, x in text.items() if name in taken or everything}
+
+
+@contextmanager
+def _calm(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and afterwards each module's own again; the random state stays."""
+    training = [m for m in model.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        with torch.random.fork_rng(enabled=not torch.compiler.is_compiling()):
+            yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+@contextmanager
+def _watched(modules: list[nn.Module], names: dict[nn.Module, str], seen: Probe) -> Iterator[None]:
+    def ran(module: nn.Module, args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        shape = tuple(first.shape) if isinstance(first, Tensor) else None
+        seen.outputs.setdefault(names[module], []).append(shape)
+
+    def enters(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if any(kwargs.get(name) is not None for name in _OF_OTHERS):
+            seen.crossed.add(names[module])
+
+    def attended(out: Tensor, at: At) -> None:
+        b, h, t, d = at.query.shape
+        call = AttentionSeen(h, at.key.shape[1], d, out.shape[-1], (b, t), at.logits)
+        seen.attention.setdefault(names[at.module], []).append(call)
+
+    watch = Entry(SiteEdit(0, "attn_heads", attended), _Watcher())
+    hooks = [m.register_forward_hook(ran) for m in modules]
+    hooks += [m.register_forward_pre_hook(enters, with_kwargs=True) for m in modules]
+    slots: list[tuple[nn.Module, AttentionSlot]] = []
+    try:
+        for m in modules:
+            slot = m.__dict__.get(SLOT) or AttentionSlot()
+            m.__dict__[SLOT] = slot
+            slots.append((m, slot))
+            slot.hold((*slot.entries, watch))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for m, slot in slots:
+            slot.hold(tuple(e for e in slot.entries if e is not watch))
+            if not slot.entries:
+                del m.__dict__[SLOT]
+                slot.release()

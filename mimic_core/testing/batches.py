@@ -1,0 +1,166 @@
+"""Inputs for the laws: the caller's or random text, and the same samples alone, padded and made longer."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SPECIAL = re.compile(r"_ids?$|_index$|_token$")
+_WINDOW = re.compile(r"window|chunk_size|topk$")
+_LENGTH = 12
+_LONGEST = 96
+
+
+class Batches:
+    """What a model's forward is given.
+
+    Args:
+        model: The model, without wrappers.
+        given: The caller's inputs; None: two samples of random text, the second shorter and padded on the right.
+    """
+
+    def __init__(self, model: nn.Module, given: Mapping[str, Any] | None) -> None:
+        self._model = model
+        self._config = config = model.config.to_dict()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        self.special = sorted({i for key, x in _entries(config) if _SPECIAL.search(key) for i in _ids(x)})
+        parameters = inspect.signature(model.forward).parameters
+        self._names = set(parameters)
+        self._anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self.given = self.text() if given is None else {k: x for k, x in given.items() if k != "labels"}
+
+    def accepts(self, name: str) -> bool:
+        """Whether the model's forward takes an argument."""
+        return name in self._names or (self._anything and name != "position_ids")
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model reads."""
+        try:
+            weight = self._model.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
+        except (AttributeError, NotImplementedError):
+            weight = None
+        found = [weight.shape[0]] if isinstance(weight, Tensor) else []
+        text = self._model.config.get_text_config(decoder=True)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        size = getattr(text, "vocab_size", None)
+        return min(found + ([size] if isinstance(size, int) else [])) if found or isinstance(size, int) else 8
+
+    def text(self) -> dict[str, Any]:
+        """Random text away from special ids, longer than the windows of the config (where those are short)."""
+        windows = [x for key, x in _entries(self._config) if _WINDOW.search(key) and isinstance(x, int)]
+        length = max([_LENGTH, *(x + _LENGTH // 2 for x in windows if 0 < x <= _LONGEST)])
+        device = next((p.device for p in self._model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        allowed = self._ordinary
+        picks = torch.randint(len(allowed), (2, length), generator=torch.Generator().manual_seed(7))
+        ids = torch.tensor(allowed)[picks].to(device)
+        mask = torch.ones_like(ids)
+        mask[1, -3:] = 0
+        ids[1, -3:] = self.padding
+        text = {"input_ids": ids, "attention_mask": mask}
+        return {name: x for name, x in text.items() if self.accepts(name)}
+
+    def reworded(self, ids: Tensor) -> Tensor:
+        """Other ordinary tokens for the ordinary ones among [b t]."""
+        special = torch.tensor([*self.special, self.padding], device=ids.device)
+        ordinary = ~torch.isin(ids, special)
+        others = torch.where(ids == self._ordinary[0], self._ordinary[-1], self._ordinary[0])
+        return torch.where(ordinary, others, ids)
+
+    @property
+    def _ordinary(self) -> list[int]:
+        return [i for i in range(3, min(self.vocabulary, 5000)) if i not in self.special] or [0]
+
+    @property
+    def padding(self) -> int:
+        """The id of padding, or any other."""
+        found = [x for key, x in _entries(self._config) if key == "pad_token_id" and isinstance(x, int)]
+        return found[0] if found and 0 <= found[0] < self.vocabulary else 0
+
+    def real(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Which tokens are no padding [b t]; None: not known, or all."""
+        mask = inputs.get("attention_mask")
+        return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def samples(self, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Each sample alone, without padding. Where none is padded, the last one loses three tokens."""
+        ids = inputs["input_ids"]
+        real = self.real(inputs)
+        real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.clone()
+        if real.all():
+            real[-1, -3:] = False
+        found = []
+        for i in range(ids.shape[0]):
+            alone = {k: self._sample(k, x, i, real[i], inputs) for k, x in inputs.items() if k != "position_ids"}
+            found.append(alone)
+        return found
+
+    def _sample(self, name: str, x: Any, i: int, keep: Tensor, inputs: Mapping[str, Any]) -> Any:
+        if not _by_sample(x, inputs):
+            return x
+        row = x[i : i + 1]
+        return row[:, keep] if _by_token(x, inputs) else row
+
+    def together(self, samples: list[dict[str, Any]], side: str, positions: bool) -> dict[str, Any]:
+        """The samples in one batch, padded on a side; `positions` counts each sample's from its first token."""
+        first = samples[0]
+        longest = max(s["input_ids"].shape[1] for s in samples)
+        batch: dict[str, Any] = {}
+        for name, x in first.items():
+            if not _by_sample(x, first):
+                batch[name] = x
+            elif _by_token(x, first):
+                fill = self.padding if name == "input_ids" else 0
+                batch[name] = torch.cat([_pad(s[name], longest, side, fill) for s in samples])
+            else:
+                batch[name] = torch.cat([s[name] for s in samples])
+        ones = [torch.ones_like(s["input_ids"]) for s in samples]
+        batch["attention_mask"] = torch.cat([_pad(x, longest, side, 0) for x in ones])
+        if positions:
+            batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        return batch
+
+    def longer(self, inputs: Mapping[str, Any], new: Tensor) -> dict[str, Any]:
+        """The batch with tokens [b n] after it; what else there is a token is repeated from the last one."""
+        batch: dict[str, Any] = {}
+        for name, x in inputs.items():
+            if name == "position_ids":
+                continue
+            if name == "input_ids":
+                batch[name] = torch.cat([x, new], dim=1)
+            elif name == "attention_mask" and isinstance(x, Tensor) and x.ndim == 2:
+                batch[name] = torch.cat([x, torch.ones_like(new, dtype=x.dtype)], dim=1)
+            elif _by_token(x, inputs):
+                batch[name] = torch.cat([x, x[:, -1:].expand(-1, new.shape[1], *x.shape[2:])], dim=1)
+            else:
+                batch[name] = x
+        return batch
+
+
+def _by_sample(x: Any, inputs: Mapping[str, Any]) -> bool:
+    return isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == inputs["input_ids"].shape[0]
+
+
+def _by_token(x: Any, inputs: Mapping[str, Any]) -> bool:
+    return _by_sample(x, inputs) and x.ndim > 1 and x.shape[1] == inputs["input_ids"].shape[1] and x.ndim < 4
+
+
+def _pad(x: Tensor, length: int, side: str, fill: int) -> Tensor:
+    missing = x.new_full((x.shape[0], length - x.shape[1], *x.shape[2:]), fill)
+    return torch.cat([x, missing] if side == "right" else [missing, x], dim=1)
+
+
+def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every entry of a config and of those inside it."""
+    for key, x in config.items():
+        yield key, x
+        if isinstance(x, Mapping):
+            yield from _entries({str(k): v for k, v in x.items()})
+
+
+def _ids(x: Any) -> list[int]:
+    items = x if isinstance(x, list | tuple) else [x]
+    return [i for i in items if isinstance(i, int) and i >= 0]

@@ -1,0 +1,299 @@
+"""Laws of putting shifts in and taking them out: nothing changes that shouldn't, and nothing is left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import load_shifts, save_shifts
+from ..errors import PatchStateError
+from ..patch import hook, patch
+from ..types import At, Site
+from .laws_decoding import generated, variants
+from .state import Snapshot
+from .subject import EDITED_SITES, Subject, same_bits, zeroed
+from .verdicts import BrokenLaw, NotApplicable, attempt
+
+
+class Planted(Exception):  # noqa: N818 - it is no error of the kit's
+    """Raised where a law wants an exception."""
+
+
+def adapter(s: Subject) -> str:
+    """The model has an adapter whose spec can be read."""
+    layers = s.spec.layers
+    sites = {site for layer in layers for site in layer.sites}
+    without = [f"{layer.index} ({layer.missing or 'no reason given'})" for layer in layers if not layer.sites]
+    words = (
+        f"{type(s.adapter).__name__}: {len(layers)} layers at {layers[0].path.rpartition('.')[0]}, {len(sites)} sites"
+    )
+    return words + (f"; no site in layers {', '.join(without)}" if without else "")
+
+
+def forward(s: Subject) -> str:
+    """The unpatched model runs on the inputs, twice with the same bits."""
+    first = s.logits
+    with torch.no_grad():
+        if not same_bits(s.run(), first):
+            raise BrokenLaw("two forwards of the unpatched model differ; in eval mode, nothing about it may be random")
+    shape = list(first.shape)
+    if not torch.isfinite(first).any():
+        raise BrokenLaw(f"logits {shape} of the unpatched model hold no number")
+    return f"logits {shape}, inputs {', '.join(s.inputs)}"
+
+
+def zero_shift(s: Subject) -> str:
+    """With zero vectors, logits are those of the unpatched model to the bit."""
+    stacks = _some(zeroed(s.stacks()))
+    batches = {"as given": s.inputs, **variants(s)}
+    for name, inputs in batches.items():
+        with torch.no_grad():
+            plain = s.run(inputs)
+            with s.patched(stacks):
+                found = s.run(inputs)
+        if not same_bits(found, plain):
+            raise BrokenLaw(f"inputs {name}: {_furthest(s, stacks, inputs, plain)}")
+    with _gradients_from_the_start(s):  # other kernels may run then
+        plain = s.run().detach()
+        with s.patched(stacks):
+            found = s.run().detach()
+    if not same_bits(found, plain):
+        raise BrokenLaw(f"with gradients on: {(found - plain).abs().max():.1e} apart")
+    return f"{', '.join(stacks)}; inputs {', '.join(batches)}"
+
+
+def zero_shift_generates(s: Subject) -> str:
+    """With zero vectors, generate gives the tokens and logits of the unpatched model to the bit."""
+    stacks = _some(zeroed(s.stacks()))
+    wanted = generated(s)
+    with s.patched(stacks):
+        found = generated(s, fresh=True)
+    if not torch.equal(found.tokens, wanted.tokens):
+        raise BrokenLaw("other tokens were generated")
+    for step, (a, b) in enumerate(zip(found.logits, wanted.logits, strict=True)):
+        if not same_bits(a, b):
+            raise BrokenLaw(f"the logits of step {step} are {(a - b).abs().max():.1e} apart")
+    return f"{len(wanted.logits)} tokens"
+
+
+def removal(s: Subject) -> str:
+    """A patch that is removed, or disabled, leaves nothing: hooks, attributes, config, logits are as they were."""
+    stacks = _some(s.stacks())
+    before = Snapshot(s.model)
+    with s.patched(stacks):
+        pass
+    _unchanged(before, "patched and removed", attributes=True)
+    with ExitStack() as disabled, torch.no_grad():
+        handles = [patch(s.model, stack) for stack in stacks.values()]
+        if same_bits(s.run(), s.logits):
+            raise BrokenLaw(f"{', '.join(stacks)} change no logit while they are in")
+        for handle in handles:
+            disabled.enter_context(handle.disabled())
+        if not same_bits(s.run(), s.logits):
+            raise BrokenLaw("inside handle.disabled() the logits are not the unpatched model's")
+    with torch.no_grad():
+        if same_bits(s.run(), s.logits):
+            raise BrokenLaw("after handle.disabled() the shifts are gone")
+        for handle in handles:
+            handle.remove()
+            handle.remove()
+        _unchanged(before, "after a forward and removal")
+        if not same_bits(s.run(), s.logits):
+            raise BrokenLaw("after removal the logits are not the unpatched model's")
+    return f"{', '.join(stacks)}"
+
+
+def all_or_nothing(s: Subject) -> str:
+    """A patch that fails midway leaves the model as it was."""
+    stacks = _some(s.stacks())
+    tried = 0
+    for name, stack in stacks.items():
+        # The last thing a patch touches of its sites, and the decoder, which comes after them.
+        last = stack[stack.layers[-1]]
+        places = [(s.adapter.decoder(s.inner), "register_forward_pre_hook")]
+        if last.site != "attn_heads":
+            places.append((s.module(last.layer.index, last.site), "register_forward_hook"))
+        for module, method in places:
+            before = Snapshot(s.model)
+            with _failing(module, method):
+                try:
+                    patch(s.model, stack)
+                except Planted:
+                    tried += 1
+                else:
+                    raise BrokenLaw(f"{name}: patching went well though {method} of {type(module).__name__} raised")
+            _unchanged(before, f"{name} failed at {type(module).__name__}", attributes=True)
+    with torch.no_grad():
+        if not same_bits(s.run(), s.logits):
+            raise BrokenLaw("after failed patches the logits are not the unpatched model's")
+    return f"{tried} failures"
+
+
+def exception_in_forward(s: Subject) -> str:
+    """After an exception inside a forward, patches go on working and can be removed without a trace."""
+    stacks = _some(zeroed(s.stacks()))
+    before = Snapshot(s.model)
+    sites: list[Site] = []
+
+    def fail(value: Tensor, at: At) -> None:
+        raise Planted
+
+    for site in EDITED_SITES:
+        if not (layers := s.layers_with(site)):
+            continue
+        sites.append(site)
+        with torch.no_grad(), s.patched(stacks):
+            try:
+                with hook(s.model, site, fail, layers=layers[-1:]):
+                    s.run()
+            except Planted:
+                pass
+            else:
+                raise BrokenLaw(f"an exception at {site} of layer {layers[-1]} did not come out of the forward")
+            if not same_bits(s.run(), s.logits):
+                raise BrokenLaw(f"after an exception at {site} zero shifts change the logits")
+        _unchanged(before, f"after an exception at {site}")
+    with torch.no_grad():
+        if not same_bits(s.run(), s.logits):
+            raise BrokenLaw("after exceptions and removal the logits are not the unpatched model's")
+    return f"at {', '.join(sites)}"
+
+
+def never_reached(s: Subject) -> str:
+    """A forward that never comes by a site raises PatchStateError instead of leaving it unshifted."""
+    stacks = _some(s.stacks())
+    bypassed: dict[str, nn.Module] = {}
+    if layers := s.layers_with("attn_heads"):
+        bypassed[f"attention of layer {layers[-1]}"] = s.module(layers[-1], "attn_heads")
+    layer = s.spec.layers[stacks[list(stacks)[-1]].layers[-1]]
+    bypassed[f"layer {layer.index}"] = s.inner.get_submodule(layer.path)
+    raised = []
+    for name, module in bypassed.items():
+        inside = set(module.modules())
+        cut_off = {
+            key: stack
+            for key, stack in stacks.items()
+            if any(s.module(head.layer.index, head.site) in inside - {module} for head in stack)
+            or (key.startswith("MimIC") and any(s.module(head.layer.index, head.site) in inside for head in stack))
+        }
+        if not cut_off:
+            continue
+        with torch.no_grad(), _replayed(s, module), s.patched(cut_off):
+            try:
+                s.run()
+            except PatchStateError:
+                raised.append(name)
+            else:
+                raise BrokenLaw(f"with {name} bypassed, {', '.join(cut_off)} did nothing there and no error said so")
+    if not raised:
+        raise NotApplicable("every site is the layer's output, which can't be bypassed")
+    return f"bypassed: {', '.join(raised)}"
+
+
+def saved_and_loaded(s: Subject) -> str:
+    """Saved shifts come back with the same logits; the model's state dict and saved config don't know of the patch."""
+    stacks = _some(s.stacks())
+    with TemporaryDirectory() as folder, torch.no_grad():
+        plain, keys = _config_bytes(s.inner, Path(folder, "plain")), list(s.model.state_dict())
+        with s.patched(stacks):
+            wanted = s.run()
+            if list(s.model.state_dict()) != keys:
+                raise BrokenLaw("the keys of the patched model's state dict are others")
+            if _config_bytes(s.inner, Path(folder, "patched")) != plain:
+                raise BrokenLaw("the patched model's saved config.json is another")
+        loaded = {}
+        for name, stack in stacks.items():
+            save_shifts(stack, Path(folder, name))
+            loaded[name] = load_shifts(Path(folder, name), s.model)
+        with s.patched(loaded):
+            if not same_bits(s.run(), wanted):
+                raise BrokenLaw("loaded shifts give other logits")
+    return f"{', '.join(stacks)}; {len(keys)} keys, config.json {len(plain)} bytes"
+
+
+def _some(stacks: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not stacks:
+        raise NotApplicable("the spec lists no site that a shift head edits")
+    return stacks
+
+
+def _furthest(s: Subject, stacks: Mapping[str, Any], inputs: Mapping[str, Any], plain: Tensor) -> str:
+    """Which of the stacks moves the logits, and how far."""
+    words = []
+    for name, stack in stacks.items():
+        with torch.no_grad(), s.patched({name: stack}):
+            apart = (s.run(inputs) - plain).abs().nan_to_num(float("inf")).max()
+        if apart > 0:
+            words.append(f"{name} moves the logits by {apart:.1e}")
+    return "; ".join(words) or "only all shifts together move the logits"
+
+
+def _unchanged(before: Snapshot, when: str, attributes: bool = False) -> None:
+    if found := before.differences(attributes):
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise BrokenLaw(f"{when}: {'; '.join(found[:3])}{more}")
+
+
+def _config_bytes(model: nn.Module, folder: Path) -> bytes:
+    config: Any = model.config
+    try:
+        config.save_pretrained(folder)
+    except (TypeError, ValueError) as error:  # some configs can't be written; then what they hold is compared
+        return f"{error} {json.dumps(config.to_dict(), default=repr, sort_keys=True)}".encode()
+    return Path(folder, "config.json").read_bytes()
+
+
+@contextmanager
+def _gradients_from_the_start(s: Subject) -> Iterator[None]:
+    """Inside, embeddings ask for gradients, so that everything after them runs as it does in training."""
+    embedding = attempt(lambda: cast(Any, s.inner).get_input_embeddings())
+    if not isinstance(embedding, nn.Module):
+        yield
+        return
+    # Not a leaf: models write images into it.
+    handle = embedding.register_forward_hook(lambda m, args, out: out.detach().requires_grad_().clone())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _failing(module: nn.Module, method: str) -> Iterator[None]:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise Planted
+
+    vars(module)[method] = fail
+    try:
+        yield
+    finally:
+        del vars(module)[method]
+
+
+@contextmanager
+def _replayed(s: Subject, module: nn.Module) -> Iterator[None]:
+    """Inside, the module's forward returns what it returned in an unpatched forward, and runs nothing."""
+    outputs: list[Any] = []
+    handle = module.register_forward_hook(lambda m, args, output: outputs.append(output))
+    try:
+        s.run()
+    finally:
+        handle.remove()
+    if not outputs:
+        raise NotApplicable(f"{type(module).__name__} does not run by its forward")
+    before: Callable[..., Any] | None = vars(module).get("forward")
+    again = iter(outputs)
+    vars(module)["forward"] = lambda *args, **kwargs: next(again)
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if before is not None:
+            vars(module)["forward"] = before

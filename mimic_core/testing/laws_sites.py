@@ -1,0 +1,310 @@
+"""Laws of where the sites are: in their layers, nowhere else, all of them, and an edit there does what it says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import capture
+from ..patch import hook
+from ..types import ATTENTION_SITES, LayerSpec, Site
+from .oracle import Edit, Oracle, Place, Seen
+from .subject import Subject, same_bits
+from .verdicts import BrokenLaw, NotApplicable
+
+
+def own_layer(s: Subject) -> str:
+    """Each site is in the layer the spec says, the layers run in order, and no MLP or output is another's."""
+    events = _events(s)
+    begun = [module for what, module in events if what == "begin"]
+    layers = list(dict.fromkeys(s.inner.get_submodule(layer.path) for layer in s.spec.layers))
+    ran = [m for m in dict.fromkeys(begun) if m in layers]
+    if ran != [m for m in layers if m in ran]:
+        raise BrokenLaw(f"the layers run in another order than the spec's: {', '.join(_name(s, m) for m in ran)}")
+    owners: dict[tuple[nn.Module, Site], int] = {}
+    for layer in s.spec.layers:
+        block = s.inner.get_submodule(layer.path)
+        inside = set(block.modules())
+        for site in layer.sites:
+            module = s.module(layer.index, site)
+            where = f"{site} of layer {layer.index} is {_name(s, module)}"
+            if module not in inside:
+                raise BrokenLaw(f"{where}, not in {layer.path}")
+            if (other := owners.setdefault((module, site), layer.index)) != layer.index:
+                raise BrokenLaw(f"{where}, which layer {other} has already")
+            if site == "layer_out" and module is not block:
+                raise BrokenLaw(f"{where}, not the layer")
+            if site in ATTENTION_SITES and module is not s.attention(layer):
+                raise BrokenLaw(f"{where}; {_name(s, s.attention(layer))} is what calls the attention interface")
+            if site not in ATTENTION_SITES and module not in begun:
+                raise BrokenLaw(f"{where}, which does not run")
+        _check_outputs(s, layer, events)
+    return f"{len(owners)} sites"
+
+
+def _check_outputs(s: Subject, layer: LayerSpec, events: list[tuple[str, nn.Module]]) -> None:
+    """`attn_out` comes with or after attention, `mlp_out` is of a module in which nothing attends."""
+    attends = s.attention(layer) if "query" in layer.sites else None
+    if "mlp_out" in layer.sites:
+        mlp = s.module(layer.index, "mlp_out")
+        if "attn_out" in layer.sites and mlp is s.module(layer.index, "attn_out"):
+            raise BrokenLaw(f"mlp_out and attn_out of layer {layer.index} are both {_name(s, mlp)}")
+        if any(what == "attend" for what, _ in _during(events, mlp)):
+            raise BrokenLaw(f"mlp_out of layer {layer.index} is {_name(s, mlp)}, inside which attention is called")
+    if "attn_out" in layer.sites and attends is not None:
+        out = s.module(layer.index, "attn_out")
+        if events.index(("end", out)) < events.index(("attend", attends)):
+            raise BrokenLaw(
+                f"attn_out of layer {layer.index} is {_name(s, out)}, which ends before attention is called"
+            )
+
+
+def _during(events: list[tuple[str, nn.Module]], module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return events[events.index(("begin", module)) : events.index(("end", module))]
+
+
+def _events(s: Subject) -> list[tuple[str, nn.Module]]:
+    """When layers and sites begin and end, and when attention is called, in an unpatched forward."""
+    events: list[tuple[str, nn.Module]] = []
+    watched = {s.inner.get_submodule(layer.path) for layer in s.spec.layers}
+    watched |= {s.module(layer.index, site) for layer in s.spec.layers for site in layer.sites}
+    called = {seen.module for seen in s.calls}
+
+    def attends(value: Tensor, seen: Seen | None, module: nn.Module) -> Tensor:
+        events.append(("attend", module))
+        return value
+
+    edits: dict[Place, Edit] = {(m, "query"): partial(attends, module=m) for m in called}
+    hooks = [m.register_forward_pre_hook(lambda m, args: events.append(("begin", m))) for m in watched]
+    hooks += [m.register_forward_hook(lambda m, args, out: events.append(("end", m))) for m in watched]
+    try:
+        with Oracle(edits), torch.no_grad():
+            s.run()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return events
+
+
+def coverage(s: Subject) -> str:
+    """Every self-attention of the decoder is in the spec, or its layer says why not; none is called outside it."""
+    inside = set(s.adapter.decoder(s.inner).modules())
+    times = Counter(seen.module for seen in s.calls)
+    called = [m for m in times if m in inside and m in s.textual]  # a vision tower can be inside the decoder too
+    known = {s.module(layer, "query") for layer in s.layers_with("query")}
+    excused = {
+        m
+        for layer in s.spec.layers
+        if layer.missing and "query" not in layer.sites
+        for m in s.inner.get_submodule(layer.path).modules()
+    }
+    odd = [m for m in called if m not in known and m not in excused and not s.is_cross(m)]
+    if odd:
+        raise BrokenLaw(
+            f"{', '.join(_name(s, m) for m in odd[:4])} attend{'s' if len(odd) == 1 else ''} inside the decoder and "
+            f"{'is' if len(odd) == 1 else 'are'} no site; no layer says why"
+        )
+    never = [m for m in known if m not in times]
+    if never:
+        raise BrokenLaw(f"{_name(s, never[0])} has attention sites and never calls the attention interface")
+    stray = [m for m in known if m not in inside]
+    if stray:
+        raise BrokenLaw(f"{_name(s, stray[0])} has attention sites and is outside the decoder")
+    cross = sum(1 for m in called if s.is_cross(m) and m not in known)
+    if not called:
+        raise NotApplicable("nothing in the decoder calls the attention interface")
+    excuses = sum(1 for m in called if m in excused and m not in known)
+    return (
+        f"{len(known)} of {len(called)} attention modules are sites, {cross} cross-attention, {excuses} with a reason"
+    )
+
+
+def decoder_only(s: Subject) -> str:
+    """What runs before the layers (vision tower, connector) gives the same bits; hooks sit in the layers alone."""
+    stacks = s.stacks()
+    blocks = [s.inner.get_submodule(layer.path) for layer in s.spec.layers]
+    layers = {m for block in blocks for m in block.modules()}
+    outside = [m for m in s.inner.modules() if m not in layers]
+
+    def record() -> list[Tensor]:
+        kept: list[Tensor] = []
+        begun: list[bool] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if not begun and isinstance(output, Tensor):
+                kept.append(output.detach().clone())
+
+        hooks = [m.register_forward_hook(keep) for m in outside]
+        hooks += [block.register_forward_pre_hook(lambda m, args: begun.append(True)) for block in blocks]
+        try:
+            with torch.no_grad():
+                s.run()
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return kept
+
+    plain, before = record(), _marks(s.inner)
+    with s.patched(stacks):
+        marks = _marks(s.inner)
+        touched = [m for m in s.inner.modules() if marks[m] != before[m]]
+        shifted = record()
+    stray = [m for m in touched if m not in layers and m not in (s.inner, s.adapter.decoder(s.inner))]
+    if stray:
+        raise BrokenLaw(f"{_name(s, stray[0])} was touched, which is in no layer of the spec")
+    if len(plain) != len(shifted) or not all(same_bits(a, b) for a, b in zip(plain, shifted, strict=True)):
+        raise BrokenLaw("what runs before the layers gives other values in a patched forward")
+    return f"{len(plain)} outputs before the layers, {len(touched)} modules touched"
+
+
+def _marks(model: nn.Module) -> dict[nn.Module, tuple[Any, ...]]:
+    """What an edit leaves in a module."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    return {
+        m: (sorted(vars(m)), *(len(vars(m)[name]) for name in hooks), vars(m).get("forward")) for m in model.modules()
+    }
+
+
+def shapes(s: Subject) -> str:
+    """A capture at each site has the shape the spec says."""
+    refused = s.refused
+    count = 0
+    for site in _all_sites(s):
+        layers = [i for i in s.layers_with(site) if site != "lse" or i not in refused]
+        if not layers:
+            continue
+        with torch.no_grad(), capture(s.model, site, layers=layers) as seen:
+            s.run()
+        for i in layers:
+            found, layer = seen[site][i], s.spec.layers[i]
+            wanted = _shape(site, layer)
+            if found.ndim != len(wanted) or any(
+                w is not None and w != n for w, n in zip(wanted, found.shape, strict=True)
+            ):
+                words = " ".join("*" if n is None else str(n) for n in wanted)
+                raise BrokenLaw(f"{site} of layer {i} is {list(found.shape)}, the spec says [{words}]")
+            count += 1
+    if not count:
+        raise NotApplicable("the spec lists no site")
+    return f"{count} tensors"
+
+
+def _all_sites(s: Subject) -> list[Site]:
+    return list(dict.fromkeys(site for layer in s.spec.layers for site in layer.sites))
+
+
+def _shape(site: Site, layer: LayerSpec) -> tuple[int | None, ...]:
+    if site == "query":
+        return None, layer.heads, None, layer.head_dim
+    if site in ("key", "value"):
+        return None, layer.kv_heads, None, layer.head_dim if site == "key" else layer.value_dim
+    if site == "lse":
+        return None, layer.heads, None
+    if site == "attn_heads":
+        return None, None, layer.heads, layer.value_dim
+    return None, None, layer.hidden_size
+
+
+def site_law(site: Site) -> Callable[[Subject], str]:
+    """The law of an edit at one site."""
+
+    def check(s: Subject) -> str:
+        layers = s.layers_with(site)
+        if not layers:
+            raise NotApplicable(_why_not(s, site))
+        baseline = s.baseline
+        tolerance = s.tolerance(baseline.error)
+        with torch.no_grad():
+            with hook(s.model, site, lambda value, at: _stretch(value, at.layer, site), layers=layers):
+                found = s.run()
+            edits: dict[Place, Edit] = {
+                (s.place(s.spec.layers[i], site), site): partial(_edit, layer=i, site=site) for i in layers
+            }
+            with Oracle(edits, baseline.plain, baseline.reading):
+                wanted = s.run()
+            gap = s.gap(found, wanted, s.logits)
+            idle = []
+            for i in layers if len(layers) > 1 else []:
+                with hook(s.model, site, lambda value, at: _stretch(value, at.layer, site), layers=[i]):
+                    if same_bits(s.run(), s.logits):
+                        idle.append(str(i))
+        if not gap.error <= tolerance:
+            raise BrokenLaw(f"not what the oracle gives: {gap.words(tolerance)}")
+        if idle:
+            raise BrokenLaw(f"an edit at layer {', '.join(idle)} alone changes no logit")
+        if not gap.effect > 10 * tolerance:
+            raise BrokenLaw(f"the edits hardly matter: {gap.words(tolerance)}")
+        return f"{len(layers)} layers, {gap.words(tolerance)}"
+
+    check.__doc__ = f"An edit at {site} changes the logits as the oracle says, and at each layer alone it changes them."
+    return check
+
+
+def _stretch(value: Tensor, layer: int, site: Site) -> Tensor:
+    """An edit that no norm, softmax or symmetry undoes, other for each layer: the same for every token."""
+    axis = 2 if site in ("query", "key", "value") else 1
+    last = value.ndim - 1  # of two axes only, where a model hands its tokens on flattened
+    shape = [1 if i in (0, axis) and i < last else n for i, n in enumerate(value.shape)]
+    generator = torch.Generator().manual_seed(17 + layer)
+    factor = 1 + 0.5 * torch.randn(shape, generator=generator).to(value)
+    return value * factor
+
+
+def _edit(value: Tensor, seen: Seen | None, layer: int, site: Site) -> Tensor:
+    return _stretch(value, layer, site)
+
+
+def _why_not(s: Subject, site: Site) -> str:
+    reasons = list(dict.fromkeys(layer.missing for layer in s.spec.layers if layer.missing))
+    return f"no layer has it{': ' + '; '.join(reasons) if reasons else ''}"
+
+
+def lse(s: Subject) -> str:
+    """The LSE is the log-sum-exp of the logits attention used, or is refused."""
+    layers = s.layers_with("lse")
+    if not layers:
+        raise NotApplicable(_why_not(s, "lse"))
+    refused = s.refused
+    if len(refused) == len(layers):
+        raise NotApplicable(f"refused: {next(iter(refused.values()))}")
+    baseline = s.baseline
+    worst = 0.0
+    real = s.batches.real(s.inputs)
+    for i, found in s.lse.items():
+        module = s.attention(s.spec.layers[i])
+        seen = baseline.seen.get(module)
+        if module not in baseline.plain or seen is None or seen.lse is None:
+            raise BrokenLaw(
+                f"layer {i}: the attention of {_name(s, module)} is not the softmax of scaled, masked logits "
+                f"(with it the model's logits are {baseline.error:.1e} off at best), yet an LSE is given"
+            )
+        wanted = seen.lse
+        if found.shape != wanted.shape:
+            raise BrokenLaw(f"layer {i}: LSE {list(found.shape)}, the oracle's is {list(wanted.shape)}")
+        rows = torch.ones_like(wanted, dtype=torch.bool)
+        if real is not None and real.shape == (wanted.shape[0], wanted.shape[2]):
+            rows &= real[:, None]
+        a, b = found.double()[rows], wanted.double()[rows]
+        if not torch.equal(a == -torch.inf, b == -torch.inf):
+            raise BrokenLaw(f"layer {i}: -inf is not where rows attend to nothing")
+        a, b = a[b > -torch.inf], b[b > -torch.inf]
+        if a.numel():
+            worst = max(worst, float((a - b).abs().nan_to_num(float("inf")).max()) / max(1.0, float(b.abs().max())))
+    # The queries of later layers carry the rounding of what came before.
+    tolerance = 10 * s.tolerance(baseline.error)
+    if not worst <= tolerance:
+        raise BrokenLaw(f"{worst:.1e} from the oracle's (tolerance {tolerance:.0e})")
+    words = f"{len(s.lse)} layers, {worst:.1e} from the oracle's (tolerance {tolerance:.0e})"
+    return words + (
+        f"; refused in layers {', '.join(map(str, refused))}: {next(iter(refused.values()))}" if refused else ""
+    )
+
+
+def _name(s: Subject, module: nn.Module) -> str:
+    name = s.names.get(module)
+    return f"{type(module).__name__} (not in the model)" if name is None else name or "the model"

@@ -1,0 +1,167 @@
+"""Laws of what shifts compute: whole stacks, logits and gradients, against the oracle in fp64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..heads import ShiftHead, ShiftStack
+from .oracle import Edit, Oracle, Place, live_edit, mimic_edit
+from .state import as_it_was
+from .subject import Baseline, Gap, Subject
+from .verdicts import BrokenLaw, NotApplicable, Raised, attempt
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What the comparison is made on: the model in fp64, or as it is.
+
+    Attributes:
+        model: It.
+        inputs, logits: Its inputs, and what it makes of them unpatched.
+        baseline: The oracle's look at it.
+        words: Which it is, and why.
+    """
+
+    model: nn.Module
+    inputs: Mapping[str, Any]
+    logits: Tensor
+    baseline: Baseline
+    words: str
+
+
+def _ground(s: Subject) -> Ground:
+    if "ground" not in s.kept:
+        wide = attempt(lambda: _wide(s))
+        if isinstance(wide, Raised):
+            wide = Ground(s.inner, s.inputs, s.logits, s.baseline, f"in {s.dtype} (in fp64: {wide})")
+        s.kept["ground"] = wide
+    return s.kept["ground"]
+
+
+def _wide(s: Subject) -> Ground:
+    with torch.no_grad():
+        logits = s.run(s.wide_inputs, s.wide)
+        if logits.dtype != torch.float64:
+            raise NotApplicable(f"logits are {logits.dtype}")
+        return Ground(s.wide, s.wide_inputs, logits, s.look(s.wide, s.wide_inputs, logits), "in fp64")
+
+
+def _edits(
+    s: Subject, ground: Ground, stacks: Mapping[str, ShiftStack], leaves: dict[str, Tensor]
+) -> dict[Place, Edit]:
+    """The stacks' parameters as the oracle's edits."""
+    edits: dict[Place, Edit] = {}
+    for key, stack in stacks.items():
+        for head in stack:
+            p = {name: leaves[f"{key}: {head.layer.index} {name}"] for name, _ in head.named_parameters()}
+            place = ground.model.get_submodule(s.names[s.place(head.layer, head.site)])
+            if head.site == "attn_heads":
+                edits[place, head.site] = mimic_edit(p["vector"], p.get("gate_weight"), p.get("gate_bias"))
+            else:
+                edits[place, head.site] = live_edit(p["vector"], p["scale"])
+    return edits
+
+
+def stack_law(kind: str) -> Callable[[Subject], str]:
+    """The law of a whole stack: "MimIC" or "LIVE" (at all its sites together)."""
+
+    def check(s: Subject) -> str:
+        ground = _ground(s)
+        if ground.model is s.inner:
+            return on_ground(s, ground)
+        with as_it_was(ground.model):
+            return on_ground(s, ground)
+
+    def on_ground(s: Subject, ground: Ground) -> str:
+        stacks = {key: stack for key, stack in s.stacks(ground.model).items() if key.startswith(kind)}
+        if not stacks:
+            raise NotApplicable("no layer has a site for it")
+        if "MimIC" in stacks:
+            _needs_plain(s, stacks["MimIC"], ground)
+        tolerance = s.tolerance(ground.baseline.error, ground.logits.dtype)
+        # A softmax or norm in fp32 in an fp64 model shows more in gradients than in logits.
+        slack = max(tolerance, min(1e-3, 1000 * ground.baseline.error))
+        if ground.logits.dtype != torch.float64:
+            slack = max(100 * tolerance, 1e-3)
+        if ground.model is s.inner:
+            stacks = copy.deepcopy(stacks)
+        for stack in stacks.values():
+            stack.to(ground.logits.dtype)
+        gap, gradients = _compare(s, ground, stacks)
+        if not gap.error <= tolerance:
+            raise BrokenLaw(f"{ground.words}: logits {gap.words(tolerance)}")
+        if not gap.effect > 10 * tolerance:
+            raise BrokenLaw(f"{ground.words}: the shifts hardly matter: {gap.words(tolerance)}")
+        worst, name = max((error, name) for name, error in gradients.items())
+        if not worst <= slack:
+            raise BrokenLaw(f"{ground.words}: the gradient of {name} is {worst:.1e} off (tolerance {slack:.0e})")
+        words = f"{', '.join(stacks)} {ground.words}: logits {gap.words(tolerance)}"
+        words += f"; {len(gradients)} gradients {worst:.1e} (tolerance {slack:.0e})"
+        return words + _refusals(s, kind)
+
+    check.__doc__ = f"{kind} gives the logits and gradients of its formula, computed another way."
+    return check
+
+
+def _needs_plain(s: Subject, stack: ShiftStack, ground: Ground) -> None:
+    for head in stack:
+        if ground.model.get_submodule(s.names[s.attention(head.layer)]) not in ground.baseline.plain:
+            raise NotApplicable(
+                f"attention of layer {head.layer.index} is not the softmax of scaled, masked logits; see the row lse"
+            )
+
+
+def _refusals(s: Subject, kind: str) -> str:
+    if kind != "MimIC" or not s.refused:
+        return ""
+    return f"; without gate where the LSE is refused ({', '.join(map(str, s.refused))})"
+
+
+def _compare(s: Subject, ground: Ground, stacks: Mapping[str, ShiftStack]) -> tuple[Gap, dict[str, float]]:
+    own = {
+        f"{key}: {_short(head, n)}": p for key, st in stacks.items() for head in st for n, p in head.named_parameters()
+    }
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
+    with s.patched(stacks, ground.model):
+        found = s.run(ground.inputs, _called(s, ground))
+        (_loss(s, ground, found)).backward()
+    baseline = ground.baseline
+    with Oracle(_edits(s, ground, stacks, leaves), baseline.plain, baseline.reading):
+        wanted = s.run(ground.inputs, _called(s, ground))
+        _loss(s, ground, wanted).backward()
+    gap = s.gap(found, wanted, ground.logits, ground.inputs)
+    largest = max((float(x.grad.abs().max()) for x in leaves.values() if x.grad is not None), default=0.0)
+    errors: dict[str, float] = {}
+    for name, p in own.items():
+        wanted_grad = leaves[name].grad
+        if p.grad is None or wanted_grad is None or not wanted_grad.abs().max() > 0:
+            raise BrokenLaw(f"{ground.words}: {name} gets no gradient")
+        # Against the largest of its own, unless those are rounding beside the others'.
+        scale = max(float(wanted_grad.abs().max()), 1e-3 * largest)
+        errors[name] = float((p.grad - wanted_grad).abs().nan_to_num(float("inf")).max()) / scale
+    return gap, errors
+
+
+def _short(head: ShiftHead, name: str) -> str:
+    return f"{head.layer.index} {name}"
+
+
+def _called(s: Subject, ground: Ground) -> nn.Module | None:
+    """The model with its wrappers, where the comparison is made on it."""
+    return None if ground.model is s.inner else ground.model
+
+
+def _loss(s: Subject, ground: Ground, logits: Tensor) -> Tensor:
+    """A weighted sum over the logits of real tokens."""
+    where = (ground.logits.abs() < 1e9) & torch.isfinite(ground.logits)
+    real = s.batches.real(ground.inputs)
+    if real is not None and real.shape == logits.shape[:2]:
+        where = where & real[..., None]
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
+    return logits[where].mul(weights[where]).mean()

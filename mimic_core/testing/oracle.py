@@ -1,0 +1,237 @@
+"""A second way to shift a model, slow and written from the formulae: what the library is compared with.
+
+It shares no code with the library: attention is computed here in plain torch, edits of a module's output go around its
+`forward`. Only torch and transformers are imported.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Arguments that change the logits in a way this attention does not follow.
+_UNKNOWN = ("position_bias", "indices", "block_indices")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of the attention interface.
+
+    Attributes:
+        module: The module it was called with.
+        query: [b h t d].
+        key, value: [b g s d], [b g s e].
+        lse: Log-sum-exp of the logits [b h t], -inf where a row attends to nothing; None where the model's own
+            attention ran.
+        out: What attention returned [b t h e], before an edit.
+        plain: It was computed here.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    lse: Tensor | None
+    out: Tensor
+    plain: bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How an attention implementation reads what a model hands it.
+
+    Attributes:
+        causal: No mask means causal (where the module says it is causal and there are several queries).
+        extras: Softcaps and sinks are heeded.
+    """
+
+    causal: bool
+    extras: bool
+
+
+READINGS = (Reading(True, False), Reading(False, True), Reading(True, True), Reading(False, False))
+
+Edit = Callable[[Tensor, Seen | None], Tensor]
+"""The new value of a site, from its value and, at `attn_heads`, what attention saw."""
+
+Place = tuple[nn.Module, str]
+"""A module and a site of it."""
+
+
+class Oracle:
+    """Inside the `with`, a model runs with edits, and attention of the modules in `plain` is computed here.
+
+    Args:
+        edits: What is done where. `query`, `key`, `value` and `attn_heads` belong to the module that the attention
+            interface is called with, the others to the module whose output they are.
+        plain: The modules whose attention is computed here; others keep the model's own, and have no LSE.
+        reading: See `Reading`.
+
+    Attributes:
+        seen: The calls of the attention interface, in order.
+    """
+
+    def __init__(
+        self, edits: Mapping[Place, Edit] | None = None, plain: Iterable[nn.Module] = (), reading: Reading = READINGS[0]
+    ) -> None:
+        self._edits = {(id(module), site): edit for (module, site), edit in (edits or {}).items()}
+        self._outputs = [(m, e) for (m, s), e in (edits or {}).items() if s in ("attn_out", "mlp_out", "layer_out")]
+        self._plain = {id(module) for module in plain}
+        self._reading = reading
+        self.seen: list[Seen] = []
+
+    def __enter__(self) -> Oracle:
+        from transformers.modeling_utils import AttentionInterface
+
+        self._interface = AttentionInterface
+        self._below = below = AttentionInterface.get_interface
+        attention = self._attention
+
+        def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+            return functools.partial(attention, below(self, attn_implementation, default))
+
+        AttentionInterface.get_interface = get_interface
+        # A module can have several output sites' edits; each goes around what is there.
+        self._forwards: list[tuple[nn.Module, Any]] = []
+        for module, edit in self._outputs:
+            self._forwards.append((module, vars(module).get("forward")))
+            module.forward = functools.partial(_edited, module.forward, edit)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._interface.get_interface = self._below
+        for module, forward in reversed(self._forwards):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+    def _edit(self, module: nn.Module, site: str, value: Tensor, seen: Seen | None = None) -> Tensor:
+        edit = self._edits.get((id(module), site))
+        return value if edit is None else edit(value, seen)
+
+    def _attention(
+        self,
+        base: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        query = self._edit(module, "query", query)
+        key = self._edit(module, "key", key)
+        value = self._edit(module, "value", value)
+        plain = id(module) in self._plain and not args and all(kwargs.get(name) is None for name in _UNKNOWN)
+        if plain:
+            out, lse = plain_attention(module, query, key, value, attention_mask, kwargs, self._reading)
+            rest: tuple[Any, ...] = (None,)
+        else:
+            out, *others = base(module, query, key, value, attention_mask, *args, **kwargs)
+            lse, rest = None, tuple(others)
+        seen = Seen(module, query, key, value, lse, out, plain)
+        self.seen.append(seen)
+        return (self._edit(module, "attn_heads", out, seen), *rest)
+
+
+def plain_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    options: Mapping[str, Any],
+    reading: Reading,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention [b t h e] in the query's dtype and the log-sum-exp of its logits [b h t], in fp64."""
+    h, t = query.shape[1], query.shape[2]
+    exact = torch.float32 if query.device.type == "mps" else torch.float64
+    q = query.to(exact)
+    k, v = (x.to(exact).repeat_interleave(h // x.shape[1], dim=1) for x in (key, value))
+    s = k.shape[2]
+    scale = options.get("scaling")
+    logits = torch.einsum("bhtd,bhsd->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    softcap = options.get("softcap") if reading.extras else None
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    attends, bias = _read_mask(module, query, s, mask, options, reading)
+    if bias is not None:
+        logits = logits + bias.to(exact)
+    logits = logits.masked_fill(~attends, -torch.inf)
+    some = attends.any(-1)
+    sinks = options.get("s_aux") if reading.extras else None
+    if sinks is not None:
+        column = sinks.to(exact).reshape(1, -1, 1, 1).expand(logits.shape[0], h, t, 1)
+        logits = torch.cat([logits, column], dim=-1)
+    # A row without a key would be 0/0; whatever it is given, nobody reads it.
+    safe = logits.masked_fill(~some[..., None], 0.0)
+    weights = torch.softmax(safe, dim=-1)[..., :s]
+    lse = torch.logsumexp(safe, dim=-1).masked_fill(~some, -torch.inf)
+    return torch.einsum("bhts,bhse->bthe", weights, v).to(query.dtype).contiguous(), lse
+
+
+def _read_mask(
+    module: nn.Module, query: Tensor, s: int, mask: Any, options: Mapping[str, Any], reading: Reading
+) -> tuple[Tensor, Tensor | None]:
+    """Which keys each query attends to, [b h t s], and what is added to its logits."""
+    b, h, t, _ = query.shape
+    everything = torch.ones(b, h, t, s, dtype=torch.bool, device=query.device)
+    if mask is None:
+        says = options.get("is_causal")
+        causal = getattr(module, "is_causal", True) if says is None else says
+        return (everything.tril() if reading.causal and causal and t > 1 else everything), None
+    if not isinstance(mask, Tensor):  # flex attention's, a function of the indices
+        from torch.nn.attention.flex_attention import create_mask
+
+        mask = create_mask(mask.mask_mod, mask.shape[0], mask.shape[1], t, s, device=str(query.device))
+    mask = mask[..., :s]
+    if mask.dtype == torch.bool:
+        return everything & mask, None
+    # An entry that is as low as the dtype goes stands for -inf.
+    barred = mask <= torch.finfo(mask.dtype).min / 2
+    return everything & ~barred, mask.masked_fill(barred, 0.0)
+
+
+def _edited(forward: Callable[..., Any], edit: Edit, *args: Any, **kwargs: Any) -> Any:
+    """What `forward` returns, edited; the first element, where that is a tuple."""
+    out = forward(*args, **kwargs)
+    return (edit(out[0], None), *out[1:]) if isinstance(out, tuple) else edit(out, None)
+
+
+def mimic_edit(vector: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None) -> Edit:
+    """MimIC at `attn_heads`: out + sigmoid(q . w + b - LSE) * v, each attention head with its own [h e], [h d], [h].
+
+    Without a gate, out + v.
+    """
+
+    def edit(out: Tensor, seen: Seen | None) -> Tensor:
+        if gate_weight is None or gate_bias is None:
+            return out + vector.to(out.dtype)
+        assert seen is not None
+        if seen.lse is None:
+            raise ValueError("this attention has no log-sum-exp here")
+        lse = seen.lse
+        log_z1 = torch.einsum("bhtd,hd->bht", seen.query.to(lse.dtype), gate_weight.to(lse.dtype))
+        log_z1 = log_z1 + gate_bias.to(lse.dtype)[:, None]
+        attends = lse > -torch.inf
+        mu = torch.sigmoid(log_z1 - lse.masked_fill(~attends, 0.0)) * attends
+        return out + (mu.transpose(1, 2)[..., None] * vector.to(lse.dtype)).to(out.dtype)
+
+    return edit
+
+
+def live_edit(vector: Tensor, scale: Tensor) -> Edit:
+    """LIVE at an output site [b t c]: h + a v, brought back to the length of h."""
+
+    def edit(h: Tensor, seen: Seen | None) -> Tensor:
+        moved = h + (scale * vector).to(h.dtype)
+        return moved * (h.square().sum(-1, keepdim=True) / moved.square().sum(-1, keepdim=True)).sqrt()
+
+    return edit
