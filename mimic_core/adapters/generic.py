@@ -223,6 +223,9 @@ class _Layer:
         return all(call.tokens == self.states[:2] for call in self._calls(path))
 
     def _why_no_attention(self, mlp: str | None) -> str:
+        crossed = next((path for path in self._inside() if self._calls(path)), None)
+        if crossed is not None:
+            return f"{type(self.module(crossed)).__name__} attends to an encoder's states too"
         other = self._other_attention()
         if other is not None:
             return f"{type(self.module(other)).__name__} does not go through transformers' attention interface"

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import PatchStateError, UnsupportedModelError
+from ..errors import PatchStateError, ShapeError, UnsupportedModelError
 from ..types import ATTENTION_SITES, LayerSpec, ModelSpec, Site
 from .base import AttentionAdapter, unwrap
 from .interface import SLOT, AttentionSlot, Entry, SiteEdit
 from .locate import locate
 from .scope import LayerScope
+
+# What a decoder's tokens are called, the likelier first.
+_TOKENS = ("inputs_embeds", "input_ids", "decoder_inputs_embeds", "decoder_input_ids", "hidden_states")
 
 
 class _ForwardState(threading.local):
@@ -24,6 +27,7 @@ class _ForwardState(threading.local):
 
     depth = 0
     grad_enabled = False
+    tokens: tuple[int, int] = (0, 0)  # b and t
 
     def __init__(self) -> None:
         self.reached: set[tuple[int, Site]] = set()
@@ -65,22 +69,22 @@ class Installation:
         try:
             for edit, module in zip(edits, places, strict=True):
                 scope = None
-                if (module, edit.site) in shared or (edit.site in ("attn_out", "mlp_out") and _is_matrix(module)):
-                    scope = LayerScope(shared=(module, edit.site) in shared)
+                if (module, edit.site) in shared:
+                    scope = LayerScope()
                     self._tell(scope, adapter.module(inner, edit.layer, "layer_out"))
                 entry = Entry(edit, self, scope)
                 self._entries.append(entry)
                 self._attach(entry, module)
             # A wrapper may call the inner model's forward directly, past its hooks, so the decoder has them too.
             for module in {id(m): m for m in (inner, adapter.decoder(inner))}.values():
-                self._hooks.append(module.register_forward_pre_hook(self._enter))
+                self._hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
         except BaseException:
             self.remove()
             raise
 
     def _tell(self, scope: LayerScope, layer: nn.Module) -> None:
-        self._hooks.append(layer.register_forward_pre_hook(scope.enter, with_kwargs=True))
+        self._hooks.append(layer.register_forward_pre_hook(scope.enter))
         self._hooks.append(layer.register_forward_hook(scope.leave, always_call=True))
 
     def _attach(self, entry: Entry, module: nn.Module) -> None:
@@ -90,7 +94,7 @@ class Installation:
             slot.hold((*slot.entries, entry))
             self._slotted.append(module)
         else:
-            self._hooks.append(module.register_forward_hook(_OutputHook(entry)))
+            self._hooks.append(module.register_forward_hook(_OutputHook(entry, self)))
 
     def remove(self) -> None:
         """Take every edit out. Done twice, it does nothing the second time."""
@@ -137,9 +141,28 @@ class Installation:
         if not torch.compiler.is_compiling():
             self._state.reached.add((layer, site))
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def unflatten(self, states: Tensor) -> Tensor:
+        """[b*t c] as [b t c]: some models hand a module their tokens so.
+
+        The sizes are those of the last forward's tokens in this thread: a checkpoint's second run is of the first's.
+
+        Raises:
+            ShapeError: they don't fit.
+        """
+        b, t = self._state.tokens
+        if b * t != states.shape[0]:
+            raise ShapeError(
+                f"a site returned {list(states.shape)} where [{b} {t} c] or [{b * t} c] was expected: the decoder "
+                f"was given {b} x {t} tokens"
+            )
+        return states.unflatten(0, (b, t))
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
+        tokens = next((x for x in (*args[:1], *map(kwargs.get, _TOKENS)) if isinstance(x, Tensor)), None)
+        if tokens is not None and tokens.ndim > 1:
+            self._state.tokens = (tokens.shape[0], tokens.shape[1])
         if self._state.depth == 0:
             self._state.reached.clear()
             self._state.grad_enabled = torch.is_grad_enabled()
@@ -188,16 +211,11 @@ def _shared_modules(
     return {place for place, layers in places.items() if layers > 1}
 
 
-def _is_matrix(module: nn.Module) -> bool:
-    """A projection alone: some models hand it their tokens flattened."""
-    return not any(True for _ in module.children()) or hasattr(module, "base_layer")
-
-
 class _OutputHook:
     """A forward hook that edits a module's output, or the first element where that is a tuple."""
 
-    def __init__(self, entry: Entry) -> None:
-        self.entry = entry
+    def __init__(self, entry: Entry, installation: Installation) -> None:
+        self.entry, self.installation = entry, installation
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not self.entry.active:
@@ -212,10 +230,9 @@ class _OutputHook:
         return self._edited(output, module)
 
     def _edited(self, states: Tensor, module: nn.Module) -> Tensor:
-        scope = self.entry.scope
-        if states.ndim != 2 or scope is None:
+        if states.ndim != 2:
             return self.entry.apply(states, module)
-        return self.entry.apply(scope.unflatten(states), module).flatten(0, 1)
+        return self.entry.apply(self.installation.unflatten(states), module).flatten(0, 1)
 
 
 def installed(model: nn.Module) -> list[Installation]:

@@ -5,6 +5,11 @@ Some could be found by the generic adapter too; these are known without running 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from torch import nn
+
+from ..types import ModelSpec
 from .base import PathAdapter, register_adapter
 
 
@@ -50,3 +55,9 @@ class PI0Adapter(PathAdapter):
 
     layers = "model.vlm.language_model.layers"
     config = "vlm_config.text_config"
+
+    def spec(self, model: nn.Module) -> ModelSpec:
+        spec = super().spec(model)
+        unread = "nothing reads this layer but the action expert, and that its cached keys and values"
+        last = replace(spec.layers[-1], sites=(), missing=unread)
+        return replace(spec, layers=(*spec.layers[:-1], last))

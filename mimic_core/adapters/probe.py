@@ -127,6 +127,8 @@ def _text_for(runner: nn.Module, vocabulary: tuple[int, torch.device]) -> dict[s
     taken = inspect.signature(runner.forward).parameters
     if "use_cache" in taken:
         text["use_cache"] = False
+    if "decoder_input_ids" in taken:
+        text["decoder_input_ids"] = ids[None]
     everything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     return {name: x for name, x in text.items() if name in taken or everything}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ from ..types import At, Site
 from .laws_decoding import generated, variants
 from .state import Snapshot
 from .subject import EDITED_SITES, Subject, same_bits, zeroed
-from .verdicts import BrokenLaw, NotApplicable, attempt
+from .verdicts import BrokenLaw, NotApplicable, Raised, attempt
 
 
 class Planted(Exception):  # noqa: N818 - it is no error of the kit's
@@ -185,15 +186,18 @@ def never_reached(s: Subject) -> str:
         }
         if not cut_off:
             continue
-        with torch.no_grad(), _replayed(s, module), s.patched(cut_off):
+        with torch.no_grad(), _replayed(s, module):
+            if isinstance(attempt(s.run), Raised):
+                continue  # what the module does on the way, to a cache, is needed
             try:
-                s.run()
+                with s.patched(cut_off):
+                    s.run()
             except PatchStateError:
                 raised.append(name)
             else:
                 raise BrokenLaw(f"with {name} bypassed, {', '.join(cut_off)} did nothing there and no error said so")
     if not raised:
-        raise NotApplicable("every site is the layer's output, which can't be bypassed")
+        raise NotApplicable("no site can be bypassed: each is a layer's output, or the model needs its module to run")
     return f"bypassed: {', '.join(raised)}"
 
 
@@ -289,7 +293,7 @@ def _replayed(s: Subject, module: nn.Module) -> Iterator[None]:
     if not outputs:
         raise NotApplicable(f"{type(module).__name__} does not run by its forward")
     before: Callable[..., Any] | None = vars(module).get("forward")
-    again = iter(outputs)
+    again = itertools.cycle(outputs)
     vars(module)["forward"] = lambda *args, **kwargs: next(again)
     try:
         yield

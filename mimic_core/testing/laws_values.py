@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..heads import ShiftHead, ShiftStack
+from ..heads import ShiftStack
 from .oracle import Edit, Oracle, Place, live_edit, mimic_edit
 from .state import as_it_was
 from .subject import Baseline, Gap, Subject
@@ -52,15 +52,30 @@ def _wide(s: Subject) -> Ground:
         return Ground(s.wide, s.wide_inputs, logits, s.look(s.wide, s.wide_inputs, logits), "in fp64")
 
 
+def oracle_of(s: Subject, stacks: Mapping[str, ShiftStack]) -> Oracle:
+    """The model shifted by the oracle, with the stacks' parameters."""
+    leaves = {name: p.detach() for name, p in _parameters(stacks).items()}
+    return Oracle(_edits(s, s.inner, stacks, leaves), s.baseline.plain, s.baseline.reading)
+
+
+def _parameters(stacks: Mapping[str, ShiftStack]) -> dict[str, nn.Parameter]:
+    return {
+        f"{key}: {head.layer.index} {name}": p
+        for key, stack in stacks.items()
+        for head in stack
+        for name, p in head.named_parameters()
+    }
+
+
 def _edits(
-    s: Subject, ground: Ground, stacks: Mapping[str, ShiftStack], leaves: dict[str, Tensor]
+    s: Subject, model: nn.Module, stacks: Mapping[str, ShiftStack], leaves: Mapping[str, Tensor]
 ) -> dict[Place, Edit]:
-    """The stacks' parameters as the oracle's edits."""
+    """The stacks' parameters as the oracle's edits, on the model or a copy of it."""
     edits: dict[Place, Edit] = {}
     for key, stack in stacks.items():
         for head in stack:
             p = {name: leaves[f"{key}: {head.layer.index} {name}"] for name, _ in head.named_parameters()}
-            place = ground.model.get_submodule(s.names[s.place(head.layer, head.site)])
+            place = model.get_submodule(s.names[s.place(head.layer, head.site)])
             if head.site == "attn_heads":
                 edits[place, head.site] = mimic_edit(p["vector"], p.get("gate_weight"), p.get("gate_bias"))
             else:
@@ -124,15 +139,13 @@ def _refusals(s: Subject, kind: str) -> str:
 
 
 def _compare(s: Subject, ground: Ground, stacks: Mapping[str, ShiftStack]) -> tuple[Gap, dict[str, float]]:
-    own = {
-        f"{key}: {_short(head, n)}": p for key, st in stacks.items() for head in st for n, p in head.named_parameters()
-    }
+    own = _parameters(stacks)
     leaves = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
     with s.patched(stacks, ground.model):
         found = s.run(ground.inputs, _called(s, ground))
         (_loss(s, ground, found)).backward()
     baseline = ground.baseline
-    with Oracle(_edits(s, ground, stacks, leaves), baseline.plain, baseline.reading):
+    with Oracle(_edits(s, ground.model, stacks, leaves), baseline.plain, baseline.reading):
         wanted = s.run(ground.inputs, _called(s, ground))
         _loss(s, ground, wanted).backward()
     gap = s.gap(found, wanted, ground.logits, ground.inputs)
@@ -146,10 +159,6 @@ def _compare(s: Subject, ground: Ground, stacks: Mapping[str, ShiftStack]) -> tu
         scale = max(float(wanted_grad.abs().max()), 1e-3 * largest)
         errors[name] = float((p.grad - wanted_grad).abs().nan_to_num(float("inf")).max()) / scale
     return gap, errors
-
-
-def _short(head: ShiftHead, name: str) -> str:
-    return f"{head.layer.index} {name}"
 
 
 def _called(s: Subject, ground: Ground) -> nn.Module | None:

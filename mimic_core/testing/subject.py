@@ -104,8 +104,8 @@ class Subject:
 
     def is_cross(self, module: nn.Module) -> bool:
         """Whether a module is cross-attention, by what it or its path says."""
-        words = f"{type(module).__name__} {self.names.get(module, '').rpartition('.')[2]}".lower()
-        named = any(word in words for word in ("cross", "encdec", "encoder_attn", "enc_attn"))
+        words = " ".join((type(module).__name__, *self.names.get(module, "").split(".")[-2:])).lower()
+        named = any(word in words for word in ("cross", "encdec", "encoder_decoder", "encoder_attn", "enc_attn"))
         return bool(getattr(module, "is_cross_attention", False)) or named
 
     def layers_with(self, *sites: Site) -> list[int]:
