@@ -46,7 +46,7 @@ def save_shifts(shifts: ShiftStack, path: str | os.PathLike[str], push_to_hub: s
         "version": VERSION,
         "head": shifts.name,
         "config": shifts.config.to_dict(),
-        "model": asdict(shifts.spec),
+        "model": _described(shifts.spec),
     }
     with TemporaryDirectory(dir=target, prefix=".saving-") as folder:
         save_file(tensors, Path(folder, _TENSORS), metadata={"format": "pt"})
@@ -128,6 +128,14 @@ def _read_description(path: Path) -> dict[str, Any]:
             f"{path} has version {found.get('version')!r}, this mimic_core reads version {VERSION}; update mimic_core"
         )
     return found
+
+
+def _described(spec: ModelSpec) -> dict[str, Any]:
+    """The sizes and sites; why a site is missing is no matter of the shifts."""
+    data = asdict(spec)
+    for layer in data["layers"]:
+        del layer["missing"]
+    return data
 
 
 def _spec_from_dict(data: Mapping[str, Any]) -> ModelSpec:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,6 +38,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.parametrize("arch", ARCHITECTURES)]
 @cache
 def compiled(arch: int) -> tuple[str, list[dict]]:
     """The version of Triton, and one record for each kernel."""
+    if arch != 90 and TorchVersion(version("triton")) < "3.6":
+        pytest.skip("an old Triton is asked for one chip only: it takes a minute each")
     script = Path(__file__).parent / "triton_aot.py"
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_ALWAYS_COMPILE"] = "1"  # a cached kernel tells nothing of its registers
@@ -57,8 +60,8 @@ def test_every_kernel_compiles(arch: int):
 
 
 def test_registers_suffice(arch: int):
-    version, records = compiled(arch)
-    if TorchVersion(version) < "3.6":
-        pytest.skip(f"Triton {version} wastes registers that later versions don't")
+    triton, records = compiled(arch)
+    if TorchVersion(triton) < "3.6":
+        pytest.skip(f"Triton {triton} wastes registers that later versions don't")
     spilling = [r for r in records if r["spilled"] > (MOST_SPILLED[arch] if r["kernel"] in BACKWARD else 0)]
     assert not spilling, "\n".join(map(str, spilling))
