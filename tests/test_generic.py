@@ -187,6 +187,31 @@ def test_a_models_tuple_type_stays() -> None:
         case.model(**case.inputs())
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa"])
+def test_sparse_attention_beyond_its_top_k(model_type: str) -> None:
+    """Such forwards read the model's attention implementation for themselves: it has to stay what it was."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    case = tiny(model_type)
+    model, inputs = case.model, case.inputs(length=24)
+    indexers = [m for m in model.modules() if hasattr(m, "index_topk")]
+    assert indexers
+    logits = {}
+    for top_k in (24, 2):
+        for indexer in indexers:
+            indexer.index_topk = top_k
+        with torch.no_grad():
+            logits[top_k] = model(**inputs, use_cache=False).logits
+    assert not torch.allclose(logits[2], logits[24], atol=1e-3), "two keys of 24 are a choice"
+    for head in ("mimic", "live"):
+        shifts = mc.build_shifts(model, head)
+        for name, p in shifts.named_parameters():
+            if name.endswith("vector"):
+                p.data.zero_()
+        with torch.no_grad(), mc.patch(model, shifts):
+            assert torch.equal(model(**inputs, use_cache=False).logits, logits[2])
+
+
 # --- looking changes nothing
 
 

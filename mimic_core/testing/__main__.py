@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from .matrix import every_place, run
-from .matrix_page import page, summary
+from .matrix_page import page, serves, summary
 
 
-def main() -> None:
-    """Parse arguments, run what is not there yet, write the page and the JSON."""
+def main() -> int:
+    """Parse arguments, run what is not there yet, write the page and the JSON. The number of types that failed."""
     parser = argparse.ArgumentParser(prog="python -m mimic_core.testing", description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; none: all of the installed transformers")
     parser.add_argument(
@@ -34,12 +35,14 @@ def main() -> None:
             bar.set_postfix_str(row["type"])
             bar.update()
             rows.append(row)
-    print(summary(rows))
+    failed = [row["type"] for row in rows if serves(row) == "failed"]
+    print(summary(rows), *(f"failed: {name}" for name in failed), sep="\n")
     if arguments.page is not None:
         lowest = [json.loads(path.read_text()) for path in arguments.lowest.glob("*.json")] if arguments.lowest else []
         data = {"newest": sorted(rows, key=_order), "lowest": sorted(lowest, key=_order)}
         arguments.page.write_text(page(**data))
         arguments.page.with_suffix(".json").write_text(json.dumps(data, indent=0) + "\n")
+    return len(failed)
 
 
 def _order(row: dict[str, Any]) -> tuple[bool, str]:
@@ -47,4 +50,4 @@ def _order(row: dict[str, Any]) -> tuple[bool, str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main() > 0)
