@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import CONFIG_MAPPING
 
 import mimic_core as mc
 from mimic_core.adapters import GenericAdapter
+from mimic_core.adapters.base import ADAPTERS
 from mimic_core.testing import tiny
 
 ALL = mc.types.SITES
@@ -210,6 +212,26 @@ def test_sparse_attention_beyond_its_top_k(model_type: str) -> None:
                 p.data.zero_()
         with torch.no_grad(), mc.patch(model, shifts):
             assert torch.equal(model(**inputs, use_cache=False).logits, logits[2])
+
+
+def test_paths_without_a_config_are_sized_by_what_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ADAPTERS, "_items", dict(ADAPTERS._items))
+
+    class Paths(mc.PathAdapter):
+        layers, config = "model.layers", "odd"
+
+    model, falcon = tiny("gemma2").model, tiny("falcon").model
+    wanted = spec_of(model)
+    for one in (model, falcon):
+        one.config.odd = SimpleNamespace()  # names neither a hidden size nor heads
+    mc.register_adapter("gemma2")(Paths)
+    assert mc.adapter_for(model).spec(model) == wanted
+    paths = {"layers": "transformer.h", "attention": "self_attention"}
+    mc.register_adapter("falcon")(type("Falcon", (Paths,), paths))
+    with pytest.raises(
+        mc.UnsupportedModelError, match=r"h\.0\.self_attention does not go .*: leave them out of its `sites`"
+    ):
+        mc.adapter_for(falcon)
 
 
 # --- looking changes nothing

@@ -153,7 +153,9 @@ def _compare(s: Subject, ground: Ground, stacks: Mapping[str, ShiftStack]) -> tu
     errors: dict[str, float] = {}
     for name, p in own.items():
         wanted_grad = leaves[name].grad
-        if p.grad is None or wanted_grad is None or not wanted_grad.abs().max() > 0:
+        if wanted_grad is None or not wanted_grad.abs().max() > 0:
+            raise NotApplicable(f"{name} gets no gradient, shifted by other means either; its rows of sites say more")
+        if p.grad is None:
             raise BrokenLaw(f"{ground.words}: {name} gets no gradient")
         # Against the largest of its own, unless those are rounding beside the others'.
         scale = max(float(wanted_grad.abs().max()), 1e-3 * largest)

@@ -198,6 +198,9 @@ class Subject:
         """
         inside = set(self.inner.get_submodule(layer.path).modules())
         called = [m for m in dict.fromkeys(seen.module for seen in self.calls) if m in inside and not self.is_cross(m)]
+        # Some use the interface for other things too: one query over a token's states in earlier layers, say.
+        of_tokens = {seen.module for seen in self.calls if seen.query.shape[::2] == self.logits.shape[:2]}
+        called = [m for m in called if m in of_tokens] or called
         rank = [other.index for other in self.spec.layers if other.path == layer.path].index(layer.index)
         return called[rank] if rank < len(called) else self.module(layer.index, "query")
 
