@@ -304,7 +304,7 @@ def checkpointing(s: Subject, reentrant: bool) -> str:
     own = attempt(partial(_gradient_of_embeddings, s))
     if isinstance(own, Raised):
         raise NotApplicable(f"the unpatched model does not train with it: {own}")
-    if (apart := _relative(own, plain)) > 100 * s.tolerance(0.0):
+    if (apart := _relative(own, plain)) > 10 * s.tolerance(0.0):
         raise NotApplicable(f"with it, the unpatched model's own gradients are {apart:.1e} apart")
     with _counting(modules) as calls:
         logits, found = _gradients(s, stacks)
@@ -321,8 +321,11 @@ def checkpointing(s: Subject, reentrant: bool) -> str:
         # Against the largest of its own, unless those are rounding beside the others'.
         scale = max(float(grad.abs().max()), 1e-2 * largest, 1e-30)
         worst, where = max((worst, where), (float((found[name] - grad).abs().max()) / scale, name))
-    if not worst <= 100 * s.tolerance(0.0):
-        raise BrokenLaw(f"the gradient of {where} is {worst:.1e} apart")
+    # A graph cut off is wrong by a tenth or more. What adds up in another order is apart by 5e-4 at most (Dory, which
+    # loops over its layers, in fp32; in fp64 it is 0).
+    tolerance = 100 * s.tolerance(0.0)
+    if not worst <= tolerance:
+        raise BrokenLaw(f"the gradient of {where} is {worst:.1e} apart (tolerance {tolerance:.0e})")
     return f"gradients {worst:.1e} apart, {again} modules of layers ran again"
 
 
