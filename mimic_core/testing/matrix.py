@@ -82,6 +82,7 @@ def check_type(place: Place, quick: bool = False) -> dict[str, Any]:
 def _run(place: Place, attention: str, images: bool) -> dict[str, Any]:
     from .check import check_adapter
     from .tiny import tiny
+    from .verdicts import Raised, attempt
 
     case = tiny(place.model_type, task=place.task)  # pyright: ignore[reportArgumentType]
     if not images and case.needs_images:
@@ -90,7 +91,10 @@ def _run(place: Place, attention: str, images: bool) -> dict[str, Any]:
         case.model.set_attn_implementation(attention)
     except ValueError as error:
         return {"skipped": f"transformers refuses {attention}: {str(error).partition('. ')[0]}"}
-    report = check_adapter(case.model, case.inputs(images=images, length=LENGTH), name=place.model_type)
+    inputs = case.inputs(images=images, length=LENGTH)
+    if isinstance(ran := attempt(lambda: case.model(**inputs)), Raised):
+        return {"skipped": f"the unpatched model does not run with {attention}: {ran}"}
+    report = check_adapter(case.model, inputs, name=place.model_type)
     return {
         "laws": {law.law: law.verdict for law in report.rows},
         "details": {law.law: law.detail for law in report.rows if law.verdict != "passed"},

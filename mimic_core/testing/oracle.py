@@ -202,7 +202,10 @@ def _read_mask(
 def _edited(forward: Callable[..., Any], edit: Edit, *args: Any, **kwargs: Any) -> Any:
     """What `forward` returns, edited; the first element, where that is a tuple."""
     out = forward(*args, **kwargs)
-    return (edit(out[0], None), *out[1:]) if isinstance(out, tuple) else edit(out, None)
+    if not isinstance(out, tuple):
+        return edit(out, None)
+    parts = (edit(out[0], None), *out[1:])
+    return type(out)(*parts) if hasattr(out, "_fields") else parts
 
 
 def mimic_edit(vector: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None) -> Edit:

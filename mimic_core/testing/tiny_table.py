@@ -80,6 +80,7 @@ CONFIGS: dict[str, dict[str, Any]] = _ALIKE | {
     "Apertus1p5": {"text_config": {"vocab_size": 160}, "image_token_offset": 128, "audio_token_offset": 144},
     "Aria": {"projector_patch_to_query_dict": {16: 4}},
     "Bamba": {"attn_layer_indices": [1, 3]},
+    "BigBird": {"attention_type": "original_full"},  # the sparse one wants whole blocks
     "Blip2": {"image_token_index": NEW_ID},
     # Not its own, but its cache counts layers by it.
     "Blt": {"num_hidden_layers": 8, "encoder_hash_byte_group_vocab": 50},
