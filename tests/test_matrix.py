@@ -57,7 +57,9 @@ def place(model_type: str) -> Place:
 
 @pytest.mark.parametrize("model_type", SLICE)
 @pytest.mark.usefixtures("no_shape_checks")
-def test_slice(model_type: str) -> None:
+def test_slice(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if model_type == "gemma2":  # the sdpa of older transformers forgets its softcap, so the LSE is refused there
+        monkeypatch.setattr(matrix, "ATTENTION", ("eager",))
     row = matrix.check_type(place(model_type), quick=True)
     failures = [run["details"][law] for run in row["runs"] for law, v in run.get("laws", {}).items() if v == "failed"]
     assert failures == []
