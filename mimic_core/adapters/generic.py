@@ -42,11 +42,11 @@ class GenericAdapter:
 
     def decoder(self, model: nn.Module) -> nn.Module:
         model = unwrap(model)
-        return model.get_submodule(_layout(model).decoder)
+        return model.get_submodule(_known(model).decoder)
 
     def module(self, model: nn.Module, layer: int, site: Site) -> nn.Module:
         model = unwrap(model)
-        return model.get_submodule(_layout(model).paths[layer][site])
+        return model.get_submodule(_known(model).paths[layer][site])
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,22 @@ class _Layout:
     paths: tuple[dict[Site, str], ...]
 
 
-_layouts: WeakKeyDictionary[Probe, _Layout] = WeakKeyDictionary()
+_layouts: WeakKeyDictionary[nn.Module, tuple[Probe, _Layout]] = WeakKeyDictionary()
 
 
 def _layout(model: nn.Module) -> _Layout:
     decoder = text_decoder(model)
     seen = probe(model, decoder)
-    if seen not in _layouts:
-        _layouts[seen] = _find(model, decoder, seen)
-    return _layouts[seen]
+    before, layout = _layouts.get(model, (None, None))
+    if layout is None or before is not seen:
+        layout = _find(model, decoder, seen)
+        _layouts[model] = seen, layout
+    return layout
+
+
+def _known(model: nn.Module) -> _Layout:
+    """The layout `spec` last found: whether modules have changed is asked once a patch, not once a site."""
+    return _layouts[model][1] if model in _layouts else _layout(model)
 
 
 def _find(model: nn.Module, decoder: nn.Module, seen: Probe) -> _Layout:
@@ -115,7 +122,8 @@ def _layer_list(
         if not isinstance(module, nn.ModuleList) or len(module) == 0 or module not in names:
             continue
         path = names[module]
-        attended = sum(1 for name in seen.attention if "." in name.removeprefix(f"{path}.") and name.startswith(path))
+        inside = (name.removeprefix(f"{path}.") for name in seen.attention if name.startswith(f"{path}."))
+        attended = sum("." in name for name in inside)
         ran = sum(1 for member in module if names.get(member) in seen.outputs)
         named = path.rpartition(".")[2] in _LAYER_LISTS
         key = (attended, int(named), ran, -path.count("."))
