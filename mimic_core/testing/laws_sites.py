@@ -216,7 +216,7 @@ def site_law(site: Site) -> Callable[[Subject], str]:
     def check(s: Subject) -> str:
         layers = s.layers_with(site)
         if not layers:
-            raise NotApplicable(_why_not(s, site))
+            raise NotApplicable(_why_not(s))
         baseline = s.baseline
         tolerance = s.tolerance(baseline.error)
         with torch.no_grad():
@@ -259,7 +259,7 @@ def _edit(value: Tensor, seen: Seen | None, layer: int, site: Site) -> Tensor:
     return _stretch(value, layer, site)
 
 
-def _why_not(s: Subject, site: Site) -> str:
+def _why_not(s: Subject) -> str:
     reasons = list(dict.fromkeys(layer.missing for layer in s.spec.layers if layer.missing))
     return f"no layer has it{': ' + '; '.join(reasons) if reasons else ''}"
 
@@ -268,7 +268,7 @@ def lse(s: Subject) -> str:
     """The LSE is the log-sum-exp of the logits attention used, or is refused."""
     layers = s.layers_with("lse")
     if not layers:
-        raise NotApplicable(_why_not(s, "lse"))
+        raise NotApplicable(_why_not(s))
     refused = s.refused
     if len(refused) == len(layers):
         raise NotApplicable(f"refused: {next(iter(refused.values()))}")
