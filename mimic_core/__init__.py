@@ -21,7 +21,16 @@ from .errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
-from .heads import HeadConfig, LIVEConfig, MimICConfig, ShiftHead, ShiftStack, register_head
+from .heads import (
+    FunctionVectorConfig,
+    HeadConfig,
+    LIVEConfig,
+    MimICConfig,
+    ShiftHead,
+    ShiftStack,
+    TaskVectorConfig,
+    register_head,
+)
 from .patch import Handle, hook, patch
 from .reference_names import shifts_from_reference
 from .types import At, LayerSpec, ModelSpec
@@ -37,6 +46,7 @@ __all__ = [
     "BackendUnavailableError",
     "Capture",
     "CheckpointError",
+    "FunctionVectorConfig",
     "Handle",
     "HeadConfig",
     "LIVEConfig",
@@ -49,6 +59,7 @@ __all__ = [
     "ShapeError",
     "ShiftHead",
     "ShiftStack",
+    "TaskVectorConfig",
     "UnknownNameError",
     "UnsupportedModelError",
     "adapter_for",

@@ -88,6 +88,7 @@ def patch(model: nn.Module, shifts: ShiftStack) -> Handle:
             run=run,
             fused=head.fused if site == "attn_heads" else None,
             needs_lse=head.needs_lse and site == "attn_heads",
+            needs_prompt_end=head.needs_prompt_end,
         )
         for head in shifts
         for site, run in head.edits().items()
@@ -105,8 +106,9 @@ def hook(
 
     Args:
         site: One of `mimic_core.types.SITES`; its docstring has the shapes.
-        fn: Called with the site's value and an `At` (`at.layer`, `at.module`; at attention sites also `at.query`,
-            `at.key`, `at.value`, `at.mask`, `at.scale`, `at.lse`). Returns the new value, or None to leave it.
+        fn: Called with the site's value and an `At` (`at.layer`, `at.module`, `at.prompt_end`; at attention sites also
+            `at.query`, `at.key`, `at.value`, `at.mask`, `at.scale`, `at.lse`). Returns the new value, or None to leave
+            it.
         layers: Which decoder layers; None is all that have the site.
 
     Raises:
@@ -118,7 +120,7 @@ def hook(
     """
     name = check_site(site)
     chosen = choose_layers(model, (name,), layers)
-    edits = [SiteEdit(layer, name, fn) for layer in chosen]
+    edits = [SiteEdit(layer, name, fn, needs_prompt_end=True) for layer in chosen]
     return Handle(Installation(model, edits))
 
 

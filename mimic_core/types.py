@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .errors import PatchStateError, UnknownNameError
@@ -30,6 +30,7 @@ Site = Literal["query", "key", "value", "lse", "attn_heads", "attn_out", "mlp_ou
 SITES: tuple[Site, ...] = get_args(Site)
 ATTENTION_SITES: tuple[Site, ...] = ("query", "key", "value", "lse", "attn_heads")
 READ_ONLY_SITES: tuple[Site, ...] = ("lse",)
+PROMPT_SITES: tuple[Site, ...] = ("attn_heads", "attn_out", "mlp_out", "layer_out")
 
 
 def check_site(name: object) -> Site:
@@ -129,6 +130,14 @@ class AttentionView(ABC):
         """See `At.logits`."""
 
 
+class ForwardView(ABC):
+    """What is known of the forward an edit runs in; reached through `At`."""
+
+    @abstractmethod
+    def prompt_end(self, value: Tensor) -> Tensor:
+        """See `At.prompt_end`; `value` is the site's, of which the sizes and the device are taken."""
+
+
 class At:
     """Where an edit runs: the second argument of every shift head and hook function.
 
@@ -138,13 +147,23 @@ class At:
         module: The module the site belongs to.
     """
 
-    __slots__ = ("_attention", "layer", "module", "site")
+    __slots__ = ("_attention", "_forward", "_value", "layer", "module", "site")
 
-    def __init__(self, layer: int, site: Site, module: nn.Module, attention: AttentionView | None = None) -> None:
+    def __init__(
+        self,
+        layer: int,
+        site: Site,
+        module: nn.Module,
+        attention: AttentionView | None = None,
+        forward: ForwardView | None = None,
+        value: Tensor | None = None,
+    ) -> None:
         self.layer = layer
         self.site: Site = site
         self.module = module
         self._attention = attention
+        self._forward = forward
+        self._value = value
 
     def _seen(self, name: str) -> AttentionView:
         if self._attention is None:
@@ -153,6 +172,25 @@ class At:
                 f"attention call; it is there only at {', '.join(ATTENTION_SITES)}"
             )
         return self._attention
+
+    @property
+    def prompt_end(self) -> Bool[Tensor, "b t"]:
+        """True at the last token of each sample's prompt, padding aside; nowhere while a cache is continued.
+
+        It is there at `attn_heads`, `attn_out`, `mlp_out` and `layer_out`, for functions of `hook` and heads with
+        `needs_prompt_end`. A forward that continues a cache with tokens in it is taken for decoding.
+
+        Raises:
+            PatchStateError: asked for at another site, by a head without `needs_prompt_end`, inside torch.compile, or
+                where gradient checkpointing runs a layer again, which is outside any forward.
+            ShapeError: the attention mask given to the decoder doesn't fit its tokens.
+        """
+        if self._forward is None or self._value is None or self.site not in PROMPT_SITES:
+            raise PatchStateError(
+                f"`at.prompt_end` was asked for at site {self.site!r} of layer {self.layer}; it is there at "
+                f"{', '.join(PROMPT_SITES)}, for functions of mimic_core.hook and heads with needs_prompt_end = True"
+            )
+        return self._forward.prompt_end(self._value)
 
     @property
     def query(self) -> Float[Tensor, "b h t d"]:

@@ -187,7 +187,11 @@ HEADS: dict[str, mc.HeadConfig] = {
     "live": mc.LIVEConfig(),
     "live-layer-out": mc.LIVEConfig(site="layer_out", sigmoid=True),
     "live-attn-out": mc.LIVEConfig(site="attn_out", learn_scale=False, scale_init=1.0),
+    "task-vector": mc.TaskVectorConfig(layers=(1,)),
+    "function-vector": mc.FunctionVectorConfig(),
 }
+# These act where the prompt ends, so a longer text is another prompt to them.
+PROMPT_HEADS = ("task-vector", "function-vector")
 
 
 def random_shifts(model: nn.Module, head: str, scale: float = 0.5) -> mc.ShiftStack:
@@ -204,7 +208,7 @@ def random_shifts(model: nn.Module, head: str, scale: float = 0.5) -> mc.ShiftSt
 
 def zero_vectors(shifts: mc.ShiftStack) -> mc.ShiftStack:
     for name, p in shifts.named_parameters():
-        if name.endswith("vector"):
+        if name.endswith(("vector", ".weight")):
             p.data.zero_()
     return shifts
 

@@ -74,11 +74,23 @@ def _edit_output(function: Any) -> Any:
     return hook
 
 
+def _at_one_token(h: Tensor, last: list[int], p: dict[str, Any]) -> Tensor:
+    rows = []
+    for states, i in zip(h, last, strict=True):
+        weight = p.get("weight")
+        moved = states[i] + p["vector"] if weight is None else states[i] + weight * (p["vector"] - states[i])
+        rows.append(torch.cat([states[:i], moved[None], states[i + 1 :]]))
+    return torch.stack(rows)
+
+
 @contextmanager
-def shifted(model: nn.Module, layers: nn.ModuleList, params: list[dict[str, Any] | None]) -> Iterator[None]:
+def shifted(
+    model: nn.Module, layers: nn.ModuleList, params: list[dict[str, Any] | None], last: list[int] | None = None
+) -> Iterator[None]:
     """Inside, `model` runs with the shifts of `params`, one entry per layer (None: not shifted).
 
-    An entry has "kind" ("mimic" or "live") and the tensors of that method.
+    An entry has "kind" ("mimic", "live" or "prompt_end") and the tensors of that method. `last`: where each sample's
+    prompt ends.
     """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, eager_mask)
@@ -93,6 +105,8 @@ def shifted(model: nn.Module, layers: nn.ModuleList, params: list[dict[str, Any]
             if "mlp_vector" in p:
                 move = p["mlp_vector"]
                 hooks.append(layer.mlp.register_forward_hook(_edit_output(lambda h, m=move: _keep_length(h, m))))
+        elif p["kind"] == "prompt_end":
+            hooks.append(layer.register_forward_hook(_edit_output(lambda h, p=p: _at_one_token(h, last or [], p))))
         else:
             module = {"mlp_out": layer.mlp, "attn_out": layer.self_attn, "layer_out": layer}[p["site"]]
             factor = torch.sigmoid(p["scale"]) if p["sigmoid"] else p["scale"]

@@ -27,6 +27,8 @@ SHAPES = {
     "live": {"vector": (C,), "scale": ()},
     "live-layer-out": {"vector": (C,), "scale": ()},
     "live-attn-out": {"vector": (C,)},
+    "task-vector": {"vector": (C,), "weight": ()},
+    "function-vector": {"vector": (C,)},
 }
 
 
@@ -34,7 +36,7 @@ SHAPES = {
 def test_parameters_are_the_learnable_ones_in_fp32(head: str) -> None:
     model = fresh_model(LLAMA, dtype=torch.bfloat16)
     shifts = mc.build_shifts(model, HEADS[head])
-    layers = [1] if head == "mimic-one-layer" else [0, 1, 2]
+    layers = [1] if head in ("mimic-one-layer", "task-vector") else [0, 1, 2]
     wanted = {f"heads.{i}.{name}": shape for i in layers for name, shape in SHAPES[head].items()}
     assert {name: tuple(p.shape) for name, p in shifts.named_parameters()} == wanted
     assert all(p.requires_grad and p.dtype == torch.float32 for p in shifts.parameters())
@@ -106,7 +108,9 @@ def test_norm_is_kept_by_live() -> None:
 
 def test_options_are_checked(no_shape_checks: None) -> None:
     model = model_of(LLAMA)
-    with pytest.raises(mc.UnknownNameError, match="no shift head is called 'mimick'; known: live, mimic"):
+    with pytest.raises(
+        mc.UnknownNameError, match="no shift head is called 'mimick'; known: function_vector, live, mimic, task_v"
+    ):
         mc.build_shifts(model, "mimick")
     with pytest.raises(mc.UnknownNameError, match=r"shift head 'live' has no option gate; it has layers, site"):
         mc.build_shifts(model, "live", gate=False)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import PatchStateError, ShapeError, UnsupportedModelError
 from ..types import ATTENTION_SITES, LayerSpec, ModelSpec, Site
 from .base import AttentionAdapter, unwrap
+from .forward import AGAIN, Forward
 from .interface import SLOT, AttentionSlot, Entry, SiteEdit
 from .locate import locate
 from .scope import LayerScope
@@ -28,6 +29,7 @@ class _ForwardState(threading.local):
     depth = 0
     grad_enabled = False
     tokens: tuple[int, int] = (0, 0)  # b and t
+    forward: Forward | None = None
 
     def __init__(self) -> None:
         self.reached: set[tuple[int, Site]] = set()
@@ -61,6 +63,7 @@ class Installation:
         self._slotted: list[nn.Module] = []
         inner, adapter, spec = locate(model)
         edits = list(edits)
+        self._looks = any(edit.needs_prompt_end for edit in edits)
         for edit in edits:
             _check_place(inner, spec.layers, edit)
         self._entries: list[Entry] = []
@@ -137,6 +140,11 @@ class Installation:
         """Whether the forward this thread is in was started with gradients on."""
         return self._state.grad_enabled
 
+    @property
+    def forward(self) -> Forward | None:
+        """What is known of the forward this thread is in, where an edit needs it."""
+        return self._state.forward if self.in_forward else AGAIN
+
     def reached(self, layer: int, site: Site) -> None:
         if not torch.compiler.is_compiling():
             self._state.reached.add((layer, site))
@@ -166,6 +174,9 @@ class Installation:
         if self._state.depth == 0:
             self._state.reached.clear()
             self._state.grad_enabled = torch.is_grad_enabled()
+        if self._looks:
+            # The decoder's own, which comes last: an encoder has another mask.
+            self._state.forward = Forward.of(kwargs)
         self._state.depth += 1
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -173,6 +184,8 @@ class Installation:
             return
         # Hooks that were installed in the middle of a forward see its end only.
         self._state.depth = max(0, self._state.depth - 1)
+        if self._state.depth == 0:
+            self._state.forward = None
         failed = output is None  # the forward raised, which is the error to see
         if failed or self._state.depth or not self.active or not self.installed:
             return

@@ -21,7 +21,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from .. import ops
 from ..errors import PatchStateError, ShapeError, UnsupportedModelError
-from ..types import READ_ONLY_SITES, At, AttentionView, Site
+from ..types import READ_ONLY_SITES, At, AttentionView, ForwardView, Site
 from .scope import LayerScope
 
 SLOT = "_mimic_core_sites"
@@ -41,6 +41,7 @@ class SiteEdit:
         run: Given the value and an `At`, returns the new value, or None to leave it.
         fused: At `attn_heads`: attention and edit in one; may return None to decline.
         needs_lse: `run` reads `at.lse`; at site `lse` it is what it is given.
+        needs_prompt_end: `run` may read `at.prompt_end`, so the forward's mask and cache are looked at.
     """
 
     layer: int
@@ -48,6 +49,7 @@ class SiteEdit:
     run: Callable[[Tensor, At], Tensor | None]
     fused: Callable[[At], Tensor | None] | None = None
     needs_lse: bool = False
+    needs_prompt_end: bool = False
 
 
 @runtime_checkable
@@ -59,6 +61,9 @@ class Owner(Protocol):
 
     @property
     def in_forward(self) -> bool: ...
+
+    @property
+    def forward(self) -> ForwardView | None: ...
 
     def reached(self, layer: int, site: Site) -> None: ...
 
@@ -79,7 +84,8 @@ class Entry:
     def apply(self, value: Tensor, module: nn.Module, attention: AttentionCall | None = None) -> Tensor:
         """Run the edit on a value and check what comes back."""
         edit = self.edit
-        result = edit.run(value, At(edit.layer, edit.site, module, attention))
+        forward = self.owner.forward if edit.needs_prompt_end else None
+        result = edit.run(value, At(edit.layer, edit.site, module, attention, forward, value))
         self.owner.reached(edit.layer, edit.site)
         return value if result is None else self._checked(result, value)
 

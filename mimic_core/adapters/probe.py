@@ -61,6 +61,7 @@ class _Watcher:
     """The owner of the probe's entries: always on, and nobody to report to."""
 
     active = in_forward = True
+    forward = None
 
     def reached(self, layer: int, site: Site) -> None: ...
 

@@ -3,9 +3,12 @@
 from .base import HeadConfig, ShiftHead, head_class, head_for_config, register_head
 from .live import LIVEConfig, LIVEHead
 from .mimic import MimICConfig, MimICHead
+from .prompt_end import FunctionVectorConfig, FunctionVectorHead, TaskVectorConfig, TaskVectorHead
 from .stack import ShiftStack
 
 __all__ = [
+    "FunctionVectorConfig",
+    "FunctionVectorHead",
     "HeadConfig",
     "LIVEConfig",
     "LIVEHead",
@@ -13,6 +16,8 @@ __all__ = [
     "MimICHead",
     "ShiftHead",
     "ShiftStack",
+    "TaskVectorConfig",
+    "TaskVectorHead",
     "head_class",
     "head_for_config",
     "register_head",

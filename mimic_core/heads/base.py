@@ -56,12 +56,14 @@ class ShiftHead(nn.Module):
         site: The site `forward` edits.
         config_class: The dataclass of its options.
         needs_lse: `forward` reads `at.lse`, so attention should keep it.
+        needs_prompt_end: `forward` reads `at.prompt_end`.
     """
 
     name: ClassVar[str]
     site: Site
     config_class: ClassVar[type[HeadConfig]] = HeadConfig
     needs_lse: bool = False
+    needs_prompt_end: bool = False
 
     def __init__(self, config: HeadConfig, layer: LayerSpec) -> None:
         super().__init__()
