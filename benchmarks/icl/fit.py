@@ -1,0 +1,137 @@
+"""Train shift heads, LoRA, or both on one task, in a plain loop."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import mimic_core as mc
+from mimic_core.demo.experiment import warm_cosine
+from mimic_core.demo.prompts import Batch
+from mimic_core.demo.tasks import Task
+
+from .methods import Method
+from .worlds import World
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a method made of a model.
+
+    Attributes:
+        model: The world's model, or a copy of it with LoRA inside.
+        shifts: The stack to patch it with.
+        parameters: How many numbers were learned or taken.
+        seconds: What that took.
+    """
+
+    model: Any
+    shifts: mc.ShiftStack | None
+    parameters: int
+    seconds: float
+
+    @contextmanager
+    def applied(self) -> Iterator[Any]:
+        """The model as the method leaves it."""
+        with nullcontext() if self.shifts is None else mc.patch(self.model, self.shifts):
+            yield self.model
+
+
+class Samples:
+    """Training samples as batches: with demonstrations drawn anew from the other samples, and without."""
+
+    def __init__(self, world: World, task: Task[Any], seed: int) -> None:
+        self._world, self._task = world, task
+        self._draw = random.Random(seed)
+        self._order: list[int] = []
+
+    def __call__(self) -> tuple[Batch, Batch]:
+        """The next batch; samples come round in a new order each time."""
+        pool, size = self._task.train, self._world.batch
+        while len(self._order) < size:
+            self._order += self._draw.sample(range(len(pool)), len(pool))
+        chosen, self._order = self._order[:size], self._order[size:]
+        shots = min(self._world.shots, len(pool) - 1)
+        others = [[j for j in range(len(pool)) if j != i] for i in chosen]
+        shown = [[pool[j] for j in self._draw.sample(other, shots)] for other in others]
+        write, collate = self._world.prompter, self._world.prompter.collate
+        with_demonstrations = [write(pool[i], demos) for i, demos in zip(chosen, shown, strict=True)]
+        return collate(with_demonstrations), collate([write(pool[i]) for i in chosen])
+
+
+def fit(world: World, task: Task[Any], method: Method, seed: int, steps: int) -> Fitted:
+    """Train a method on a task's training samples; the world's model is left as it was."""
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    model = world.model
+    if method.lora:
+        options = LoraConfig(r=method.lora, lora_alpha=2 * method.lora, target_modules=world.lora)
+        model = get_peft_model(copy.deepcopy(model), options)
+    shifts = None if method.head is None else mc.build_shifts(model, method.head)
+    groups = _groups(model, shifts, method.rates(world.name))
+    learned = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps))
+    samples = Samples(world, task, seed)
+    with nullcontext() if shifts is None else mc.patch(model, shifts) as handle:
+        for _ in range(steps):
+            _loss(model, handle, method, *samples()).backward()
+            nn.utils.clip_grad_norm_(learned, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    return Fitted(model, shifts, sum(p.numel() for p in learned), time.perf_counter() - start)
+
+
+def _groups(model: nn.Module, shifts: mc.ShiftStack | None, rates: tuple[float, float]) -> list[dict[str, Any]]:
+    rate, lora_rate = rates
+    groups: list[dict[str, Any]] = []
+    if shifts is not None:
+        named = list(shifts.named_parameters())
+        # LIVE's scales learn twice as fast as its vectors, as published.
+        scales = [p for name, p in named if name.endswith("scale")]
+        others = [p for name, p in named if not name.endswith("scale")]
+        groups += [{"params": others, "lr": rate}, {"params": scales, "lr": 2 * rate}]
+    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
+    return [group for group in [*groups, {"params": adapters, "lr": lora_rate}] if group["params"]]
+
+
+@contextmanager
+def _teaching(model: Any, handle: mc.Handle | None) -> Iterator[None]:
+    """The model as it was: without shifts and without LoRA."""
+    with (
+        torch.no_grad(),
+        nullcontext() if handle is None else handle.disabled(),
+        model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext(),
+    ):
+        yield
+
+
+def _loss(model: Any, handle: mc.Handle | None, method: Method, shown: Batch, alone: Batch) -> Tensor:
+    def lm(logits: Tensor) -> Tensor:
+        return mc.losses.lm(logits, alone.inputs["input_ids"], alone.answer_tokens)
+
+    if method.loss == "lm":
+        return mc.losses.recipe("lm")(lm=lm(model(**alone.inputs, use_cache=False).logits))
+    if method.loss == "kl":
+        with _teaching(model, handle):
+            teacher = model(**shown.inputs, use_cache=False).logits
+        student = model(**alone.inputs, use_cache=False).logits
+        kl = mc.losses.logits_kl(student, teacher, alone.before_answer, shown.before_answer)
+        return mc.losses.recipe("live")(kl=kl, lm=lm(student))
+    with _teaching(model, handle), mc.capture(model, method.site, where=shown.context_tokens) as teacher_states:
+        model(**shown.inputs, use_cache=False, logits_to_keep=1)
+    with mc.capture(model, method.site, where=alone.context_tokens) as student_states:
+        logits = model(**alone.inputs, use_cache=False).logits
+    distance = mc.losses.layer_mse if method.loss == "align" else mc.losses.layer_cosine
+    align = distance(student_states, teacher_states)
+    return mc.losses.recipe("mimic")(align=align, lm=lm(logits))

@@ -1,0 +1,100 @@
+"""What a query costs after training: time to the first token and per token, against the unpatched model's."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+import mimic_core as mc
+
+from ..measure import Effort, interleaved
+from .fit import fit
+from .methods import TRAINED
+from .rows import Row
+from .worlds import World, world
+
+METHODS = ("zero-shot", "icl", "task-vector", "function-vector", "live", "lora", "mimic", "mimic+lora")
+WHAT = ("first token", "token")
+TASKS = {"llava": "3-digits", "idefics2": "3-digits", "smollm2": "capitals"}
+
+
+@dataclass
+class Contestant:
+    """A model as a method leaves it, asked one question: `first` reads the prompt, `token` decodes one more."""
+
+    model: Any
+    inputs: dict[str, torch.Tensor]
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def first(self) -> Any:
+        with torch.inference_mode():
+            return self.model(**self.inputs, use_cache=True, logits_to_keep=1)
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Inside, `token` has a prompt behind it."""
+        with self.around():
+            out = self.first()
+            self._cache, self._next = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            yield
+
+    def token(self) -> Any:
+        with torch.inference_mode():
+            return self.model(input_ids=self._next, past_key_values=self._cache, use_cache=True)
+
+
+def contestants(place: World) -> dict[str, Contestant]:
+    """Every method, on the same question; what was learned doesn't matter to the time."""
+    task = place.task(TASKS[place.name], max(place.shots, 16), 0, 8)
+    draw = random.Random(0)
+
+    def inputs(shots: int) -> dict[str, torch.Tensor]:
+        prompt = place.prompter(task.held_out[0], draw.sample(task.train, shots)).question
+        return place.prompter.collate([prompt]).inputs
+
+    found = {"zero-shot": Contestant(place.model, inputs(0)), "icl": Contestant(place.model, inputs(place.shots))}
+    middle = (len(mc.adapter_for(place.model).spec(place.model).layers) // 3,)
+    stacks = {
+        "task-vector": mc.build_shifts(place.model, "task_vector", layers=middle),
+        "function-vector": mc.build_shifts(place.model, "function_vector", layers=middle),
+        "live": mc.build_shifts(place.model, "live"),
+        "mimic": mc.build_shifts(place.model, "mimic"),
+    }
+    for name, shifts in stacks.items():
+        found[name] = Contestant(place.model, inputs(0), partial(mc.patch, place.model, shifts))
+    for name in ("lora", "mimic+lora"):
+        fitted = fit(place, task, TRAINED[name], 0, steps=1)
+        found[name] = Contestant(fitted.model, inputs(0), fitted.applied)
+    return {name: found[name] for name in METHODS}
+
+
+def rows(name: str, effort: Effort) -> list[Row]:
+    """Two rows a method: ratios within a round, to the unpatched model without demonstrations."""
+    torch.set_num_threads(1)
+    place = world(name)
+    runs = contestants(place)
+    calls = {
+        "first token": ({n: c.first for n, c in runs.items()}, {n: c.around for n, c in runs.items()}),
+        "token": ({n: c.token for n, c in runs.items()}, {n: c.decoding for n, c in runs.items()}),
+    }
+    found = []
+    for what, (call, around) in calls.items():
+        times = interleaved(call, _clock, effort, around)
+        for method in runs:
+            value, low, high = times.ratio(method, to="zero-shot")
+            found.append(Row(what=what, world=name, method=method, value=value, low=low, high=high))
+    return found
+
+
+def _clock(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats

@@ -1,0 +1,202 @@
+"""Tables and pages of the results, from the rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from ..records import ROOT
+from ..report import table, with_results
+from . import figures
+from .jobs import SHOTS, SIMILAR
+from .methods import ABLATIONS, LABELS, MAIN, TAKEN
+from .plan import SAMPLES
+from .rows import Row
+
+MODELS = {
+    "llava": "Digits, Llava (SigLIP and Qwen2)",
+    "idefics2": "Digits, Idefics2",
+    "smollm2": "Words, SmolLM2-135M-Instruct",
+}
+README_BEGIN = "<!-- results: begin, written by python -m benchmarks.icl -->"
+README_END = "<!-- results: end -->"
+
+
+class Results:
+    """Rows, to be asked for numbers.
+
+    A gap is what demonstrations add: accuracy with the most of them, drawn at random, less accuracy without.
+    """
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = list(rows)
+        self.worlds = [name for name in MODELS if any(row.world == name for row in self.rows)]
+
+    def tasks(self, world: str) -> list[str]:
+        """In the order they were planned in."""
+        return list(dict.fromkeys(row.task for row in self.rows if row.world == world and row.task))
+
+    def most_shots(self, world: str) -> int:
+        return max(row.shots or 0 for row in self.rows if row.world == world and row.method == "icl")
+
+    def of(
+        self, world: str, task: str, method: str, shots: int = 0, samples: int | None = None, what: str = "accuracy"
+    ) -> dict[int, Row]:
+        """By seed."""
+        samples = samples or SAMPLES[world]
+        wanted = (world, task, method, shots, samples, what)
+        return {
+            row.seed or 0: row
+            for row in self.rows
+            if (row.world, row.task, row.method, row.shots, row.samples, row.what) == wanted and row.layer is None
+        }
+
+    def accuracies(self, world: str, task: str, method: str, shots: int = 0, samples: int | None = None) -> list[float]:
+        return [row.value or 0.0 for row in self.of(world, task, method, shots, samples).values()]
+
+    def shares(self, world: str, task: str, method: str, shots: int = 0) -> list[float]:
+        """Of the gap, seed by seed; seeds whose gap is under a tenth have none."""
+        base = self.of(world, task, "zero-shot")
+        full = self.of(world, task, "icl", self.most_shots(world))
+        found = []
+        for seed, row in self.of(world, task, method, shots).items():
+            if seed in base and seed in full:
+                low, high = base[seed].value or 0.0, full[seed].value or 0.0
+                if high - low >= 0.1:
+                    found.append(((row.value or 0.0) - low) / (high - low))
+        return found
+
+    def mean_share(self, world: str, method: str, shots: int = 0) -> str:
+        """Mean over tasks, and the spread of that mean over seeds."""
+        by_task = [self.shares(world, task, method, shots) for task in self.tasks(world)]
+        by_task = [shares for shares in by_task if shares]
+        if not by_task:
+            return "-"
+        seeds = min(map(len, by_task))
+        return spread([mean(shares[i] for shares in by_task) for i in range(seeds)])
+
+    def lines(self, world: str, methods: Sequence[str]) -> Iterator[tuple[str, str, int]]:
+        """(label, method, shots) of the lines that have rows."""
+        for method in methods:
+            for shots in {"icl": SHOTS, "retrieval": SIMILAR}.get(method, {}).get(world, (0,)):
+                if any(self.accuracies(world, task, method, shots) for task in self.tasks(world)):
+                    yield (f"{shots} {LABELS[method]}" if shots else LABELS[method]), method, shots
+
+    def one(self, world: str, method: str, name: str, shots: int = 0) -> float | None:
+        """Mean of a column over tasks and seeds."""
+        rows = [row for task in self.tasks(world) for row in self.of(world, task, method, shots).values()]
+        values = [value for row in rows if (value := getattr(row, name)) is not None]
+        return mean(values) if values else None
+
+    def time(self, world: str, method: str, what: str) -> str:
+        """Median over the unpatched model's without demonstrations."""
+        found = [row for row in self.rows if (row.world, row.method, row.what) == (world, method, what)]
+        return f"{found[0].value or 0:.2f}" if found else "-"
+
+
+def spread(values: Sequence[float], percent: bool = True) -> str:
+    """Mean and standard deviation."""
+    scale, digits = (100, 0) if percent else (1, 2)
+    middle = f"{mean(values) * scale:.{digits}f}"
+    return f"{middle} ± {stdev(values) * scale:.{digits}f}" if len(values) > 1 else middle
+
+
+def comparison(results: Results, world: str, methods: Sequence[str]) -> str:
+    """A line a method: accuracy by task, share of the gap, and what it costs."""
+    tasks = results.tasks(world)
+    head = ["method", *tasks, "gap closed", "parameters", "samples", "seconds", "prompt tokens"]
+    head += ["first token", "per token"]
+    lines = []
+    for label, method, shots in results.lines(world, methods):
+        found = [results.accuracies(world, task, method, shots) for task in tasks]
+        cells = [spread(values) if values else "-" for values in found]
+        parameters, seconds = (results.one(world, method, name, shots) for name in ("parameters", "seconds"))
+        tokens = results.one(world, method, "prompt_tokens", shots)
+        timed = method != "icl" or shots == results.most_shots(world)
+        lines.append(
+            [
+                label,
+                *cells,
+                results.mean_share(world, method, shots),
+                f"{parameters:,.0f}" if parameters else "-",
+                str(SAMPLES[world]) if method != "zero-shot" else "0",
+                f"{seconds:.0f}" if seconds else "-",
+                f"{tokens:.0f}",
+                *(results.time(world, method, what) if timed else "-" for what in ("first token", "token")),
+            ]
+        )
+    return table(head, lines)
+
+
+def added_demonstrations(results: Results, world: str) -> str:
+    """Accuracy of shifted models that get demonstrations as well."""
+    counts = sorted({row.shots or 0 for row in results.rows if row.world == world and row.also == "distance shots"})
+    lines = []
+    for method in ("live", "mimic"):
+        for task in results.tasks(world):
+            found = [results.accuracies(world, task, method, count) for count in counts]
+            if any(found):
+                lines.append([LABELS[method], task, *(spread(values) if values else "-" for values in found)])
+    return table(["method", "task", *(f"{count} added" for count in counts)], lines, left=2)
+
+
+def text(rows: Iterable[Row]) -> str:
+    """The tables, for the terminal."""
+    results = Results(rows)
+    return "\n\n".join(
+        f"{MODELS[world]}: held-out accuracy in percent, mean and spread over seeds\n\n"
+        f"{comparison(results, world, tuple(LABELS))}"
+        for world in results.worlds
+    )
+
+
+def page(rows: Sequence[Row], pictures: Sequence[Path]) -> str:
+    """The results, readable by themselves."""
+    results = Results(rows)
+    first = rows[0]
+    seeds = len({row.seed for row in rows if row.seed is not None})
+    parts = [
+        "# In-context learning, recovered",
+        "Written by `python -m benchmarks.icl` from [icl.csv](icl.csv), which has every seed and task. What was measured, "
+        "and what it says, is in [../in-context.md](../in-context.md).",
+        f"Held-out accuracy in percent; mean ± standard deviation over {seeds} seeds, which draw rules, samples and "
+        f"demonstrations. **Gap closed**: (accuracy - zero-shot) / (most demonstrations - zero-shot), mean over tasks. "
+        f"**Seconds** of training, or of taking a vector, on one thread. **First token**, **per token**: time over the "
+        f"unpatched model's without demonstrations, one question at a time, one thread. {first.device}, torch "
+        f"{first.torch}, transformers {first.transformers}, {first.date}.",
+    ]
+    for world in results.worlds:
+        main = ("zero-shot", "icl", "retrieval", *TAKEN, *MAIN)
+        parts += [f"## {MODELS[world]}", comparison(results, world, main)]
+        if list(results.lines(world, ABLATIONS)):
+            parts += ["### Variations", comparison(results, world, ("mimic", "live", *ABLATIONS))]
+        if any(row.world == world and row.also == "distance shots" for row in rows):
+            parts += [
+                "### Demonstrations added to a shifted model",
+                added_demonstrations(results, world),
+            ]
+    parts += [f"![{path.stem}]({path.name})" for path in pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+def headline(rows: Iterable[Row]) -> str:
+    """A short table for the README."""
+    results = Results(rows)
+    methods = ("zero-shot", "icl", "task-vector", "function-vector", "live", "lora", "mimic")
+    head = ["share of the gap closed, percent", *(MODELS[world] for world in results.worlds)]
+    lines = []
+    for method in methods[2:]:
+        lines.append([LABELS[method], *(results.mean_share(world, method) for world in results.worlds)])
+    return table(head, lines)
+
+
+def write(rows: Sequence[Row], folder: Path, into_readme: bool) -> list[Path]:
+    """The page and its pictures; the README's table too, if they are the project's results."""
+    pictures = figures.draw(Results(rows), folder)
+    written = folder / "README.md"
+    written.write_text(page(rows, pictures))
+    if into_readme:
+        readme = ROOT / "README.md"
+        readme.write_text(with_results(readme.read_text(), headline(rows), README_BEGIN, README_END))
+    return [written, *pictures]

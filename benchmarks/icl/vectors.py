@@ -1,0 +1,179 @@
+"""Task Vector and Function Vector: taken from the model's own activations, put into shift heads."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mimic_core as mc
+from mimic_core.demo.digits import Line
+from mimic_core.demo.prompts import Prompt
+from mimic_core.demo.tasks import Task
+
+from .fit import Fitted
+from .worlds import World
+
+# Prompts to average over, prompts to see an effect on, training samples to choose the layer with.
+MEAN_OVER, EFFECT_ON, CHOOSE_ON = 16, 4, 24
+# Attention heads whose effect is measured, the likeliest by the gradient, and how many of them make the vector.
+CANDIDATES, HEADS = 20, 10
+
+State = Callable[[Tensor, mc.At], Tensor | None]
+
+
+def _end(inputs: dict[str, Tensor]) -> Tensor:
+    """A mask of the last token: prompts are padded on the left."""
+    where = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    where[:, -1] = True
+    return where
+
+
+class Asked:
+    """Training samples as questions, ready to run; `targets` are the first tokens of their answers."""
+
+    def __init__(self, world: World, prompts: Sequence[Prompt]) -> None:
+        self._model = world.model
+        self.inputs = world.prompter.collate([prompt.question for prompt in prompts], left=True).inputs
+        self.targets = torch.tensor([prompt.ids[prompt.answer_at] for prompt in prompts])
+
+    def log_likelihood(self) -> Tensor:
+        """Of the first answer tokens, [b], in nats."""
+        logits = self._model(**self.inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return logits.log_softmax(-1).gather(1, self.targets[:, None])[:, 0]
+
+    @torch.no_grad()
+    def score(self) -> tuple[float, float]:
+        """How many answers begin right; between equals, the likelihood decides."""
+        logits = self._model(**self.inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        right = (logits.argmax(-1) == self.targets).sum().item()
+        return right, logits.log_softmax(-1).gather(1, self.targets[:, None]).mean().item()
+
+
+class Taker:
+    """Takes vectors from a world's model on one task."""
+
+    def __init__(self, world: World, task: Task[Any], seed: int) -> None:
+        self._world, self._task = world, task
+        self._model, self._draw = world.model, random.Random(seed)
+        self._alone = Asked(world, [world.prompter(sample) for sample in task.train[:CHOOSE_ON]])
+
+    def _shown(self, count: int, shuffled: bool = False) -> Asked:
+        """Questions with demonstrations, whose answers may be shuffled among them."""
+        prompts = []
+        for _ in range(count):
+            question, *shown = self._draw.sample(
+                self._task.train, min(self._world.shots, len(self._task.train) - 1) + 1
+            )
+            if shuffled:
+                answers = self._draw.sample([sample[-1] for sample in shown], len(shown))
+                shown = [_answered(sample, answer) for sample, answer in zip(shown, answers, strict=True)]
+            prompts.append(self._world.prompter(question, shown))
+        return Asked(self._world, prompts)
+
+    @torch.no_grad()
+    def _means(self, site: str) -> dict[int, Tensor]:
+        asked = self._shown(MEAN_OVER)
+        with mc.capture(self._model, site, where=_end(asked.inputs)) as seen:
+            self._model(**asked.inputs, use_cache=False, logits_to_keep=1)
+        return {layer: states.mean(0) for layer, states in seen.states.items()}
+
+    def task_vector(self) -> mc.ShiftStack:
+        """The mean state at the end of a prompt, at the layer where it answers training questions best."""
+        means = self._means("layer_out")
+        return self._best("task_vector", {layer: {"vector": mean, "weight": 1.0} for layer, mean in means.items()})
+
+    def function_vector(self) -> mc.ShiftStack:
+        """What the attention heads that carry the task add to the residual stream, at the layer where it works best."""
+        means = self._means("attn_heads")
+        chosen = self._heads(means)
+        vector = self._written(means, chosen) - self._written(means, [])
+        return self._best("function_vector", {layer: {"vector": vector} for layer in means})
+
+    def _best(self, head: str, values: dict[int, dict[str, Any]]) -> mc.ShiftStack:
+        def stack(layer: int) -> mc.ShiftStack:
+            shifts = mc.build_shifts(self._model, head, layers=(layer,))
+            with torch.no_grad():
+                for name, value in values[layer].items():
+                    shifts[layer].get_parameter(name).copy_(torch.as_tensor(value))
+            return shifts
+
+        def score(layer: int) -> tuple[float, float]:
+            with mc.patch(self._model, stack(layer)):
+                return self._alone.score()
+
+        return stack(max(values, key=score))
+
+    def _heads(self, means: dict[int, Tensor]) -> list[tuple[int, int]]:
+        """The attention heads whose mean output, put into prompts with shuffled answers, helps most.
+
+        The linear estimate of that effect chooses whom it is measured for.
+        """
+        asked = self._shown(EFFECT_ON, shuffled=True)
+        estimate = self._estimates(asked, means)
+        order = sorted(estimate, key=lambda place: -estimate[place])[:CANDIDATES]
+        effects = {}
+        for layer, head in order:
+            with torch.no_grad(), mc.hook(self._model, "attn_heads", _one_head(means[layer], head), layers=[layer]):
+                effects[layer, head] = asked.log_likelihood().exp().mean().item()
+        most = min(HEADS, len(estimate) // 4)
+        return sorted(effects, key=lambda place: -effects[place])[:most]
+
+    def _estimates(self, asked: Asked, means: dict[int, Tensor]) -> dict[tuple[int, int], float]:
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def watch(value: Tensor, at: mc.At) -> Tensor:
+            move = torch.zeros_like(value, requires_grad=True)
+            seen[at.layer] = value.detach()[:, -1], move
+            return value + move
+
+        with mc.hook(self._model, "attn_heads", watch):
+            asked.log_likelihood().exp().mean().backward()
+        found = {}
+        for layer, (value, move) in seen.items():
+            assert move.grad is not None
+            effect = ((means[layer] - value) * move.grad[:, -1]).sum((0, 2))
+            found |= {(layer, head): x for head, x in enumerate(effect.tolist())}
+        return found
+
+    @torch.no_grad()
+    def _written(self, means: dict[int, Tensor], chosen: Sequence[tuple[int, int]]) -> Tensor:
+        """What attention writes to the residual stream, over all layers, when only the chosen heads have an output."""
+
+        def only(value: Tensor, at: mc.At) -> Tensor:
+            value = torch.zeros_like(value)
+            for layer, head in chosen:
+                if layer == at.layer:
+                    value[:, -1, head] = means[layer][head]
+            return value
+
+        inputs = {name: x[:1] for name, x in self._alone.inputs.items()}
+        with mc.hook(self._model, "attn_heads", only), mc.capture(self._model, "attn_out", _end(inputs)) as seen:
+            self._model(**inputs, use_cache=False, logits_to_keep=1)
+        return torch.stack([states[0] for states in seen.states.values()]).sum(0)
+
+
+def _one_head(mean: Tensor, head: int) -> State:
+    def put(value: Tensor, at: mc.At) -> Tensor:
+        value = value.clone()
+        value[:, -1, head] = mean[head]
+        return value
+
+    return put
+
+
+def _answered(sample: Any, answer: Any) -> Any:
+    return sample._replace(answer=answer) if isinstance(sample, Line) else (sample[0], answer)
+
+
+def take(world: World, task: Task[Any], method: str, seed: int) -> Fitted:
+    """Task or function vector of a task, and what it took."""
+    start = time.perf_counter()
+    taker = Taker(world, task, seed)
+    shifts = taker.task_vector() if method == "task-vector" else taker.function_vector()
+    size = sum(head.get_parameter("vector").numel() for head in shifts)
+    return Fitted(world.model, shifts, size, time.perf_counter() - start)

@@ -1,0 +1,111 @@
+"""The frozen models, the tasks they are asked, how their prompts are written, and when an answer is right."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mimic_core.demo.digits import RULES, DigitPrompter, Line, digit_task, images
+from mimic_core.demo.models import load_digit_model, load_model
+from mimic_core.demo.prompts import Prompt, Prompter
+from mimic_core.demo.tasks import Pair, Task
+
+from .words import word_task
+
+CHUNK = 64
+
+
+class World:
+    """A model and its tasks.
+
+    Attributes:
+        name: "llava", "idefics2" or "smollm2".
+        model: Frozen, unpatched.
+        shots: Demonstrations a teacher sees, and the k of k-shot.
+        lora: The modules LoRA goes into, as a regular expression.
+        batch: Samples a training step.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.model: Any
+        self.prompter: Any
+        if name == "smollm2":
+            self.model, tokenizer = load_model()
+            self.prompter = Prompter(tokenizer, next(self.model.parameters()).device)
+            self.shots, self.batch = 8, 1
+            self.lora = r".*self_attn\.(q_proj|k_proj|v_proj|o_proj)"
+        else:
+            self.model = load_digit_model(name)
+            self.prompter = DigitPrompter(self.model)
+            self.shots, self.batch = 24, 4
+            self.lora = r".*(language_model|text_model).*self_attn\.(q_proj|k_proj|v_proj|o_proj)"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of its tasks."""
+        return ("capitals", "past-tense", "plural", "upper-case") if self.name == "smollm2" else tuple(RULES)
+
+    def task(self, name: str, samples: int, seed: int, held_out: int | None = None) -> Task[Any]:
+        """A task with so many training samples; the seed draws its rule, if it has one, and the split."""
+        make = word_task if self.name == "smollm2" else digit_task
+        return make(name, samples, seed, held_out)
+
+    @torch.no_grad()
+    def right(self, model: Any, prompts: Sequence[Prompt]) -> list[bool]:
+        """Whether greedy, cached decoding gives exactly the answer, prompt by prompt."""
+        found: list[bool] = []
+        for start in range(0, len(prompts), CHUNK):
+            chunk = prompts[start : start + CHUNK]
+            inputs = self.prompter.collate([prompt.question for prompt in chunk], left=True).inputs
+            answers = [prompt.ids[prompt.answer_at :] for prompt in chunk]
+            new = max(map(len, answers))
+            out = model.generate(**inputs, max_new_tokens=new, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+            found += [row[: len(a)] == a for row, a in zip(out.tolist(), answers, strict=True)]
+        return found
+
+    def prompts(self, task: Task[Any], shots: int, seed: int, similar: bool = False) -> list[Prompt]:
+        """Held-out questions, each with demonstrations from the training samples: drawn at random, or most similar."""
+        draw = random.Random(seed)
+        if not similar:
+            return [self.prompter(sample, draw.sample(task.train, shots)) for sample in task.held_out]
+        near = self._likeness(task.held_out) @ self._likeness(task.train).T
+        # The most similar comes last, next to the question.
+        chosen = near.topk(shots, dim=1).indices.flip(1).tolist()
+        return [
+            self.prompter(sample, [task.train[i] for i in row])
+            for sample, row in zip(task.held_out, chosen, strict=True)
+        ]
+
+    def _likeness(self, samples: Sequence[Any]) -> Tensor:
+        """Unit vectors whose products say how alike samples are: pixels, or letter pairs."""
+        if self.name != "smollm2":
+            lines: Sequence[Line] = samples
+            pixels = images().pixels[[line.image for line in lines]].flatten(1)
+            words = F.one_hot(torch.tensor([line.word for line in lines])).float()
+            return F.normalize(torch.cat([F.normalize(pixels - pixels.mean(), dim=1), words], dim=1), dim=1)
+        pairs: Sequence[Pair] = samples
+        counts = torch.zeros(len(pairs), 27 * 27)
+        for row, (question, _) in zip(counts, pairs, strict=True):
+            letters = [min(26, max(0, ord(c) - 97)) for c in f"^{question.lower()}$"]
+            for a, b in pairwise(letters):
+                row[27 * a + b] += 1
+        return F.normalize(counts, dim=1)
+
+
+@cache
+def world(name: str) -> World:
+    """A world, loaded once a process."""
+    return World(name)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """The model, none of whose parameters is trained."""
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,150 @@
+"""Handwritten digits with made-up names: a small vision-language model's world, and tasks in it.
+
+A line is an image, a word and an answer. A task says which word and digit go with which answer; only demonstrations can
+tell the model.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from .prompts import Batch, Prompt, collate
+from .tasks import DemoError, Task
+
+PAD, BOS, EOS, IMAGE = range(4)
+# "is" asks for the digit alone; with "left" and "right" the same digit has two answers.
+WORDS = ("is", "left", "right")
+# What a digit is called where no task says otherwise, then ten names more.
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", *"ABCDEFGHIJ")
+VOCABULARY = ("<pad>", "<bos>", "<eos>", "<image>", *WORDS, *NAMES)
+FIRST_WORD = VOCABULARY.index(WORDS[0])
+FIRST_NAME = VOCABULARY.index(NAMES[0])
+HELD_OUT_IMAGES = 500
+
+
+class Line(NamedTuple):
+    """An image (its index), and the tokens of the word and the answer that follow it."""
+
+    image: int
+    word: int
+    answer: int
+
+
+@dataclass(frozen=True)
+class Images:
+    """The digits of scikit-learn: 1,797 scans of 8 x 8 pixels from 43 writers.
+
+    Attributes:
+        pixels: [n 1 8 8], from -1 (paper) to 1 (ink).
+        digits: [n], what they show.
+        train, held_out: Their indices, split at random once and for all; no model has been trained on `held_out`.
+    """
+
+    pixels: Tensor
+    digits: Tensor
+    train: list[int]
+    held_out: list[int]
+
+
+@cache
+def images() -> Images:
+    """The images and their split."""
+    data: Any = load_digits()
+    pixels = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
+    order = list(range(len(pixels)))
+    random.Random(0).shuffle(order)
+    return Images(pixels, torch.tensor(data.target), order[HELD_OUT_IMAGES:], order[:HELD_OUT_IMAGES])
+
+
+Rule = dict[tuple[str, int], str]
+"""The answer to each word and digit a task knows."""
+
+
+def naming(digits: int, draw: random.Random) -> Rule:
+    """So many digits, each with a name of its own."""
+    return dict(zip((("is", d) for d in draw.sample(range(10), digits)), draw.sample(NAMES, digits), strict=True))
+
+
+def grouping(digits: int, draw: random.Random) -> Rule:
+    """So many digits with two names between them, half of them each."""
+    chosen, two = draw.sample(range(10), digits), draw.sample(NAMES, 2)
+    return {("is", digit): two[i % 2] for i, digit in enumerate(chosen)}
+
+
+def sides(digits: int, draw: random.Random) -> Rule:
+    """So many digits, whose name depends on the word as well: the image alone does not tell, nor the word."""
+    chosen, names = draw.sample(range(10), digits), draw.sample(NAMES, 2 * digits)
+    return {(word, d): names[2 * i + k] for i, d in enumerate(chosen) for k, word in enumerate(WORDS[1:])}
+
+
+RULES = {
+    "3-digits": lambda draw: naming(3, draw),
+    "8-digits": lambda draw: naming(8, draw),
+    "2-groups": lambda draw: grouping(6, draw),
+    "2-words": lambda draw: sides(4, draw),
+}
+
+
+def digit_task(name: str, samples: int, seed: int, held_out: int | None = None) -> Task[Line]:
+    """A task of the kind `name`, its rule, images and words drawn by `seed`.
+
+    Raises:
+        DemoError: there are fewer images than samples.
+    """
+    draw = random.Random(f"{name} {seed}")
+    rule, known = RULES[name](draw), images()
+    by_digit = {digit: [word for word, d in rule if d == digit] for _, digit in rule}
+
+    def lines(indices: Sequence[int]) -> list[Line]:
+        shown = [(i, int(known.digits[i])) for i in draw.sample(indices, len(indices))]
+        words = [(i, digit, draw.choice(by_digit[digit])) for i, digit in shown if digit in by_digit]
+        return [Line(i, VOCABULARY.index(word), VOCABULARY.index(rule[word, digit])) for i, digit, word in words]
+
+    train = lines(known.train)
+    if samples > len(train):
+        raise DemoError(f"{samples} training samples were asked for; {name} has {len(train)} images to train on")
+    return Task(name, train[:samples], lines(known.held_out)[:held_out])
+
+
+class DigitPrompter:
+    """Writes lines as tokens and images for one of the models trained on them (`models.load_digit_model`)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        config: Any = model.config
+        self._many_per_sample = config.model_type == "idefics2"  # pixels [b n 1 8 8], not [b*n 1 8 8]
+        self.image_tokens: int = (
+            config.perceiver_config.resampler_n_latents if self._many_per_sample else config.image_seq_length
+        )
+        self._device = next(model.parameters()).device
+
+    def __call__(self, line: Line, demonstrations: Iterable[Line] = ()) -> Prompt:
+        """The prompt of one line."""
+        lines = [*demonstrations, line]
+        ids = [BOS]
+        for shown in lines:
+            ids += [IMAGE] * self.image_tokens + [shown.word, shown.answer]
+        return Prompt(
+            ids,
+            query_at=len(ids) - self.image_tokens - 2,
+            answer_at=len(ids) - 1,
+            images=tuple(shown.image for shown in lines),
+        )
+
+    def collate(self, prompts: Sequence[Prompt], left: bool = False) -> Batch:
+        """A batch of prompts with equally many demonstrations."""
+        batch = collate(prompts, self._device, left)
+        pixels = torch.stack([images().pixels[list(prompt.images)] for prompt in prompts]).to(self._device)
+        batch.inputs["pixel_values"] = pixels if self._many_per_sample else pixels.flatten(0, 1)
+        return batch
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The answer that tokens begin with, in words."""
+        return VOCABULARY[ids[0]]
