@@ -158,8 +158,8 @@ def page(rows: Sequence[Row], pictures: Sequence[Path]) -> str:
     seeds = len({row.seed for row in rows if row.seed is not None})
     parts = [
         "# In-context learning, recovered",
-        "Written by `python -m benchmarks.icl` from [icl.csv](icl.csv), which has every seed and task. What was measured, "
-        "and what it says, is in [../in-context.md](../in-context.md).",
+        "Written by `python -m benchmarks.icl` from [icl.csv](icl.csv), which has every seed and task. What was "
+        "measured, and what it says, is in [../in-context.md](../in-context.md).",
         f"Held-out accuracy in percent; mean ± standard deviation over {seeds} seeds, which draw rules, samples and "
         f"demonstrations. **Gap closed**: (accuracy - zero-shot) / (most demonstrations - zero-shot), mean over tasks. "
         f"**Seconds** of training, or of taking a vector, on one thread. **First token**, **per token**: time over the "

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -317,35 +318,40 @@ def _dense(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
     return create_mask(mask.mask_mod, b, 1, t, key.shape[2], device=str(query.device))
 
 
+def _attention(
+    base: Callable[..., Any],
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """What a model gets for its attention function: `base`, with the edits of the calling module if it has some.
+
+    transformers' models pass these by name or in this order; some pass the mask by keyword.
+    """
+    slot: AttentionSlot | None = module.__dict__.get(SLOT)
+    plan = None if slot is None else slot.plan()
+    if plan is None:
+        return base(module, query, key, value, attention_mask, *args, **kwargs)
+    if args:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} passes {len(args)} arguments after the mask by position; its "
+            f"attention is understood with keywords only"
+        )
+    call = AttentionCall(implementation, module, query, key, value, attention_mask, kwargs)
+    return call.run(base, plan)
+
+
 def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Any:
         base = original(self, attn_implementation, default)
         if _live is not get_interface:
             return base  # kept underneath by a wrap put over this one; no patch of its time is left
-
-        # transformers' models pass these by name or in this order; some pass the mask by keyword.
-        def attention(
-            module: nn.Module,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attention_mask: Any = None,
-            *args: Any,
-            **kwargs: Any,
-        ) -> Any:
-            slot: AttentionSlot | None = module.__dict__.get(SLOT)
-            plan = None if slot is None else slot.plan()
-            if plan is None:
-                return base(module, query, key, value, attention_mask, *args, **kwargs)
-            if args:
-                raise UnsupportedModelError(
-                    f"{type(module).__name__} passes {len(args)} arguments after the mask by position; its "
-                    f"attention is understood with keywords only"
-                )
-            call = AttentionCall(attn_implementation or "eager", module, query, key, value, attention_mask, kwargs)
-            return call.run(base, plan)
-
-        return attention
+        return partial(_attention, base, attn_implementation or "eager")
 
     return get_interface
 

@@ -1,0 +1,225 @@
+"""The comparison of methods: what is taken or trained is what it should be, and the tables say what the rows say."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mimic_core as mc
+from benchmarks import records
+from benchmarks.icl import plan
+from benchmarks.icl.__main__ import main, measure
+from benchmarks.icl.fit import Samples, fit
+from benchmarks.icl.jobs import do
+from benchmarks.icl.methods import ABLATIONS, LABELS, PROMPTED, TAKEN, TRAINED
+from benchmarks.icl.report import Results, headline, page, text
+from benchmarks.icl.rows import Job, Row
+from benchmarks.icl.vectors import Asked, Taker, take
+from benchmarks.icl.words import WORD_TASKS, word_task
+from benchmarks.icl.worlds import World, world
+
+pytestmark = pytest.mark.usefixtures("no_shape_checks")
+
+
+@pytest.fixture(scope="module")
+def llava() -> World:
+    return world("llava")
+
+
+@pytest.fixture
+def task(llava: World) -> Any:
+    return llava.task("3-digits", 40, 100, 30)
+
+
+@pytest.mark.parametrize("name", WORD_TASKS)
+def test_words_held_out_are_not_trained_on(name: str) -> None:
+    pairs = WORD_TASKS[name]()
+    assert len(pairs) >= 80
+    assert all(question and answer and question != answer for question, answer in pairs)
+    split = word_task(name, 40, 0, 40)
+    assert (len(split.train), len(split.held_out)) == (40, 40)
+    if name != "opposite":  # light is the opposite of heavy and of dark
+        assert not {q for q, _ in split.train} & {q for q, _ in split.held_out}
+
+
+def test_right_is_greedy_decoding(llava: World, task: Any) -> None:
+    prompts = llava.prompts(task, 12, 0)
+    batch = llava.prompter.collate(prompts)
+    with torch.no_grad():
+        logits = llava.model(**batch.inputs, use_cache=False).logits[batch.before_answer]
+    wanted = logits.argmax(-1) == batch.inputs["input_ids"][batch.answer_tokens]
+    assert llava.right(llava.model, prompts) == wanted.tolist()
+    assert sum(wanted) > 20
+
+
+def test_demonstrations_come_from_the_training_samples(llava: World, task: Any) -> None:
+    train = {line.image for line in task.train}
+    for similar in (False, True):
+        for line, prompt in zip(task.held_out, llava.prompts(task, 5, 0, similar), strict=True):
+            assert len(prompt.images) == 6
+            assert set(prompt.images[:5]) <= train
+            assert prompt.images[5] == line.image
+    alike = [llava.prompts(task, 1, 0, similar)[0].images for similar in (False, True)]
+    assert alike[0] != alike[1]
+
+
+def test_a_training_sample_is_never_its_own_demonstration(llava: World, task: Any) -> None:
+    samples = Samples(llava, replace(task, train=task.train[:6]), 0)
+    seen = set()
+    for _ in range(6):
+        shown, alone = samples()
+        assert shown.inputs["pixel_values"].shape[0] == 6 * llava.batch  # the five others and itself
+        assert alone.inputs["pixel_values"].shape[0] == llava.batch
+        pixels = shown.inputs["pixel_values"].unflatten(0, (llava.batch, 6)).flatten(2)
+        assert all(len(sample.unique(dim=0)) == 6 for sample in pixels)
+        assert torch.equal(pixels[:, -1], alone.inputs["pixel_values"].flatten(1))
+        seen |= {tuple(row.tolist()) for row in alone.inputs["pixel_values"].flatten(1)}
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_method_trains_and_leaves_the_model_as_it_was(llava: World, task: Any, name: str) -> None:
+    question = llava.prompter.collate(llava.prompts(task, 0, 0)).inputs
+    with torch.no_grad():
+        before = llava.model(**question).logits
+    fitted = fit(llava, task, TRAINED[name], 0, steps=3)
+    with torch.no_grad():
+        assert torch.equal(llava.model(**question).logits, before)
+        with fitted.applied() as model:
+            assert not torch.equal(model(**question).logits, before)
+        assert torch.equal(llava.model(**question).logits, before)
+    of_lora = sum(p.numel() for n, p in fitted.model.named_parameters() if "lora_" in n)
+    of_shifts = sum(p.numel() for p in fitted.shifts.parameters()) if fitted.shifts else 0
+    assert fitted.parameters == of_lora + of_shifts > 0
+    assert (of_lora > 0, of_shifts > 0) == (bool(TRAINED[name].lora), TRAINED[name].head is not None)
+    assert not any(p.requires_grad for n, p in fitted.model.named_parameters() if "lora_" not in n)
+
+
+def test_mimic_closes_the_gap_of_an_easy_task(llava: World, task: Any) -> None:
+    before = llava.right(llava.model, llava.prompts(task, 0, 0))
+    with fit(llava, task, TRAINED["mimic"], 0, steps=80).applied() as model:
+        after = llava.right(model, llava.prompts(task, 0, 0))
+    assert sum(before) < 5
+    assert sum(after) > 24
+
+
+def test_a_task_vector_is_the_mean_state_at_the_end_of_prompts(llava: World, task: Any) -> None:
+    shifts = take(llava, task, "task-vector", 0).shifts
+    assert shifts is not None
+    (head,) = shifts
+    asked = Taker(llava, task, 0)._shown(16)
+    states: list[Tensor] = []
+    layer = llava.model.get_submodule(head.layer.path)
+    handle = layer.register_forward_hook(lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        llava.model(**asked.inputs, use_cache=False)
+    handle.remove()
+    torch.testing.assert_close(head.get_parameter("vector").detach(), states[0][:, -1].mean(0))
+    assert head.get_parameter("weight").item() == 1
+
+
+def test_a_function_vector_is_the_heads_through_the_output_projection(llava: World, task: Any) -> None:
+    taker = Taker(llava, task, 0)
+    means = taker._means("attn_heads")
+    chosen = [(0, 1), (2, 7), (2, 3)]
+    found = taker._written(means, chosen) - taker._written(means, [])
+    wanted = torch.zeros(96)
+    for index, head in chosen:
+        weight = llava.model.model.language_model.layers[index].self_attn.o_proj.weight
+        wanted += weight[:, 12 * head : 12 * (head + 1)] @ means[index][head]
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_the_estimate_of_a_heads_effect_is_its_derivative(llava: World, task: Any) -> None:
+    taker = Taker(llava, task, 0)
+    means, asked = taker._means("attn_heads"), taker._shown(4, shuffled=True)
+    estimates = taker._estimates(asked, means)
+    for layer, head in ((0, 0), (1, 5), (3, 2)):
+
+        def moved(by: float, layer: int = layer, head: int = head) -> float:
+            def edit(value: Tensor, at: mc.At) -> Tensor:
+                value = value.clone()
+                value[:, -1, head] += by * (means[layer][head] - value[:, -1, head])
+                return value
+
+            with torch.no_grad(), mc.hook(llava.model, "attn_heads", edit, layers=[layer]):
+                return asked.log_likelihood().exp().mean().item()
+
+        slope = (moved(0.01) - moved(-0.01)) / 0.02
+        assert estimates[layer, head] == pytest.approx(slope, abs=2e-4, rel=0.05)
+
+
+def test_a_shuffled_prompt_has_the_same_answers_elsewhere(llava: World, task: Any) -> None:
+    plain, shuffled = (Taker(llava, task, 3)._shown(8, shuffled=s) for s in (False, True))
+    assert isinstance(plain, Asked)
+    one, other = plain.inputs["input_ids"][0], shuffled.inputs["input_ids"][0]
+    assert not torch.equal(one, other)
+    assert sorted(one.tolist()) == sorted(other.tolist())
+
+
+def test_the_plan_is_whole() -> None:
+    jobs = plan.full()
+    assert {job.method for job in jobs} == set(LABELS) == {*PROMPTED, *TAKEN, *TRAINED}
+    assert {job.seed for job in jobs} == {0, 1, 2}
+    for one in ("llava", "idefics2", "smollm2"):
+        assert len({job.task for job in jobs if job.world == one}) == 4
+    assert len({job.samples for job in jobs if job.task == plan.CURVE_TASK and job.method == "mimic"}) == 5
+    assert {job.method for job in jobs if job.task in plan.VARIED} >= set(ABLATIONS)
+
+
+def rows() -> list[Row]:
+    """Two seeds of one task: 0% without, 80% and 60% with demonstrations, MimIC 80% and 30%."""
+    found = []
+    for seed, (shown, mimic) in enumerate(((0.8, 0.8), (0.6, 0.3))):
+        base = Row(what="accuracy", world="llava", task="t", seed=seed, samples=100, shots=0, prompt_tokens=6.0)
+        found += [
+            replace(base, method="zero-shot", value=0.0),
+            replace(base, method="icl", shots=24, value=shown),
+            replace(base, method="mimic", value=mimic, parameters=800, seconds=3.0),
+        ]
+    return found
+
+
+def test_tables_say_what_the_rows_say(tmp_path: Path) -> None:
+    results = Results(rows())
+    assert results.shares("llava", "t", "mimic") == pytest.approx([1.0, 0.5])
+    assert results.mean_share("llava", "mimic") == "75 ± 35"
+    (line,) = [line for line in text(rows()).splitlines() if line.startswith("| MimIC ")]
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells == ["MimIC", "55 ± 35", "75 ± 35", "800", "100", "3", "6", "-", "-"]
+    assert "| MimIC" in headline(rows())
+    assert "75 ± 35" in page(rows(), [])
+    records.write(tmp_path / "icl.csv", rows(), Row)
+    assert [asdict(row) for row in records.read(tmp_path / "icl.csv", Row)] == [asdict(row) for row in rows()]
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    job = Job("llava", "3-digits", 100, "zero-shot", 20, 0, 10)
+    path = tmp_path / "icl.csv"
+    once = measure([job], [], path, processes=1)
+    with path.open() as file:
+        assert len(list(csv.DictReader(file))) == len(once) == 1
+    assert once[0].job == job
+    marked = [replace(once[0], value=0.123)]
+    assert measure([job], marked, path, processes=1) == marked
+    assert measure([replace(job, seed=101)], marked, path, processes=1)[0].job.seed == 101
+
+
+def test_a_job_gives_the_same_rows_again() -> None:
+    job = Job("llava", "2-groups", 100, "live", 30, 4, 20, "distance shots")
+    first, again = ([replace(row, seconds=None) for row in do(job)] for _ in range(2))
+    assert first == again
+    assert {row.what for row in first} == {"accuracy", "distance"}
+    assert [row.layer for row in first if row.what == "distance"] == [0, 1, 2, 3]
+    assert [row.shots for row in first if row.what == "accuracy"] == [0, 1, 4, 12, 24]
+
+
+def test_nothing_to_report_is_said_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="there is nothing to report in"):
+        main(["--report", "--out", str(tmp_path)])
