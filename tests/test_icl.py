@@ -13,16 +13,17 @@ from torch import Tensor
 
 import mimic_core as mc
 from benchmarks import records
-from benchmarks.icl import plan
+from benchmarks.icl import latency, plan
 from benchmarks.icl.__main__ import main, measure
 from benchmarks.icl.fit import Samples, fit
 from benchmarks.icl.jobs import do
 from benchmarks.icl.methods import ABLATIONS, LABELS, PROMPTED, TAKEN, TRAINED
-from benchmarks.icl.report import Results, headline, page, text
+from benchmarks.icl.report import README_BEGIN, README_END, Results, headline, page, text
 from benchmarks.icl.rows import Job, Row
 from benchmarks.icl.vectors import Asked, Taker, take
 from benchmarks.icl.words import WORD_TASKS, word_task
 from benchmarks.icl.worlds import World, world
+from benchmarks.report import with_results
 
 pytestmark = pytest.mark.usefixtures("no_shape_checks")
 
@@ -223,3 +224,19 @@ def test_a_job_gives_the_same_rows_again() -> None:
 def test_nothing_to_report_is_said_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="there is nothing to report in"):
         main(["--report", "--out", str(tmp_path)])
+
+
+RESULTS = records.ROOT / "docs" / "results"
+
+
+def test_the_results_are_whole_and_the_pages_say_them() -> None:
+    """Every planned job has its rows: no seed or task is left out. And nobody has edited what is written from them."""
+    found = records.read(RESULTS / "icl.csv", Row)
+    assert {row.job for row in found if row.what not in latency.WHAT} == set(plan.full())
+    assert {(row.world, row.method) for row in found if row.what == "token"} == {
+        (name, method) for name in latency.TASKS for method in latency.METHODS
+    }
+    pictures = [RESULTS / f"{name}.png" for name in ("samples", "shots", "distance")]
+    assert (RESULTS / "README.md").read_text() == page(found, pictures)
+    readme = (records.ROOT / "README.md").read_text()
+    assert with_results(readme, headline(found), README_BEGIN, README_END) == readme

@@ -53,7 +53,9 @@ def _figure(columns: int, title: str) -> tuple[Any, Sequence[Any]]:
     return figure, grid
 
 
-def _line(axes: Any, method: str, places: Sequence[int], values: Callable[[int], Sequence[float]]) -> None:
+def _line(
+    axes: Any, method: str, places: Sequence[int], values: Callable[[int], Sequence[float]], band: bool = True
+) -> None:
     """Mean over seeds, and a band of a standard deviation."""
     found = {place: values(place) for place in places}
     xs = [place for place in places if found[place]]
@@ -62,7 +64,8 @@ def _line(axes: Any, method: str, places: Sequence[int], values: Callable[[int],
     middle = [mean(found[x]) for x in xs]
     wide = [stdev(found[x]) if len(found[x]) > 1 else 0.0 for x in xs]
     low, high = ([m + sign * w for m, w in zip(middle, wide, strict=True)] for sign in (-1, 1))
-    axes.fill_between(xs, low, high, color=STYLES[method]["color"], alpha=0.15, linewidth=0)
+    if band:
+        axes.fill_between(xs, low, high, color=STYLES[method]["color"], alpha=0.15, linewidth=0)
     axes.plot(xs, middle, label=LABELS[method], markersize=5, linewidth=1.6, **STYLES[method])
 
 
@@ -110,18 +113,18 @@ def _distance(results: Results) -> Any:
     worlds = [w for w in results.worlds if any(r.what == "distance" and r.world == w for r in results.rows)]
     if not worlds:
         return None
-    figure, grid = _figure(
-        len(worlds), "L2 distance of hidden states, where the prompt ends, to those with demonstrations"
-    )
+    figure, grid = _figure(len(worlds), "L2 distance, where the prompt ends, to states with demonstrations")
     for axes, world in zip(grid, worlds, strict=True):
         rows = [row for row in results.rows if row.world == world and row.what == "distance"]
         layers = sorted({row.layer or 0 for row in rows})
         for method in STYLES:
             of = [row for row in rows if row.method == method]
-            _line(axes, method, layers, lambda layer, of=of: [r.value or 0.0 for r in of if r.layer == layer])
+            at = {layer: [row.value or 0.0 for row in of if row.layer == layer] for layer in layers}
+            _line(axes, method, layers, at.__getitem__, band=False)
         axes.set_title(f"{world}, mean over tasks", fontsize=10)
         axes.set_xlabel("layer")
-        axes.set_ylim(bottom=0)
+        axes.set_yscale("log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     grid[0].set_ylabel("distance")
     grid[0].legend(frameon=False, fontsize=8)
     return figure

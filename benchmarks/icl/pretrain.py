@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -176,9 +177,10 @@ def save(model: nn.Module, folder: Path) -> None:
     """Config and weights, as every supported version of transformers reads them."""
     model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
     file = folder / "model.safetensors"
-    # The vision tower's names as they were before transformers 5.2, which later versions know too.
-    old = {name.replace("vision_tower.", "vision_tower.vision_model."): x for name, x in load_file(file).items()}
-    save_file(old, file, metadata={"format": "pt"})
+    # The vision tower's names as transformers 5.1 has them, which later versions read too but don't write.
+    tower = re.compile(r"vision_tower\.(?!vision_model\.)")
+    weights = {tower.sub("vision_tower.vision_model.", name): x for name, x in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def main() -> None:

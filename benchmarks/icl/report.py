@@ -11,7 +11,7 @@ from ..report import table, with_results
 from . import figures
 from .jobs import SHOTS, SIMILAR
 from .methods import ABLATIONS, LABELS, MAIN, TAKEN
-from .plan import SAMPLES
+from .plan import SAMPLES, VARIED
 from .rows import Row
 
 MODELS = {
@@ -67,9 +67,9 @@ class Results:
                     found.append(((row.value or 0.0) - low) / (high - low))
         return found
 
-    def mean_share(self, world: str, method: str, shots: int = 0) -> str:
+    def mean_share(self, world: str, method: str, shots: int = 0, tasks: Sequence[str] = ()) -> str:
         """Mean over tasks, and the spread of that mean over seeds."""
-        by_task = [self.shares(world, task, method, shots) for task in self.tasks(world)]
+        by_task = [self.shares(world, task, method, shots) for task in tasks or self.tasks(world)]
         by_task = [shares for shares in by_task if shares]
         if not by_task:
             return "-"
@@ -102,9 +102,9 @@ def spread(values: Sequence[float], percent: bool = True) -> str:
     return f"{middle} ± {stdev(values) * scale:.{digits}f}" if len(values) > 1 else middle
 
 
-def comparison(results: Results, world: str, methods: Sequence[str]) -> str:
+def comparison(results: Results, world: str, methods: Sequence[str], tasks: Sequence[str] = ()) -> str:
     """A line a method: accuracy by task, share of the gap, and what it costs."""
-    tasks = results.tasks(world)
+    tasks = tasks or results.tasks(world)
     head = ["method", *tasks, "gap closed", "parameters", "samples", "seconds", "prompt tokens"]
     head += ["first token", "per token"]
     lines = []
@@ -118,7 +118,7 @@ def comparison(results: Results, world: str, methods: Sequence[str]) -> str:
             [
                 label,
                 *cells,
-                results.mean_share(world, method, shots),
+                results.mean_share(world, method, shots, tasks),
                 f"{parameters:,.0f}" if parameters else "-",
                 str(SAMPLES[world]) if method != "zero-shot" else "0",
                 f"{seconds:.0f}" if seconds else "-",
@@ -144,11 +144,16 @@ def added_demonstrations(results: Results, world: str) -> str:
 def text(rows: Iterable[Row]) -> str:
     """The tables, for the terminal."""
     results = Results(rows)
-    return "\n\n".join(
-        f"{MODELS[world]}: held-out accuracy in percent, mean and spread over seeds\n\n"
-        f"{comparison(results, world, tuple(LABELS))}"
-        for world in results.worlds
-    )
+    return "\n\n".join(part for world in results.worlds for part in tables(results, world))
+
+
+def tables(results: Results, world: str) -> Iterator[str]:
+    """The comparison of a world, and of the variations tried there, under headings."""
+    yield f"## {MODELS[world]}"
+    yield comparison(results, world, ("zero-shot", "icl", "retrieval", *TAKEN, *MAIN))
+    if list(results.lines(world, ABLATIONS)):
+        yield "### Variations"
+        yield comparison(results, world, ("mimic", "live", *ABLATIONS), VARIED)
 
 
 def page(rows: Sequence[Row], pictures: Sequence[Path]) -> str:
@@ -167,10 +172,7 @@ def page(rows: Sequence[Row], pictures: Sequence[Path]) -> str:
         f"{first.torch}, transformers {first.transformers}, {first.date}.",
     ]
     for world in results.worlds:
-        main = ("zero-shot", "icl", "retrieval", *TAKEN, *MAIN)
-        parts += [f"## {MODELS[world]}", comparison(results, world, main)]
-        if list(results.lines(world, ABLATIONS)):
-            parts += ["### Variations", comparison(results, world, ("mimic", "live", *ABLATIONS))]
+        parts += tables(results, world)
         if any(row.world == world and row.also == "distance shots" for row in rows):
             parts += [
                 "### Demonstrations added to a shifted model",
