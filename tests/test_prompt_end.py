@@ -153,6 +153,17 @@ def decoder_forward(model: nn.Module, mask: Tensor) -> dict[str, Any]:
     return {"position_embeddings": model.model.rotary_emb(torch.zeros(2, 11, 32), positions)}
 
 
+@pytest.mark.slow
+def test_torch_compile_is_refused(no_shape_checks: None) -> None:
+    """A graph has no forward to ask; it must not pass without a word."""
+    model, inputs = fresh_model(LLAMA), LLAMA.inputs()
+    with torch.no_grad(), mc.patch(model, random_shifts(model, "function-vector")):
+        with pytest.raises(mc.PatchStateError, match=r"torch\.compile"):
+            torch.compile(model)(**inputs, use_cache=False)
+    torch.compiler.reset()
+    logits_of(model, inputs)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("head", PROMPT_HEADS)
 def test_gradient_checkpointing_changes_nothing_or_is_refused(head: str, reentrant: bool) -> None:

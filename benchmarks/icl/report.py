@@ -38,7 +38,8 @@ class Results:
         return list(dict.fromkeys(row.task for row in self.rows if row.world == world and row.task))
 
     def most_shots(self, world: str) -> int:
-        return max(row.shots or 0 for row in self.rows if row.world == world and row.method == "icl")
+        found = [row.shots or 0 for row in self.rows if row.world == world and row.method == "icl"]
+        return max(found, default=0)
 
     def of(
         self, world: str, task: str, method: str, shots: int = 0, samples: int | None = None, what: str = "accuracy"
@@ -81,7 +82,8 @@ class Results:
         for method in methods:
             for shots in {"icl": SHOTS, "retrieval": SIMILAR}.get(method, {}).get(world, (0,)):
                 if any(self.accuracies(world, task, method, shots) for task in self.tasks(world)):
-                    yield (f"{shots} {LABELS[method]}" if shots else LABELS[method]), method, shots
+                    name = LABELS[method] if shots != 1 else LABELS[method].replace("demonstrations", "demonstration")
+                    yield (f"{shots} {name}" if shots else name), method, shots
 
     def one(self, world: str, method: str, name: str, shots: int = 0) -> float | None:
         """Mean of a column over tasks and seeds."""

@@ -69,6 +69,6 @@ class Forward(ForwardView):
 
 
 AGAIN = Forward(
-    "`at.prompt_end` was asked for outside a forward: gradient checkpointing runs layers again, when the mask of their "
-    "forward is gone; train such a head without gradient checkpointing"
+    "`at.prompt_end` was asked for where no forward was seen to begin: in code made by torch.compile, or where "
+    "gradient checkpointing runs layers again, when the mask of their forward is gone; run the model without"
 )
