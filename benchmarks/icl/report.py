@@ -162,12 +162,13 @@ def page(rows: Sequence[Row], pictures: Sequence[Path]) -> str:
     """The results, readable by themselves."""
     results = Results(rows)
     first = rows[0]
-    seeds = len({row.seed for row in rows if row.seed is not None})
+    seeds = [len({r.seed for r in rows if r.world == world and r.seed is not None}) for world in results.worlds]
+    many = f"{max(seeds)} seeds" + (f" ({min(seeds)} with words)" if min(seeds) < max(seeds) else "")
     parts = [
         "# In-context learning, recovered",
         "Written by `python -m benchmarks.icl` from [icl.csv](icl.csv), which has every seed and task. What was "
         "measured, and what it says, is in [../in-context.md](../in-context.md).",
-        f"Held-out accuracy in percent; mean ± standard deviation over {seeds} seeds, which draw rules, samples and "
+        f"Held-out accuracy in percent; mean ± standard deviation over {many}, which draw rules, samples and "
         f"demonstrations. **Gap closed**: (accuracy - zero-shot) / (most demonstrations - zero-shot), mean over tasks. "
         f"**Seconds** of training, or of taking a vector, on one thread. **First token**, **per token**: time over the "
         f"unpatched model's without demonstrations, one question at a time, one thread. {first.device}, torch "
