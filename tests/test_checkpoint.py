@@ -65,6 +65,8 @@ KEYS: dict[str, dict[str, list[int]]] = {
     "mimic-and-mlp": {**PER_HEAD, "mlp_vector": [32]},
     "mimic-one-layer": PER_HEAD,
     "live": {"vector": [32], "scale": []},
+    "task-vector": {"vector": [32], "weight": []},
+    "function-vector": {"vector": [32]},
     "live-layer-out": {"vector": [32], "scale": []},
     "live-attn-out": {"vector": [32], "scale": []},
 }
@@ -135,7 +137,7 @@ def test_the_config_is_in_the_description(head: str, config: dict[str, Any], tmp
 @pytest.mark.parametrize("head", HEADS)
 def test_the_saved_names_are_pinned(head: str, tmp_path: Path) -> None:
     mc.save_shifts(random_shifts(model_of(LLAMA), head), tmp_path)
-    layers = [1] if head == "mimic-one-layer" else [0, 1, 2]
+    layers = [1] if head in ("mimic-one-layer", "task-vector") else [0, 1, 2]
     with safe_open(tmp_path / "shifts.safetensors", "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         assert file.metadata() == {"format": "pt"}

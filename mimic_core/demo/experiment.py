@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ class Settings:
         batch: Samples a training step.
         epochs: Passes over the training samples.
         rate, live_rate: Learning rates of MimIC, and of LIVE's vectors; its scales learn twice as fast.
+        site: Where MimIC is aligned with the teacher.
         answer_tokens: The longest answer that is shown.
     """
 
@@ -48,12 +50,14 @@ class Settings:
     epochs: int
     rate: float
     live_rate: float
+    site: Literal["mlp_out", "attn_out", "layer_out"]
     answer_tokens: int
 
 
 # One sample a step: twice the steps of two a step in about the same time, and capitals went from 48% to 55% (seed 8).
-WORDS = Settings(shots=8, batch=1, epochs=4, rate=1e-2, live_rate=5e-2, answer_tokens=8)
-DIGITS = Settings(shots=24, batch=4, epochs=16, rate=0.2, live_rate=0.2, answer_tokens=1)
+WORDS = Settings(shots=8, batch=1, epochs=4, rate=1e-2, live_rate=5e-2, site="mlp_out", answer_tokens=8)
+# At its MLP outputs, 98% of the small model's distance is the last layer's; one seed in three got stuck at 57 to 69%.
+DIGITS = Settings(shots=24, batch=4, epochs=16, rate=0.2, live_rate=0.2, site="attn_out", answer_tokens=1)
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Experiment:
         """
         torch.manual_seed(self._seed)
         model = self.model
-        loss_of = {"mimic": mimic_loss, "live": live_loss}[method]
+        loss_of = {"mimic": partial(mimic_loss, site=self.settings.site), "live": live_loss}[method]
         steps = epochs * -(-len(self.task.train) // self.settings.batch)
         shifts = mc.build_shifts(model, method)
         optimizer = make_optimizer(shifts, method, self.settings)
@@ -156,15 +160,15 @@ class Experiment:
         return shifts
 
 
-def mimic_loss(model: nn.Module, handle: mc.Handle, with_demonstrations: Batch, query_only: Batch) -> Tensor:
+def mimic_loss(model: nn.Module, handle: mc.Handle, with_demonstrations: Batch, query_only: Batch, site: str) -> Tensor:
     """Layer-wise distance from the unpatched model that saw the demonstrations, and the answer's own likelihood."""
     with (
         torch.no_grad(),
         handle.disabled(),
-        mc.capture(model, "mlp_out", where=with_demonstrations.context_tokens) as teacher,
+        mc.capture(model, site, where=with_demonstrations.context_tokens) as teacher,
     ):
         model(**with_demonstrations.inputs, use_cache=False)
-    with mc.capture(model, "mlp_out", where=query_only.context_tokens) as student:
+    with mc.capture(model, site, where=query_only.context_tokens) as student:
         out = model(**query_only.inputs, use_cache=False)
     align = mc.losses.layer_mse(student, teacher)
     lm = mc.losses.lm(out.logits, query_only.inputs["input_ids"], query_only.answer_tokens)
