@@ -281,6 +281,7 @@ def test_a_head_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(heads.base._HEADS, "_items", known)
     with pytest.raises(
-        mc.CheckpointError, match=r"no shift head is called 'bias'; known: live, mimic; .* import it first"
+        mc.CheckpointError,
+        match=r"no shift head is called 'bias'; known: function_vector, live, mimic, task_vector; .* import it first",
     ):
         mc.load_shifts(tmp_path, model)

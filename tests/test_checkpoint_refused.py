@@ -100,7 +100,9 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "no version": (described(version=None), r"has version None, this mimic_core reads version 1"),
     "unknown head": (
         described(head="prefix"),
-        CANNOT_MAKE + r"no shift head is called 'prefix'; known: live, mimic; if a package brings .*, import it first",
+        CANNOT_MAKE
+        + r"no shift head is called 'prefix'; known: function_vector, live, mimic, task_vector; if a package "
+        r"brings .*, import it first",
     ),
     "no head": (described(head=None), CANNOT_MAKE),
     "head is a list": (described(head=["mimic"]), CANNOT_MAKE),
