@@ -16,7 +16,7 @@ from .fit import Fitted, fit
 from .methods import PROMPTED, TAKEN, TRAINED
 from .rows import Job, Row
 from .vectors import take
-from .worlds import CHUNK, World, world
+from .worlds import CHUNK, World, last_token, world
 
 # Demonstrations that are added to a shifted model's prompt, and of plain in-context learning.
 ADDED = {"smollm2": (1, 2, 4, 8), "llava": (1, 4, 12, 24), "idefics2": (1, 4, 12, 24)}
@@ -69,9 +69,7 @@ def _distances(place: World, task: Any, seed: int, blank: Row, fitted: Fitted) -
     def states(model: Any, shots: int) -> dict[int, Tensor]:
         prompts = place.prompts(task, shots, seed)[:CHUNK]
         inputs = place.prompter.collate([prompt.question for prompt in prompts], left=True).inputs
-        where = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-        where[:, -1] = True
-        with mc.capture(model, "layer_out", where=where) as seen:
+        with mc.capture(model, "layer_out", where=last_token(inputs)) as seen:
             model(**inputs, use_cache=False, logits_to_keep=1)
         return dict(seen.states)
 

@@ -97,11 +97,10 @@ class Results:
         return f"{found[0].value or 0:.2f}" if found else "-"
 
 
-def spread(values: Sequence[float], percent: bool = True) -> str:
-    """Mean and standard deviation."""
-    scale, digits = (100, 0) if percent else (1, 2)
-    middle = f"{mean(values) * scale:.{digits}f}"
-    return f"{middle} ± {stdev(values) * scale:.{digits}f}" if len(values) > 1 else middle
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation, in percent."""
+    middle = f"{mean(values) * 100:.0f}"
+    return f"{middle} ± {stdev(values) * 100:.0f}" if len(values) > 1 else middle
 
 
 def comparison(results: Results, world: str, methods: Sequence[str], tasks: Sequence[str] = ()) -> str:
@@ -188,10 +187,10 @@ def page(rows: Sequence[Row], pictures: Sequence[Path]) -> str:
 def headline(rows: Iterable[Row]) -> str:
     """A short table for the README."""
     results = Results(rows)
-    methods = ("zero-shot", "icl", "task-vector", "function-vector", "live", "lora", "mimic")
+    methods = ("task-vector", "function-vector", "live", "lora", "mimic")
     head = ["share of the gap closed, percent", *(MODELS[world] for world in results.worlds)]
     lines = []
-    for method in methods[2:]:
+    for method in methods:
         lines.append([LABELS[method], *(results.mean_share(world, method) for world in results.worlds)])
     return table(head, lines)
 

@@ -16,7 +16,7 @@ from mimic_core.demo.prompts import Prompt
 from mimic_core.demo.tasks import Task
 
 from .fit import Fitted
-from .worlds import World
+from .worlds import World, last_token
 
 # Prompts to average over, prompts to see an effect on, training samples to choose the layer with.
 MEAN_OVER, EFFECT_ON, CHOOSE_ON = 16, 4, 24
@@ -24,13 +24,6 @@ MEAN_OVER, EFFECT_ON, CHOOSE_ON = 16, 4, 24
 CANDIDATES, HEADS = 20, 10
 
 State = Callable[[Tensor, mc.At], Tensor | None]
-
-
-def _end(inputs: dict[str, Tensor]) -> Tensor:
-    """A mask of the last token: prompts are padded on the left."""
-    where = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    where[:, -1] = True
-    return where
 
 
 class Asked:
@@ -41,17 +34,22 @@ class Asked:
         self.inputs = world.prompter.collate([prompt.question for prompt in prompts], left=True).inputs
         self.targets = torch.tensor([prompt.ids[prompt.answer_at] for prompt in prompts])
 
+    def _logits(self) -> Tensor:
+        return self._model(**self.inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+
     def log_likelihood(self) -> Tensor:
         """Of the first answer tokens, [b], in nats."""
-        logits = self._model(**self.inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return self._of_targets(self._logits())
+
+    def _of_targets(self, logits: Tensor) -> Tensor:
         return logits.log_softmax(-1).gather(1, self.targets[:, None])[:, 0]
 
     @torch.no_grad()
     def score(self) -> tuple[float, float]:
         """How many answers begin right; between equals, the likelihood decides."""
-        logits = self._model(**self.inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = self._logits()
         right = (logits.argmax(-1) == self.targets).sum().item()
-        return right, logits.log_softmax(-1).gather(1, self.targets[:, None]).mean().item()
+        return right, self._of_targets(logits).mean().item()
 
 
 class Taker:
@@ -78,7 +76,7 @@ class Taker:
     @torch.no_grad()
     def _means(self, site: str) -> dict[int, Tensor]:
         asked = self._shown(MEAN_OVER)
-        with mc.capture(self._model, site, where=_end(asked.inputs)) as seen:
+        with mc.capture(self._model, site, where=last_token(asked.inputs)) as seen:
             self._model(**asked.inputs, use_cache=False, logits_to_keep=1)
         return {layer: states.mean(0) for layer, states in seen.states.items()}
 
@@ -152,7 +150,7 @@ class Taker:
             return value
 
         inputs = {name: x[:1] for name, x in self._alone.inputs.items()}
-        with mc.hook(self._model, "attn_heads", only), mc.capture(self._model, "attn_out", _end(inputs)) as seen:
+        with mc.hook(self._model, "attn_heads", only), mc.capture(self._model, "attn_out", last_token(inputs)) as seen:
             self._model(**inputs, use_cache=False, logits_to_keep=1)
         return torch.stack([states[0] for states in seen.states.values()]).sum(0)
 

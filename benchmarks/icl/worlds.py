@@ -9,10 +9,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from mimic_core.demo.digits import RULES, DigitPrompter, Line, digit_task, images
+from mimic_core.demo.digits import DigitPrompter, Line, digit_task, images
 from mimic_core.demo.models import load_digit_model, load_model
 from mimic_core.demo.prompts import Prompt, Prompter
 from mimic_core.demo.tasks import Pair, Task
@@ -20,6 +20,13 @@ from mimic_core.demo.tasks import Pair, Task
 from .words import word_task
 
 CHUNK = 64
+
+
+def last_token(inputs: dict[str, Tensor]) -> Tensor:
+    """A mask of where prompts end that are padded on the left."""
+    where = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    where[:, -1] = True
+    return where
 
 
 class World:
@@ -47,11 +54,6 @@ class World:
             self.prompter = DigitPrompter(self.model)
             self.shots, self.batch = 24, 4
             self.lora = r".*(language_model|text_model).*self_attn\.(q_proj|k_proj|v_proj|o_proj)"
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The names of its tasks."""
-        return ("capitals", "past-tense", "plural", "upper-case") if self.name == "smollm2" else tuple(RULES)
 
     def task(self, name: str, samples: int, seed: int, held_out: int | None = None) -> Task[Any]:
         """A task with so many training samples; the seed draws its rule, if it has one, and the split."""
@@ -104,8 +106,3 @@ class World:
 def world(name: str) -> World:
     """A world, loaded once a process."""
     return World(name)
-
-
-def frozen(model: nn.Module) -> nn.Module:
-    """The model, none of whose parameters is trained."""
-    return model.requires_grad_(False).eval()
