@@ -75,9 +75,9 @@ def test_a_training_sample_is_never_its_own_demonstration(llava: World, task: An
     seen = set()
     for _ in range(6):
         shown, alone = samples()
-        assert shown.inputs["pixel_values"].shape[0] == 6 * llava.batch  # the five others and itself
-        assert alone.inputs["pixel_values"].shape[0] == llava.batch
-        pixels = shown.inputs["pixel_values"].unflatten(0, (llava.batch, 6)).flatten(2)
+        assert shown.inputs["pixel_values"].shape[0] == 6 * llava.setup.batch  # the five others and itself
+        assert alone.inputs["pixel_values"].shape[0] == llava.setup.batch
+        pixels = shown.inputs["pixel_values"].unflatten(0, (llava.setup.batch, 6)).flatten(2)
         assert all(len(sample.unique(dim=0)) == 6 for sample in pixels)
         assert torch.equal(pixels[:, -1], alone.inputs["pixel_values"].flatten(1))
         seen |= {tuple(row.tolist()) for row in alone.inputs["pixel_values"].flatten(1)}

@@ -25,9 +25,9 @@ from ..measure import FULL, QUICK
 from . import latency, plan, report
 from .jobs import do
 from .rows import Job, Row
+from .setups import SETUPS
 
 RESULTS = records.ROOT / "docs" / "results"
-WORLDS = ("llava", "idefics2", "smollm2")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.icl", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it works")
-    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=WORLDS, help="which models")
+    parser.add_argument("--worlds", nargs="+", choices=SETUPS, default=list(SETUPS), help="which models")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each (default: cores)"
     )
@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """What is missing of the plan, then the report."""
-    whole = not options.quick and set(options.worlds) == set(WORLDS)
+    whole = not options.quick and set(options.worlds) == set(SETUPS)
     # A part of the jobs is no result: it goes where it overwrites none.
     folder = options.out or (RESULTS if whole else Path("icl-part"))
     path = folder / "icl.csv"

@@ -56,7 +56,7 @@ class Samples:
 
     def __call__(self) -> tuple[Batch, Batch]:
         """The next batch; samples come round in a new order each time."""
-        pool, size = self._task.train, self._world.batch
+        pool, size = self._task.train, self._world.setup.batch
         while len(self._order) < size:
             self._order += self._draw.sample(range(len(pool)), len(pool))
         chosen, self._order = self._order[:size], self._order[size:]

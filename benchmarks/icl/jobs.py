@@ -18,11 +18,6 @@ from .rows import Job, Row
 from .vectors import take
 from .worlds import CHUNK, World, last_token, world
 
-# Demonstrations that are added to a shifted model's prompt, and of plain in-context learning.
-ADDED = {"smollm2": (1, 2, 4, 8), "llava": (1, 4, 12, 24), "idefics2": (1, 4, 12, 24)}
-SHOTS = {"smollm2": (1, 2, 4, 8), "llava": (6, 12, 24), "idefics2": (6, 12, 24)}
-SIMILAR = {"smollm2": (8,), "llava": (6, 24), "idefics2": (6, 24)}
-
 
 def do(job: Job) -> list[Row]:
     """The job's rows."""
@@ -37,7 +32,7 @@ def do(job: Job) -> list[Row]:
         return replace(blank, what="accuracy", shots=shots, value=sum(right) / len(right), prompt_tokens=length, **more)
 
     if job.method in PROMPTED:
-        counts = {"zero-shot": (0,), "icl": SHOTS[job.world], "retrieval": SIMILAR[job.world]}[job.method]
+        counts = {"zero-shot": (0,), "icl": place.setup.shots, "retrieval": place.setup.similar}[job.method]
         counts = [count for count in counts if count <= job.samples]
         rows = []
         for count in counts:
@@ -55,7 +50,7 @@ def do(job: Job) -> list[Row]:
     with fitted.applied() as model:
         rows.append(accuracy(model, place.prompts(task, 0, job.seed), 0, **cost))
         if "shots" in job.also:
-            for count in ADDED[job.world]:
+            for count in place.setup.added:
                 rows.append(accuracy(model, place.prompts(task, count, job.seed), count))
     if "distance" in job.also:
         rows += _distances(place, task, job.seed, blank, fitted)

@@ -8,11 +8,9 @@ from mimic_core.demo.digits import RULES
 
 from .methods import ABLATIONS, MAIN, PROMPTED, TAKEN, TRAINED
 from .rows import Job
+from .setups import DIGITS, SETUPS
 
 WORDS = ("capitals", "past-tense", "plural", "upper-case")
-SAMPLES = {"llava": 100, "idefics2": 100, "smollm2": 40}
-STEPS = {"llava": 400, "idefics2": 400, "smollm2": 160}
-HELD_OUT = {"llava": 150, "idefics2": 150, "smollm2": 40}
 # Variations are tried where there is something to tell apart.
 VARIED = ("8-digits", "2-words")
 # Accuracy against the number of training samples: of these methods, on this task.
@@ -20,12 +18,13 @@ CURVE, CURVE_TASK, CURVE_SAMPLES = ("live", "lora", "mimic"), "8-digits", (25, 5
 
 
 def _jobs(world: str, tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], quick: bool) -> Iterator[Job]:
+    setup = SETUPS[world]
     for seed in seeds:
         for task in tasks:
             for method in methods:
-                steps = STEPS[world] // (4 if quick else 1) if method in TRAINED else 0
-                held_out = HELD_OUT[world] // (3 if quick else 1)
-                yield Job(world, task, seed, method, SAMPLES[world], steps, held_out, _also(world, method))
+                steps = setup.steps // (4 if quick else 1) if method in TRAINED else 0
+                held_out = setup.held_out // (3 if quick else 1)
+                yield Job(world, task, seed, method, setup.samples, steps, held_out, _also(world, method))
 
 
 def _also(world: str, method: str) -> str:
@@ -44,8 +43,8 @@ def full() -> list[Job]:
     for samples in CURVE_SAMPLES:
         for seed in seeds:
             for method in ("icl", "retrieval", *CURVE):
-                steps = STEPS["llava"] if method in TRAINED else 0
-                jobs.append(Job("llava", CURVE_TASK, seed, method, samples, steps, HELD_OUT["llava"]))
+                steps = DIGITS.steps if method in TRAINED else 0
+                jobs.append(Job("llava", CURVE_TASK, seed, method, samples, steps, DIGITS.held_out))
     # Half of all the time goes here: a third seed would not fit into an hour.
     jobs += _jobs("smollm2", WORDS, (*asked, "live", "lora", "mimic"), (0, 1), quick=False)
     return jobs

@@ -9,10 +9,10 @@ from statistics import mean, stdev
 from ..records import ROOT
 from ..report import table, with_results
 from . import figures
-from .jobs import SHOTS, SIMILAR
 from .methods import ABLATIONS, LABELS, MAIN, TAKEN
-from .plan import SAMPLES, VARIED
+from .plan import VARIED
 from .rows import Row
+from .setups import SETUPS
 
 MODELS = {
     "llava": "Digits, Llava (SigLIP and Qwen2)",
@@ -45,7 +45,7 @@ class Results:
         self, world: str, task: str, method: str, shots: int = 0, samples: int | None = None, what: str = "accuracy"
     ) -> dict[int, Row]:
         """By seed."""
-        samples = samples or SAMPLES[world]
+        samples = samples or SETUPS[world].samples
         wanted = (world, task, method, shots, samples, what)
         return {
             row.seed or 0: row
@@ -80,7 +80,8 @@ class Results:
     def lines(self, world: str, methods: Sequence[str]) -> Iterator[tuple[str, str, int]]:
         """(label, method, shots) of the lines that have rows."""
         for method in methods:
-            for shots in {"icl": SHOTS, "retrieval": SIMILAR}.get(method, {}).get(world, (0,)):
+            setup = SETUPS[world]
+            for shots in {"icl": setup.shots, "retrieval": setup.similar}.get(method, (0,)):
                 if any(self.accuracies(world, task, method, shots) for task in self.tasks(world)):
                     name = LABELS[method] if shots != 1 else LABELS[method].replace("demonstrations", "demonstration")
                     yield (f"{shots} {name}" if shots else name), method, shots
@@ -121,7 +122,7 @@ def comparison(results: Results, world: str, methods: Sequence[str], tasks: Sequ
                 *cells,
                 results.mean_share(world, method, shots, tasks),
                 f"{parameters:,.0f}" if parameters else "-",
-                str(SAMPLES[world]) if method != "zero-shot" else "0",
+                str(SETUPS[world].samples) if method != "zero-shot" else "0",
                 f"{seconds:.0f}" if seconds else "-",
                 f"{tokens:.0f}",
                 *(results.time(world, method, what) if timed else "-" for what in ("first token", "token")),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
-
-from mimic_core.demo.tasks import TASKS, Pair, Task
+from mimic_core.demo.tasks import TASKS, Pair, Task, split
 
 # Common nouns; every third or so does not just take an s.
 _PLURALS = """
@@ -60,6 +58,4 @@ WORD_TASKS = {**TASKS, "plural": plurals, "opposite": opposites, "upper-case": u
 
 def word_task(name: str, samples: int, seed: int, held_out: int | None) -> Task[Pair]:
     """A task's pairs, split at random: no training pair's question is among the held-out."""
-    known = WORD_TASKS[name]()
-    random.Random(f"{name} {seed}").shuffle(known)
-    return Task(name, known[:samples], known[samples:][:held_out])
+    return split(name, WORD_TASKS[name](), samples, f"{name} {seed}", held_out)

@@ -17,6 +17,7 @@ from mimic_core.demo.models import load_digit_model, load_model
 from mimic_core.demo.prompts import Prompt, Prompter
 from mimic_core.demo.tasks import Pair, Task
 
+from .setups import SETUPS
 from .words import word_task
 
 CHUNK = 64
@@ -35,24 +36,24 @@ class World:
     Attributes:
         name: "llava", "idefics2" or "smollm2".
         model: Frozen, unpatched.
+        setup: How much of everything its tasks get.
         shots: Demonstrations a teacher sees, and the k of k-shot.
         lora: The modules LoRA goes into, as a regular expression.
-        batch: Samples a training step.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.setup = SETUPS[name]
+        self.shots = max(self.setup.shots)
         self.model: Any
         self.prompter: Any
         if name == "smollm2":
             self.model, tokenizer = load_model()
             self.prompter = Prompter(tokenizer, next(self.model.parameters()).device)
-            self.shots, self.batch = 8, 1
             self.lora = r".*self_attn\.(q_proj|k_proj|v_proj|o_proj)"
         else:
             self.model = load_digit_model(name)
             self.prompter = DigitPrompter(self.model)
-            self.shots, self.batch = 24, 4
             self.lora = r".*(language_model|text_model).*self_attn\.(q_proj|k_proj|v_proj|o_proj)"
 
     def task(self, name: str, samples: int, seed: int, held_out: int | None = None) -> Task[Any]:

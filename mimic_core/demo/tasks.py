@@ -68,12 +68,17 @@ TASKS = {"capitals": capitals, "past-tense": past_tenses}
 
 
 def make_task(name: str, pairs: int, seed: int, held_out: int | None = None) -> Task[Pair]:
-    """Split a task's pairs at random: `pairs` for training, the others (at most `held_out` of them) held out.
+    """A task of `TASKS`, split as `split` says."""
+    return split(name, TASKS[name](), pairs, seed, held_out)
+
+
+def split(name: str, known: list[Pair], pairs: int, seed: int | str, held_out: int | None = None) -> Task[Pair]:
+    """Split what is known at random: `pairs` for training, the others (at most `held_out` of them) held out.
 
     Raises:
         DemoError: no pair would be left to measure on.
     """
-    known = TASKS[name]()
+    known = known.copy()
     if pairs >= len(known):
         raise DemoError(
             f"{pairs} training pairs were asked for; {name} has {len(known)} pairs and some must be held out. "

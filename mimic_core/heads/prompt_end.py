@@ -12,6 +12,24 @@ from ..types import At, LayerSpec, Site
 from .base import HeadConfig, ShiftHead, register_head
 
 
+class _PromptEndHead(ShiftHead):
+    """A vector for the last token of a prompt, on the layer's output."""
+
+    site: Site = "layer_out"
+    needs_prompt_end = True
+
+    def __init__(self, config: HeadConfig, layer: LayerSpec) -> None:
+        super().__init__(config, layer)
+        self.vector = nn.Parameter(torch.zeros(layer.hidden_size, dtype=torch.float32))
+
+    def forward(self, value: Float[Tensor, "b t c"], at: At) -> Float[Tensor, "b t c"]:
+        return torch.where(at.prompt_end[..., None], self._shifted(value).to(value.dtype), value)
+
+    def _shifted(self, value: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+        """The state that `value` becomes there."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class TaskVectorConfig(HeadConfig):
     """Options of `TaskVectorHead`.
@@ -23,7 +41,7 @@ class TaskVectorConfig(HeadConfig):
 
 
 @register_head("task_vector")
-class TaskVectorHead(ShiftHead):
+class TaskVectorHead(_PromptEndHead):
     """At the last token of a prompt: h' = (1 - weight) * h + weight * vector, on the layer's output.
 
     Parameters: `vector` [c], `weight` []; both start at zero. Weight 0 shifts nothing. Weight 1 replaces the state,
@@ -33,18 +51,15 @@ class TaskVectorHead(ShiftHead):
     Source: Hendel et al., Findings of EMNLP 2023, arXiv:2310.15916.
     """
 
-    site: Site = "layer_out"
     config_class = TaskVectorConfig
-    needs_prompt_end = True
 
     def __init__(self, config: HeadConfig, layer: LayerSpec) -> None:
         super().__init__(config, layer)
-        self.vector = nn.Parameter(torch.zeros(layer.hidden_size, dtype=torch.float32))
         self.weight = nn.Parameter(torch.zeros((), dtype=torch.float32))
 
-    def forward(self, value: Float[Tensor, "b t c"], at: At) -> Float[Tensor, "b t c"]:
-        vector, weight = self.vector.to(value.device), self.weight.to(value.device)
-        return torch.where(at.prompt_end[..., None], ((1 - weight) * value + weight * vector).to(value.dtype), value)
+    def _shifted(self, value: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+        weight = self.weight.to(value.device)
+        return (1 - weight) * value + weight * self.vector.to(value.device)
 
 
 @dataclass(frozen=True)
@@ -57,7 +72,7 @@ class FunctionVectorConfig(HeadConfig):
 
 
 @register_head("function_vector")
-class FunctionVectorHead(ShiftHead):
+class FunctionVectorHead(_PromptEndHead):
     """At the last token of a prompt: h' = h + vector, on the layer's output.
 
     Parameters: `vector` [c], zero at first, which shifts nothing. In the published method it is the sum, over the few
@@ -67,14 +82,7 @@ class FunctionVectorHead(ShiftHead):
     Source: Todd et al., ICLR 2024, arXiv:2310.15213.
     """
 
-    site: Site = "layer_out"
     config_class = FunctionVectorConfig
-    needs_prompt_end = True
 
-    def __init__(self, config: HeadConfig, layer: LayerSpec) -> None:
-        super().__init__(config, layer)
-        self.vector = nn.Parameter(torch.zeros(layer.hidden_size, dtype=torch.float32))
-
-    def forward(self, value: Float[Tensor, "b t c"], at: At) -> Float[Tensor, "b t c"]:
-        vector = self.vector.to(value.device)
-        return torch.where(at.prompt_end[..., None], (value + vector).to(value.dtype), value)
+    def _shifted(self, value: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+        return value + self.vector.to(value.device)
