@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ HERE = Path(__file__).parent
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["not slow", "slow"])
 def test_compiled(part: str) -> None:
-    options = ["-m", "pytest", "-q", "--no-shape-checks", "--show-capture=no", "-pno:xdist", "-pno:cacheprovider"]
+    options = ["-m", "pytest", "-q", "--no-shape-checks", "--show-capture=no", "-pno:cacheprovider"]
     done = subprocess.run(
         [sys.executable, *options, "-m", part, str(HERE / "compiled.py")],
+        env={name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")},
         cwd=HERE.parent,
         capture_output=True,
         text=True,
