@@ -132,6 +132,5 @@ def _loss(model: Any, handle: mc.Handle | None, method: Method, shown: Batch, al
         model(**shown.inputs, use_cache=False, logits_to_keep=1)
     with mc.capture(model, method.site, where=alone.context_tokens) as student_states:
         logits = model(**alone.inputs, use_cache=False).logits
-    distance = mc.losses.layer_mse if method.loss == "align" else mc.losses.layer_cosine
-    align = distance(student_states, teacher_states)
+    align = mc.losses.layer_mse(student_states, teacher_states)
     return mc.losses.recipe("mimic")(align=align, lm=lm(logits))

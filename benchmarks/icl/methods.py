@@ -17,8 +17,8 @@ class Method:
         label: Its name in tables.
         head: The shift heads' config, if it has some.
         lora: Rank of LoRA, if it has it.
-        loss: "align" (layer-wise squared distance to the teacher, and the answer's likelihood), "cosine" (the same with
-            cosine distance), "kl" (distance of the answer's distributions, and likelihood) or "lm" (likelihood alone).
+        loss: "align" (layer-wise squared distance to the teacher, and the answer's likelihood), "kl" (distance of the
+            answer's distributions, and likelihood) or "lm" (likelihood alone).
         site: Where "align" compares.
         rate: Learning rate with the digit models; `word_rate` with the language model. Rates of shift heads; LoRA's own
             are beside.
@@ -27,7 +27,7 @@ class Method:
     label: str
     head: mc.HeadConfig | None = None
     lora: int = 0
-    loss: Literal["align", "cosine", "kl", "lm"] = "lm"
+    loss: Literal["align", "kl", "lm"] = "lm"
     site: Site = "mlp_out"
     rate: float = 0.2
     word_rate: float = 1e-2
@@ -49,7 +49,6 @@ TRAINED: dict[str, Method] = {
     "mimic-vector": Method("MimIC, vector without gate", mc.MimICConfig(gate=False), loss="align"),
     "mimic-kl": Method("MimIC, KL for alignment", MIMIC, loss="kl"),
     "mimic-lm": Method("MimIC, likelihood alone", MIMIC, loss="lm"),
-    "mimic-cosine": Method("MimIC, cosine for squared distance", MIMIC, loss="cosine"),
     "mimic-attn": Method("MimIC, aligned at attention outputs", MIMIC, loss="align", site="attn_out"),
     "mimic-layer": Method("MimIC, aligned at layer outputs", MIMIC, loss="align", site="layer_out"),
     "live-align": Method("LIVE, with MimIC's loss", LIVE, loss="align", word_rate=5e-2),
