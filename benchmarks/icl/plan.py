@@ -37,7 +37,7 @@ def _also(world: str, method: str) -> str:
 def full() -> list[Job]:
     """Everything the report shows."""
     seeds, asked = range(3), (*PROMPTED, *TAKEN)
-    # Words take two fifths of all the time: a third seed would not fit into an hour. They come first, as the last jobs
+    # Words take half of all the time: a third seed would not fit into an hour. They come first, as the last jobs
     # should be short: while one is left, the other cores wait.
     jobs = [*_jobs("smollm2", WORDS, (*asked, "live", "lora", "mimic"), (0, 1), quick=False)]
     jobs += _jobs("llava", tuple(RULES), (*asked, *MAIN), seeds, quick=False)
