@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import CASES, HALF_CASES, Case, attending_inputs, check, inputs_of, results
+from op_cases import CASES, HALF_CASES, Case, Results, attending_inputs, check, inputs_of, results
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.nn.attention import SDPBackend
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.torch_version import TorchVersion
 
 from mimic_core import BackendUnavailableError, ops
@@ -168,7 +169,17 @@ def _cudnn(
     assert with_lse
     assert q.shape[1] == k.shape[1]
     out, lse = _forward(q, k, v, bias, scale, is_causal)
-    return out, lse[..., None], None, None, q.shape[2], k.shape[2], torch.ones(2), torch.ones(1), None
+    return (
+        torch.empty_like(q).copy_(out),
+        lse[..., None],
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        torch.ones(2),
+        torch.ones(1),
+        None,
+    )
 
 
 def _cudnn_backward(
@@ -177,6 +188,14 @@ def _cudnn_backward(
 ) -> Any:  # fmt: skip
     assert lse.shape == (*q.shape[:3], 1)
     assert (cum_q, cum_k, max_q, max_k, len(seed), len(offset)) == (None, None, q.shape[2], k.shape[2], 2, 1)
+    # A plan is kept by q, k, v and the dropout; the other strides are taken to be those it was made with.
+    strides = [[step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1] for x in (grad, out)]
+    in_order = torch.empty(q.transpose(1, 2).shape).transpose(1, 2)
+    wanted = [
+        [n for size, n in zip(q.shape, x.stride(), strict=True) if size > 1] for x in (in_order, torch.empty_like(q))
+    ]
+    assert strides == wanted
+    assert math.copysign(1, dropout) == -1, "plans of others"
     return _backward(grad, q, k, v, out, bias, scale, is_causal)
 
 
@@ -231,21 +250,39 @@ def test_around_a_kernel_is_the_oracle(kind: str, case: Case, op: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", ["attention", "shifted"])
+@pytest.mark.parametrize("layout", ["contiguous", "projected"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mask", ["none", "causal", "bool b1ts empty", "bias bhts"])
 @pytest.mark.parametrize("d", [64, 80, 128])
-def test_on_a_gpu(d: int, mask: str, dtype: torch.dtype, op: str) -> None:
+@pytest.mark.parametrize("kind", ["auto", *KINDS])
+def test_on_a_gpu(kind: str, d: int, mask: str, dtype: torch.dtype, layout: str, op: str) -> None:
+    if kind == "flash" and mask not in ("none", "causal"):
+        pytest.skip("flash takes no mask")
+    if kind in ("flash", "cudnn") and dtype == torch.float32:
+        pytest.skip("half precision alone")
     causal = mask == "causal"
-    case = Case("none" if causal else mask, g=2, t=70, s=70, d=d, is_causal=causal, dtype=dtype)
+    case = Case("none" if causal else mask, g=2, t=70, s=70, d=d, is_causal=causal, dtype=dtype, layout=layout)
+    check(op, case, _on_gpu(op, ops if kind == "auto" else _ops_of(kind), case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["attention", "shifted"])
+def test_a_plan_that_others_made_is_not_ours(op: str) -> None:
+    """Gradients of plain attention came in another order of memory: cuDNN's plan for that would read ours wrongly."""
+    case = Case(g=4, t=72, s=72, d=64, dtype=torch.bfloat16)
+    q, k, v = (attending_inputs(case).tensors[name].detach().cuda().requires_grad_() for name in "qkv")
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = F.scaled_dot_product_attention(q, k, v)
+        out.backward(torch.randn_like(out))
+    check(op, case, _on_gpu(op, _ops_of("cudnn"), case))
+
+
+def _on_gpu(op: str, source: Any, case: Case) -> Results:
+    """Results of a case whose tensors are moved there, and back."""
     inputs = attending_inputs(case)
 
-    def on_gpu(x: Any) -> Any:
-        return x.cuda() if isinstance(x, Tensor) else x
+    def moved(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {name: x.cuda() if isinstance(x, Tensor) else x for name, x in tensors.items()}
 
-    moved = inputs._replace(
-        tensors={name: x.cuda() for name, x in inputs.tensors.items()},
-        options={name: on_gpu(x) for name, x in inputs.options.items()},
-        incoming={name: x.cuda() for name, x in inputs.incoming.items()},
-    )
-    got = results(op, ops, moved, backend="cuda")
-    check(op, case, type(got)(*({name: x.cpu() for name, x in part.items()} for part in got)))
+    got = results(op, source, inputs._replace(**{name: moved(part) for name, part in inputs._asdict().items()}))
+    return Results(*({name: x.cpu() for name, x in part.items()} for part in got))

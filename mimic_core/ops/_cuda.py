@@ -108,6 +108,12 @@ def _aligned(mask: Tensor) -> Tensor:
     return F.pad(mask, (0, wanted - s))[..., :s]
 
 
+def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
+    """x in the memory order of `like`, which has its shape and is overwritten where x has another."""
+    of_x, of_like = ([stride for size, stride in zip(x.shape, y.stride(), strict=True) if size > 1] for y in (x, like))
+    return x if of_x == of_like else like.copy_(x)
+
+
 class _Torch(ABC):
     """One of torch's kernels."""
 
@@ -173,6 +179,13 @@ class _Efficient(_Torch):
 
 
 class _CuDNN(_Torch):
+    """torch keeps cuDNN's plan of a backward by the sizes and strides of q, k and v, and by the dropout.
+
+    The strides of `out` and `grad` are those of the first call of such a key, which may be anybody's: any other strides
+    give garbage without a word. So both come in one layout each, and a dropout of -0.0, which nobody else has, makes
+    the plans our own.
+    """
+
     def forward(self, p: Prepared) -> tuple[Tensor, Tensor, Saved]:
         attention = _aten._scaled_dot_product_cudnn_attention
         out, lse, *saved, _ = attention(p.q, p.k, p.v, p.mask, True, 0.0, p.is_causal, False, scale=p.scale)
@@ -182,8 +195,10 @@ class _CuDNN(_Torch):
         self, grad: Tensor, p: Prepared, out: Tensor, lse: Tensor, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]:
         as_given, *lengths, seed, offset = saved
+        grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
+        out = _laid_out_as(out, torch.empty_like(p.q))
         return _aten._scaled_dot_product_cudnn_attention_backward(
-            grad, p.q, p.k, p.v, out, as_given, seed, offset, p.mask, *lengths, 0.0, p.is_causal, scale=p.scale
+            grad, p.q, p.k, p.v, out, as_given, seed, offset, p.mask, *lengths, -0.0, p.is_causal, scale=p.scale
         )
 
 

@@ -65,7 +65,7 @@ def shift_kernel(
 @no_type_check
 def fold_kernel(
     grad, out, q, mu, d_lse, vector, hat, delta, df, parts,
-    grad_b, grad_t, grad_h, out_b, out_t, out_h, q_b, q_h, q_t, d_lse_b, d_lse_h, d_lse_t,
+    grad_b, grad_t, grad_h, out_b, out_t, out_h, q_b, q_h, q_t, hat_b, hat_t, hat_h, d_lse_b, d_lse_h, d_lse_t,
     heads, t,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_T: tl.constexpr,
     SHIFT: tl.constexpr, HAT: tl.constexpr, DELTA: tl.constexpr, PARTS: tl.constexpr, D_LSE: tl.constexpr,
@@ -78,7 +78,8 @@ def fold_kernel(
         delta = grad . hat                           the same, for a backward of ours
         parts = sum mu grad, sum df q, sum df        [programs of a head, heads, 2 D + 1]
 
-    Without it delta = grad . out - d_lse. hat is [b t h D]; mu, delta and df are [b h t]; all contiguous.
+    Without it delta = grad . out - d_lse. hat is [b t h D] in any order of memory; mu, delta and df are [b h t] and
+    contiguous.
     """
     number = tl.cdiv(t, BLOCK_T)
     block = tl.program_id(0) % number
@@ -104,7 +105,7 @@ def fold_kernel(
             x0 = x0.to(tl.float32) - squared * v0
             if D1 > 0:
                 x1 = x1.to(tl.float32) - squared * v1
-            store_rows(hat + ((n * t + far) * heads + h) * D, heads * D, i, left, x0, x1, D, D0, D1)
+            store_rows(hat + n * hat_b + h * hat_h + far * hat_t, hat_t, i, left, x0, x1, D, D0, D1)
         if PARTS:
             parts += ((n * number + block) * heads + h) * (2 * D + 1)
             q0, q1 = load_rows(q + n * q_b + h * q_h + far * q_t, q_t, i, left, D, D0, D1)
@@ -196,7 +197,8 @@ def fold(
     shift = mu is not None and vector is not None
     rows, programs = row_blocks(q)
     fp32 = {"dtype": torch.float32, "device": q.device}
-    made_hat = torch.empty((b, t, h, d), dtype=q.dtype, device=q.device) if hat else None
+    # In the memory order of `out`: an attention's backward may count on it.
+    made_hat = torch.empty_like(out) if hat else None
     made_delta = torch.empty((b, h, t), **fp32) if delta else None
     df = torch.empty((b, h, t), **fp32) if shift else None
     parts = torch.empty((programs // h, h, 2 * d + 1), **fp32) if sums else None
@@ -208,7 +210,9 @@ def fold(
     launch(
         grad, out, q, or_any(mu), or_any(d_lse), or_any(vector), or_any(made_hat), or_any(made_delta),
         or_any(df), or_any(parts),
-        *grad.stride()[:3], *out.stride()[:3], *q.stride()[:3], *(d_lse.stride() if d_lse is not None else (0, 0, 0)),
+        *grad.stride()[:3], *out.stride()[:3], *q.stride()[:3],
+        *(made_hat.stride()[:3] if made_hat is not None else (0, 0, 0)),
+        *(d_lse.stride() if d_lse is not None else (0, 0, 0)),
         h, t, *tiles(d), rows, shift, hat, delta, sums, d_lse is not None,
         num_warps=_WARPS,
     )
