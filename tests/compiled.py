@@ -202,11 +202,14 @@ def test_cuda_graph_of_a_decode_step() -> None:
     shifts = random_shifts(model, "mimic").cuda()
     tokens = text(6, batch=1)["input_ids"].cuda()
     with torch.no_grad(), mc.patch(model, shifts):
-        past = StaticCache(config=model.config, max_cache_len=16)
-        model(input_ids=tokens, past_key_values=past)
+        # Each has a cache of its own: a forward adds to it.
+        pasts = [StaticCache(config=model.config, max_cache_len=16) for _ in range(2)]
+        for past in pasts:
+            model(input_ids=tokens, past_key_values=past)
         compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
-        for _ in range(3):
-            one = torch.randint(3, 60, (1, 1), device="cuda")
-            position = {"position_ids": torch.tensor([[6]], device="cuda")}
-            got, want = (m(input_ids=one, past_key_values=past, **position).logits.clone() for m in (compiled, model))
+        for at in range(6, 9):
+            one = {"input_ids": torch.randint(3, 60, (1, 1), device="cuda")}
+            one["position_ids"] = torch.tensor([[at]], device="cuda")
+            both = zip((compiled, model), pasts, strict=True)
+            got, want = (m(**one, past_key_values=past).logits.clone() for m, past in both)
             torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)

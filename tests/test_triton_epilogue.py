@@ -175,6 +175,14 @@ def test_norm_preserving_add_is_the_oracle(dtype: torch.dtype, shape: tuple[int,
     assert torch.equal(kernels().norm_preserving_add(strided, vector, 0.7).cpu(), got[0]), "rows with gaps"
 
 
+@pytest.mark.parametrize("width", [1, 64, 576, 1000, 4096])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_preserving_add_of_zero_changes_no_bit(dtype: torch.dtype, width: int):
+    x = torch.randn(9, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    vector, scale = moved(torch.zeros(width), torch.tensor(0.1))
+    assert torch.equal(kernels().norm_preserving_add(x.to(DEVICE), vector, scale).cpu(), x)
+
+
 def test_norm_preserving_add_of_more_rows_than_programs():
     arguments, incoming = norm_inputs((2, 2 * _triton_blocks.processors(torch.device(DEVICE)) - 100, 6), torch.float32)
     got = with_grads(kernels().norm_preserving_add, tuple(moved(*arguments)), incoming)

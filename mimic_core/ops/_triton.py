@@ -139,6 +139,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, call: _Call, shift: _Shift | None,
 
     q, k, v = (last_axis_contiguous(x) for x in (q, k, v))
     b, h, t, d = q.shape
+    # Of one query they are a few numbers, and compiled without them its kernel rounds differently: a decoded token
+    # would not be the same under no_grad.
+    save = save or t == 1
     found = _Found(
         torch.empty((b, t, h, d), dtype=q.dtype, device=q.device),
         torch.empty((b, h, t), dtype=torch.float32, device=q.device) if save else None,

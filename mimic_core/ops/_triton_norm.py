@@ -40,8 +40,9 @@ def norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_C)
     _, _, _, moved, before, after = _moved(x, vector, scale, row, row_stride, cols, C, TENSOR)
-    # A sum of exactly zero has no direction to keep: it stays zero.
-    ratio = tl.sqrt(before) / tl.sqrt(tl.where(after > 0, after, 1.0))
+    # A sum of exactly zero has no direction to keep: it stays zero. Rounded correctly, as a plain / is not on a GPU: a
+    # vector of zero must give 1.
+    ratio = tl.div_rn(tl.sqrt_rn(before), tl.sqrt_rn(tl.where(after > 0, after, 1.0)))
     tl.store(out + row * C + cols, rounded(moved * ratio, out.dtype.element_ty), mask=cols < C)
 
 
@@ -63,11 +64,11 @@ def norm_backward_kernel(
         wide, v, a, moved, before, after = _moved(x, vector, scale, at, row_stride, cols, C, TENSOR)
         g = tl.load(grad + at * grad_stride + cols, mask=cols < C, other=0.0).to(tl.float32)
         # 1 / |m|, and 0 for a sum of zero: nothing flows back through what stays zero. The same for x.
-        of_moved = tl.where(after > 0, 1.0 / tl.sqrt(tl.where(after > 0, after, 1.0)), 0.0)
-        of_x = tl.where(before > 0, 1.0 / tl.sqrt(tl.where(before > 0, before, 1.0)), 0.0)
+        of_moved = tl.where(after > 0, tl.div_rn(1.0, tl.sqrt_rn(tl.where(after > 0, after, 1.0))), 0.0)
+        of_x = tl.where(before > 0, tl.div_rn(1.0, tl.sqrt_rn(tl.where(before > 0, before, 1.0))), 0.0)
         unit = moved * of_moved
         along = tl.sum(g * unit, 0)
-        dm = tl.sqrt(before) * of_moved * (g - unit * along)
+        dm = tl.sqrt_rn(before) * of_moved * (g - unit * along)
         sent = dm + wide * (along * of_x)
         tl.store(dx + at * C + cols, rounded(sent, dx.dtype.element_ty), mask=cols < C)
         if SUMS:
