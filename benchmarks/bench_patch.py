@@ -19,7 +19,7 @@ from .cases import DTYPES
 from .check import error, refuse
 from .contestants import OURS, PUBLISHED
 from .errors import BenchmarkError
-from .measure import FULL, QUICK, Around, Call, Effort, peak_memory
+from .measure import Around, Call, Effort, effort_for, peak_memory
 from .models import Subject, small_llava, smollm2
 from .published import published
 from .records import Row
@@ -34,7 +34,7 @@ LIMITS = {"fp32": 1e-3, "bf16": 5e-2}
 def tasks(device: torch.device, quick: bool) -> Iterator[Task]:
     """Every stage of every model; a model is made when its first stage runs."""
     dtype = "bf16" if device.type == "cuda" else "fp32"
-    effort = QUICK if quick else FULL
+    effort = effort_for(device, quick)
     lengths, lesson = ((64,), (128, 32)) if quick else ((512, 1024), (2048, 64))
     for build in (smollm2, small_llava):
         bench = cache(partial(_make, build, device, dtype, effort))

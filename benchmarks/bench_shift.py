@@ -16,7 +16,7 @@ from .cases import DTYPES, Case, Inputs, decode_cases, make_inputs, prefill_case
 from .check import LIMITS, Error, check, error, refuse, wanted_of
 from .contestants import OURS, PUBLISHED, YARDSTICK, Contestant, contestants
 from .errors import BenchmarkError
-from .measure import FULL, QUICK, Around, Call, Effort, clock_for, interleaved, peak_memory
+from .measure import Around, Call, Effort, clock_for, effort_for, interleaved, peak_memory
 from .records import Row
 
 # Width of the hidden states LIVE's vector is added to: SmolLM2-135M, Qwen1.5-0.5B, and the models of 7B and more.
@@ -32,7 +32,7 @@ class Task(NamedTuple):
 
 def tasks(device: torch.device, quick: bool) -> Iterator[Task]:
     """Everything at attention level."""
-    effort = QUICK if quick else FULL
+    effort = effort_for(device, quick)
     for case in [*prefill_cases(device.type, quick), *decode_cases(device.type, quick)]:
         yield Task(case.name, partial(measure_case, case, device, effort))
     widths = WIDTHS[:1] if quick else WIDTHS
@@ -52,7 +52,7 @@ def measure_case(case: Case, device: torch.device, effort: Effort, refused: list
     wanted = wanted_of(inputs)
     right: list[Contestant] = []
     found: dict[str, dict[str, Error]] = {}
-    for contestant in contestants(inputs):
+    for contestant in contestants(inputs, case.flex):
         try:
             found[contestant.name] = check(contestant, case, inputs, wanted)
         except BenchmarkError as problem:

@@ -100,6 +100,9 @@ def errors(contestant: Contestant, inputs: Inputs, wanted: Wanted) -> dict[str, 
         if gradient.ndim == 4:
             chosen[name] = chosen[name].transpose(0, 1)
     target = wanted.shifted if contestant.shifts else wanted.plain
+    if inputs.unseeing is not None:
+        chosen["out"] = chosen["out"].masked_fill(inputs.unseeing, 0.0)
+        target = target | {"out": target["out"].masked_fill(inputs.unseeing, 0.0)}
     return {name: error(x.detach(), target[name]) for name, x in chosen.items()}
 
 

@@ -46,8 +46,8 @@ class Contestant(NamedTuple):
         return torch.autograd.grad(self.run(inputs), [getattr(inputs, name) for name in self.leaves], inputs.grad)
 
 
-def contestants(inputs: Inputs) -> list[Contestant]:
-    """Everybody who can run these inputs, the yardstick first.
+def contestants(inputs: Inputs, flex: bool = False) -> list[Contestant]:
+    """Everybody who can run these inputs, the yardstick first; FlexAttention on request.
 
     A backend that `auto` chooses stands there once, as mimic_core. On a CPU, the slow others are left out where the
     sequence is long: a few of their calls would take longer than the rest of the case.
@@ -55,6 +55,8 @@ def contestants(inputs: Inputs) -> list[Contestant]:
     chosen = mc.ops.resolve_backend(*inputs[:3], inputs.mask)
     found = [Contestant(YARDSTICK, _sdpa, shifts=False), Contestant(OURS, _ours("auto"), True, *chosen)]
     for name in BACKENDS if inputs.q.is_cuda or inputs.q.shape[2] <= _SHORT else ():
+        if name == "flex" and inputs.q.is_cuda and not flex:
+            continue
         try:
             backend = mc.ops.resolve_backend(*inputs[:3], inputs.mask, backend=name)
         except (mc.BackendUnavailableError, mc.UnknownNameError):
@@ -62,7 +64,7 @@ def contestants(inputs: Inputs) -> list[Contestant]:
         if backend.name != chosen.name:
             found.append(Contestant(f"{OURS}[{name}]", _ours(name), True, *backend))
     found.append(Contestant(PUBLISHED, _published))
-    if inputs.q.is_cuda:
+    if inputs.q.is_cuda and flex:
         found.append(Contestant("flex_attention", _flex, shifts=False))
     return found
 

@@ -46,9 +46,18 @@ class Effort:
 
 
 FULL = Effort(seconds=2.0, rounds=7, limit=8.0)
+# On a GPU nobody else has, one round is much like the next.
+FULL_CUDA = Effort(seconds=0.5, rounds=15, limit=4.0)
 QUICK = Effort(seconds=0.4, rounds=2, sample=0.0005)
 # A call of so many seconds is warm after one.
 _LONG = 0.02
+
+
+def effort_for(device: torch.device, quick: bool) -> Effort:
+    """How long to measure on a device."""
+    if quick:
+        return QUICK
+    return FULL_CUDA if device.type == "cuda" else FULL
 
 
 class Spread(NamedTuple):

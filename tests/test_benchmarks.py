@@ -106,7 +106,7 @@ def test_what_is_wrong_is_refused(wrong, said: str, dtype: str, monkeypatch: pyt
     with pytest.raises(BenchmarkError, match=rf"cheat is wrong in {case.name} .*{said}.* the limit is {limit}"):
         check.check(cheat, case, inputs, check.wanted_of(inputs))
     honest = contestants.contestants(inputs)
-    monkeypatch.setattr(bench_shift, "contestants", lambda inputs: [*honest, cheat])
+    monkeypatch.setattr(bench_shift, "contestants", lambda inputs, flex: [*honest, cheat])
     refused: list[BenchmarkError] = []
     rows = bench_shift.measure_case(case, CPU, BRIEF, refused)
     assert [str(error).split()[0] for error in refused] == ["cheat"]
