@@ -65,6 +65,8 @@ def contestants(inputs: Inputs, flex: bool = False) -> list[Contestant]:
             found.append(Contestant(f"{OURS}[{name}]", _ours(name), True, *backend))
     found.append(Contestant(PUBLISHED, _published))
     if inputs.q.is_cuda and flex:
+        # After eight shapes torch compiles no more of a function, and runs what is next a hundred times slower.
+        torch.compiler.reset()
         found.append(Contestant("flex_attention", _flex, shifts=False))
     return found
 

@@ -18,8 +18,10 @@ NO_GPU = "No GPU figures have been measured yet."
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; the first `left` columns are text, the others numbers."""
+    """A Markdown table; the first `left` columns are text, the others numbers. "" without lines."""
     rows = [list(head), *(list(line) for line in lines)]
+    if len(rows) == 1:
+        return ""
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
@@ -81,19 +83,16 @@ def section(rows: Sequence[Row], name: str) -> str:
         f"Ratios are to the time of {YARDSTICK} on the same inputs (in brackets p20 and p80); speed-up is the time of "
         f"{PUBLISHED} over that of {OURS}; MiB are what a call holds at its peak above its inputs.",
         *(_headline(rows, shape, dtype) for shape in NEUTRAL for dtype in _dtypes(rows, shape)),
-        "#### Attention shapes of models, causal",
-        _shapes(rows),
-        "#### Decoding one token, per attention call",
-        _decode(rows),
-        "#### LIVE's addition, against adding alone",
-        _live(rows),
-        "#### Whole models, against the unpatched one",
-        _whole_models(rows),
-        "#### A training step of MimIC",
-        _training(rows),
-        "#### Targets",
-        targets(rows),
     ]
+    tables = {
+        "Attention shapes of models, causal": _shapes(rows),
+        "Decoding one token, per attention call": _decode(rows),
+        "LIVE's addition, against adding alone": _live(rows),
+        "Whole models, against the unpatched one": _whole_models(rows),
+        "A training step of MimIC": _training(rows),
+        "Targets": targets(rows),
+    }
+    parts += [f"#### {title}\n\n{body}" for title, body in tables.items() if body]
     return "\n\n".join(part for part in parts if part)
 
 
