@@ -34,8 +34,7 @@ def tiny_model(device: torch.device, dtype: torch.dtype) -> Subject:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_shift, "prefill_cases", lambda device, quick: TINY)
     monkeypatch.setattr(bench_shift, "decode_cases", lambda device, quick: [cases.Case("d64", 1, 24, mask="none")])
-    monkeypatch.setattr(bench_shift, "QUICK", BRIEF)
-    monkeypatch.setattr(bench_patch, "QUICK", BRIEF)
+    monkeypatch.setattr(measure, "QUICK", BRIEF)
     monkeypatch.setattr(bench_patch, "smollm2", tiny_model)
     monkeypatch.setattr(bench_patch, "small_llava", tiny_model)
 

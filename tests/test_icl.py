@@ -170,7 +170,7 @@ def test_the_plan_is_whole() -> None:
     assert {job.seed for job in jobs} == {0, 1, 2}
     for one in ("llava", "idefics2", "smollm2"):
         assert len({job.task for job in jobs if job.world == one}) == 4
-    assert len({job.samples for job in jobs if job.task == plan.CURVE_TASK and job.method == "mimic"}) == 4
+    assert len({job.samples for job in jobs if job.task == plan.CURVE_TASK and job.method == "mimic"}) == 3
     assert {job.method for job in jobs if job.task in plan.VARIED} >= set(ABLATIONS)
 
 
@@ -200,6 +200,7 @@ def test_tables_say_what_the_rows_say(tmp_path: Path) -> None:
     assert [asdict(row) for row in records.read(tmp_path / "icl.csv", Row)] == [asdict(row) for row in rows()]
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     job = Job("llava", "3-digits", 100, "zero-shot", 20, 0, 10)
     path = tmp_path / "icl.csv"

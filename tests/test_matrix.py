@@ -55,7 +55,11 @@ def place(model_type: str) -> Place:
     return found[0]
 
 
-@pytest.mark.parametrize("model_type", SLICE)
+# Every third is enough where only what is quick is run, as with the oldest versions.
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=[pytest.mark.slow] if i % 3 else []) for i, name in enumerate(SLICE)],
+)
 @pytest.mark.usefixtures("no_shape_checks")
 def test_slice(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if model_type == "gemma2":  # the sdpa of older transformers forgets its softcap, so the LSE is refused there

@@ -65,9 +65,17 @@ DECODE_CASES = [
 ]
 
 
+# Both are one kernel but for its last lines: the interpreter, a thousand times slower, is asked for half of one.
+CALLS = [
+    pytest.param(op, case, id=f"{op}-{case}")
+    for op in ("attention", "shifted")
+    for i, case in enumerate(CASES + DECODE_CASES)
+    if op == "shifted" or not INTERPRETED or i % 2
+]
+
+
 @on_kernels
-@pytest.mark.parametrize("case", CASES + DECODE_CASES, ids=str)
-@pytest.mark.parametrize("op", ["attention", "shifted"])
+@pytest.mark.parametrize(("op", "case"), CALLS)
 def test_case_is_the_oracle(op: str, case: Case):
     check(op, case, results(op, Backend, attending_inputs(case)))
 
