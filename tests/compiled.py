@@ -17,8 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import mimic_core as mc
 
-# Tracing takes most of the time, and its time is that of the layers: two are as good as many.
-LLAMA = Case("llama", lambda: LlamaForCausalLM(LlamaConfig(**TEXT | {"num_hidden_layers": 2}, head_dim=24)))
+
+def llama(layers: int) -> Case:
+    return Case("llama", lambda: LlamaForCausalLM(LlamaConfig(**TEXT | {"num_hidden_layers": layers}, head_dim=24)))
+
+
+# Tracing takes most of the time, and its time is that of the layers: two are as good as many, and where another test of
+# the kind has two, one is enough.
+LLAMA, SHALLOW = llama(2), llama(1)
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +84,17 @@ def test_the_norm_preserving_add_is_one_graph(backend: str) -> None:
 
 @pytest.mark.usefixtures("compilable")
 @pytest.mark.parametrize(
-    ("attention", "head"), [("sdpa", "mimic"), ("eager", "mimic"), ("sdpa", "mimic-shared"), ("sdpa", "live")]
+    ("case", "attention", "head"),
+    [
+        (LLAMA, "sdpa", "mimic"),
+        (SHALLOW, "eager", "mimic"),
+        (SHALLOW, "sdpa", "mimic-shared"),
+        (SHALLOW, "sdpa", "live"),
+    ],
+    ids=str,
 )
-def test_one_graph_forward_and_backward(attention: str, head: str) -> None:
-    model = fresh_model(LLAMA, attention)
+def test_one_graph_forward_and_backward(case: Case, attention: str, head: str) -> None:
+    model = fresh_model(case, attention)
     shifts = random_shifts(model, head)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
@@ -125,10 +138,10 @@ def test_inductor() -> None:
 
 
 @pytest.mark.usefixtures("compilable")
-@pytest.mark.parametrize("head", ["mimic", "live"])
-def test_patching_a_compiled_model_and_back(head: str) -> None:
+@pytest.mark.parametrize(("case", "head"), [(LLAMA, "mimic"), (SHALLOW, "live")], ids=str)
+def test_patching_a_compiled_model_and_back(case: Case, head: str) -> None:
     """What was compiled unpatched is not what runs patched, and the other way round."""
-    model, inputs = fresh_model(LLAMA), text(7)
+    model, inputs = fresh_model(case), text(7)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     plain = logits_of(compiled, inputs)
     shifts = random_shifts(model, head)
@@ -141,9 +154,13 @@ def test_patching_a_compiled_model_and_back(head: str) -> None:
 
 
 @pytest.mark.usefixtures("compilable")
-@pytest.mark.parametrize(("cache", "head"), [("static", "mimic"), ("dynamic", "mimic"), ("static", "live")])
-def test_decoding_compiles_once(cache: str, head: str) -> None:
-    model = fresh_model(LLAMA)
+@pytest.mark.parametrize(
+    ("case", "cache", "head"),
+    [(LLAMA, "static", "mimic"), (SHALLOW, "dynamic", "mimic"), (SHALLOW, "static", "live")],
+    ids=str,
+)
+def test_decoding_compiles_once(case: Case, cache: str, head: str) -> None:
+    model = fresh_model(case)
     shifts = random_shifts(model, head)
     tokens = text(12, batch=1)["input_ids"]
     with torch.no_grad(), mc.patch(model, shifts):

@@ -25,6 +25,11 @@ def pytest_configure(config: pytest.Config) -> None:
         install_import_hook("mimic_core", "beartype.beartype")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # One that starts last keeps a process busy for minutes while the others have nothing left to do.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def no_shape_checks() -> Iterator[None]:
     """What a user has: annotations unchecked, so that the library's own errors are seen."""
