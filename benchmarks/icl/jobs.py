@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import mimic_core as mc
 from mimic_core.demo.prompts import Prompt
+from mimic_core.demo.tasks import Task
 
 from .fit import Fitted, fit
 from .methods import PROMPTED, TAKEN, TRAINED
@@ -39,7 +41,7 @@ def do(job: Job) -> list[Row]:
             prompts = place.prompts(task, count, job.seed, similar=job.method == "retrieval")
             rows.append(accuracy(place.model, prompts, count))
         if "distance" in job.also:
-            rows += _distances(place, task, job.seed, blank, Fitted(place.model, None, 0, 0.0))
+            rows += _distances(place, task, job, blank, Fitted(place.model, None, 0, 0.0))
         return rows
     if job.method in TAKEN:
         fitted = take(place, task, job.method, job.seed)
@@ -53,25 +55,33 @@ def do(job: Job) -> list[Row]:
             for count in place.setup.added:
                 rows.append(accuracy(model, place.prompts(task, count, job.seed), count))
     if "distance" in job.also:
-        rows += _distances(place, task, job.seed, blank, fitted)
+        rows += _distances(place, task, job, blank, fitted)
     return rows
 
 
 @torch.no_grad()
-def _distances(place: World, task: Any, seed: int, blank: Row, fitted: Fitted) -> list[Row]:
+def _states(place: World, model: Any, task: Task[Any], seed: int, shots: int) -> dict[int, Tensor]:
+    """Hidden states at the end of questions with so many demonstrations, layer by layer."""
+    prompts = place.prompts(task, shots, seed)[:CHUNK]
+    inputs = place.prompter.collate([prompt.question for prompt in prompts], left=True).inputs
+    with mc.capture(model, "layer_out", where=last_token(inputs)) as seen:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    return dict(seen.states)
+
+
+@cache
+def _in_context(world_name: str, task_name: str, samples: int, seed: int, held_out: int) -> dict[int, Tensor]:
+    """What every method's states are compared with: seven seconds in SmolLM2, the same for all of them."""
+    place = world(world_name)
+    task = place.task(task_name, samples, seed, held_out)
+    return _states(place, place.model, task, seed, min(place.shots, len(task.train)))
+
+
+def _distances(place: World, task: Task[Any], job: Job, blank: Row, fitted: Fitted) -> list[Row]:
     """How far from the in-context states those without demonstrations are, layer by layer."""
-
-    def states(model: Any, shots: int) -> dict[int, Tensor]:
-        prompts = place.prompts(task, shots, seed)[:CHUNK]
-        inputs = place.prompter.collate([prompt.question for prompt in prompts], left=True).inputs
-        with mc.capture(model, "layer_out", where=last_token(inputs)) as seen:
-            model(**inputs, use_cache=False, logits_to_keep=1)
-        return dict(seen.states)
-
-    shots = min(place.shots, len(task.train))
-    wanted = states(place.model, shots)
+    wanted = _in_context(job.world, job.task, job.samples, job.seed, job.held_out)
     with fitted.applied() as model:
-        found = states(model, 0)
+        found = _states(place, model, task, job.seed, 0)
     return [
         replace(
             blank, what="distance", shots=0, layer=layer, value=(found[layer] - wanted[layer]).norm(dim=1).mean().item()
