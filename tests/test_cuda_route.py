@@ -120,18 +120,19 @@ def _backward(
     return (of_scores @ keys.double()).to(q.dtype), of_k.to(q.dtype), of_v.to(q.dtype)
 
 
+def _beside(q: Any, k: Any) -> tuple[Any, ...]:
+    """What flash and cuDNN give besides output and LSE: lengths, the random state, the mask of a dropout."""
+    return None, None, q.shape[2], k.shape[2], torch.ones(2), torch.ones(1), None
+
+
+def _steps(x: Tensor) -> list[int]:
+    """Strides, of axes that have any."""
+    return [step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
 def _flash(q: Any, k: Any, v: Any, dropout: float, is_causal: bool, debug: bool, *, scale: float) -> Any:
     assert (dropout, debug) == (0.0, False)
-    return (
-        *_forward(q, k, v, None, scale, is_causal),
-        None,
-        None,
-        q.shape[2],
-        k.shape[2],
-        torch.ones(2),
-        torch.ones(1),
-        None,
-    )
+    return *_forward(q, k, v, None, scale, is_causal), *_beside(q, k)
 
 
 def _flash_backward(
@@ -169,17 +170,7 @@ def _cudnn(
     assert with_lse
     assert q.shape[1] == k.shape[1]
     out, lse = _forward(q, k, v, bias, scale, is_causal)
-    return (
-        torch.empty_like(q).copy_(out),
-        lse[..., None],
-        None,
-        None,
-        q.shape[2],
-        k.shape[2],
-        torch.ones(2),
-        torch.ones(1),
-        None,
-    )
+    return torch.empty_like(q).copy_(out), lse[..., None], *_beside(q, k)
 
 
 def _cudnn_backward(
@@ -189,12 +180,8 @@ def _cudnn_backward(
     assert lse.shape == (*q.shape[:3], 1)
     assert (cum_q, cum_k, max_q, max_k, len(seed), len(offset)) == (None, None, q.shape[2], k.shape[2], 2, 1)
     # A plan is kept by q, k, v and the dropout; the other strides are taken to be those it was made with.
-    strides = [[step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1] for x in (grad, out)]
-    in_order = torch.empty(q.transpose(1, 2).shape).transpose(1, 2)
-    wanted = [
-        [n for size, n in zip(q.shape, x.stride(), strict=True) if size > 1] for x in (in_order, torch.empty_like(q))
-    ]
-    assert strides == wanted
+    assert _steps(grad) == _steps(torch.empty(q.transpose(1, 2).shape).transpose(1, 2))
+    assert _steps(out) == _steps(torch.empty_like(q))
     assert math.copysign(1, dropout) == -1, "plans of others"
     return _backward(grad, q, k, v, out, bias, scale, is_causal)
 
