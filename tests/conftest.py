@@ -43,6 +43,16 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _registries_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads and adapters that a test registers are forgotten when it ends."""
+    from mimic_core.adapters.base import ADAPTERS
+    from mimic_core.heads.base import _HEADS
+
+    for registry in (ADAPTERS, _HEADS):
+        monkeypatch.setattr(registry, "_items", dict(registry._items))
+
+
 @pytest.fixture(scope="session")
 def native_kernels() -> ModuleType:
     """The C++ kernels, built where only tests look."""

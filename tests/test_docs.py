@@ -20,8 +20,6 @@ from typing import NamedTuple
 import pytest
 
 import mimic_core as mc
-from mimic_core.adapters.base import ADAPTERS
-from mimic_core.heads.base import _HEADS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -69,9 +67,7 @@ def split(page: str) -> tuple[list[Block], str]:
 
 @pytest.fixture
 def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
-    """A module for a page to run as, in an empty directory; what it registers is forgotten afterwards."""
-    for registry in (ADAPTERS, _HEADS):
-        monkeypatch.setattr(registry, "_items", dict(registry._items))
+    """A module for a page to run as, in an empty directory."""
     monkeypatch.chdir(tmp_path)
     module = ModuleType("page_of_the_docs")
     monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -11,7 +11,6 @@ from cases import CASES, HEADS, fresh_model, logits_of, model_of, random_shifts
 from torch import Tensor, nn
 
 import mimic_core as mc
-from mimic_core.heads.base import _HEADS
 from mimic_core.types import Site
 
 LLAMA = next(case for case in CASES if case.name == "llama")
@@ -161,23 +160,20 @@ def test_a_head_of_ones_own() -> None:
         def edits(self) -> dict[Site, Any]:
             return {"attn_heads": self, "mlp_out": lambda value, at: value + self.bias}
 
-    try:
-        model, inputs = model_of(LLAMA), LLAMA.inputs()
-        plain = logits_of(model, inputs)
-        by_name, by_config = (
-            mc.build_shifts(model, "two-sites-for-test", strength=3.0),
-            mc.build_shifts(model, TwoSitesConfig(strength=3.0)),
-        )
-        results = []
-        for shifts in (by_name, by_config):
-            with mc.patch(model, shifts):
-                results.append(logits_of(model, inputs))
-                results[-1][inputs["attention_mask"].bool()].square().sum().backward()
-            assert all(h.bias.grad is not None for h in shifts)
-        assert torch.equal(*results)
-        assert not torch.allclose(results[0], plain, atol=1e-2)
-    finally:
-        del _HEADS._items["two-sites-for-test"]
+    model, inputs = model_of(LLAMA), LLAMA.inputs()
+    plain = logits_of(model, inputs)
+    by_name, by_config = (
+        mc.build_shifts(model, "two-sites-for-test", strength=3.0),
+        mc.build_shifts(model, TwoSitesConfig(strength=3.0)),
+    )
+    results = []
+    for shifts in (by_name, by_config):
+        with mc.patch(model, shifts):
+            results.append(logits_of(model, inputs))
+            results[-1][inputs["attention_mask"].bool()].square().sum().backward()
+        assert all(h.bias.grad is not None for h in shifts)
+    assert torch.equal(*results)
+    assert not torch.allclose(results[0], plain, atol=1e-2)
 
 
 def test_a_head_without_forward_says_so() -> None:
@@ -185,10 +181,7 @@ def test_a_head_without_forward_says_so() -> None:
     class Unfinished(mc.ShiftHead):
         site: Site = "mlp_out"
 
-    try:
-        model = model_of(LLAMA)
-        with mc.patch(model, mc.build_shifts(model, "unfinished-for-test")):
-            with pytest.raises(NotImplementedError, match="Unfinished must define forward"):
-                logits_of(model, LLAMA.inputs())
-    finally:
-        del _HEADS._items["unfinished-for-test"]
+    model = model_of(LLAMA)
+    with mc.patch(model, mc.build_shifts(model, "unfinished-for-test")):
+        with pytest.raises(NotImplementedError, match="Unfinished must define forward"):
+            logits_of(model, LLAMA.inputs())

@@ -13,7 +13,6 @@ from test_laws import snapshot
 from torch import Tensor, nn
 
 import mimic_core as mc
-from mimic_core import adapters
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 OTHER_SITES = ("attn_out", "mlp_out", "layer_out")
@@ -46,9 +45,8 @@ class HybridAdapter(mc.PathAdapter):
 
 
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+def model() -> nn.Module:
     """Layers 0 and 2 attend, layer 1 mixes."""
-    monkeypatch.setattr(adapters.base.ADAPTERS, "_items", dict(adapters.base.ADAPTERS._items))
     mc.register_adapter("hybrid")(HybridAdapter)
     return hybrid(mixing=[1])
 

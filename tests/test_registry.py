@@ -13,7 +13,7 @@ import pytest
 from torch import nn
 
 import mimic_core
-from mimic_core import UnknownNameError, UnsupportedModelError, adapters, heads
+from mimic_core import UnknownNameError, UnsupportedModelError, heads
 from mimic_core.registry import Registry
 
 Install = Callable[..., None]
@@ -28,8 +28,6 @@ def registry() -> Registry[object]:
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Install a package of one module and its entry points, the way pip leaves it on the path; undone afterwards."""
     before = set(sys.modules)
-    for kept in (heads.base._HEADS, adapters.base.ADAPTERS):
-        monkeypatch.setattr(kept, "_items", dict(kept._items))
 
     def put(module: str, source: str, entry_points: str) -> None:
         (tmp_path / f"{module}.py").write_text(source)
