@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from zlib import crc32
 
 import pytest
 import torch
@@ -36,6 +37,13 @@ def no_shape_checks() -> Iterator[None]:
     jaxtyping_config.update("jaxtyping_disable", True)
     yield
     jaxtyping_config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def _shape_checks_in_a_fourth_of_the_cases(request: pytest.FixtureRequest) -> None:
+    """And in every test without cases. They are a third of the time of the laws, and see the same functions in each."""
+    if hasattr(request.node, "callspec") and crc32(request.node.nodeid.encode()) % 4:
+        request.getfixturevalue("no_shape_checks")
 
 
 @pytest.fixture(autouse=True)

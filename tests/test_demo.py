@@ -87,6 +87,7 @@ def test_a_whole_run(tokenizer: Any, tmp_path: Path) -> None:
     assert list((tmp_path / "shifts").rglob("shifts.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -82,6 +82,7 @@ def test_every_type_of_transformers_is_in_the_matrix() -> None:
     assert {"llama", "gpt2", "mamba"} <= {p.model_type for p in places if p.task == "causal-lm"} <= {*CONFIG_MAPPING}
 
 
+@pytest.mark.slow
 def test_rows_are_kept_and_a_process_that_dies_costs_one(tmp_path: Path) -> None:
     kept = Place("llava", "image-text-to-text")
     (tmp_path / kept.file).write_text(json.dumps({"type": "llava", "task": kept.task, "runs": [], "refused": "kept"}))

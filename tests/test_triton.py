@@ -124,7 +124,9 @@ def test_drawn_case_is_the_oracle(op: str, case: Case):
 
 
 @on_kernels
-@pytest.mark.parametrize("case", [Case(d=80, g=1), Case("bool b1ts empty", d=64), Case(t=1, s=300, d=80)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(d=80, g=1), Case("bool b1ts empty", d=64), Case(b=1, h=2, t=1, s=300, d=80)], ids=str
+)
 def test_without_gradients_comes_the_same(case: Case):
     inputs = inputs_of(case)
     tensors, options = inputs.tensors, inputs.options
