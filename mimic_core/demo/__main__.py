@@ -56,7 +56,8 @@ def parse() -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """All tasks asked for, table by table."""
-    names = ["digits", *list(TASKS)[: 1 if options.quick else None]] if options.task == "all" else [options.task]
+    words = list(TASKS)[:1] if options.quick else TASKS
+    names = ["digits", *words] if options.task == "all" else [options.task]
     results = {}
     with TemporaryDirectory() as temporary:
         for experiment in experiments(names, options):
