@@ -62,28 +62,27 @@ def _registries_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def native_kernels() -> ModuleType:
-    """The C++ kernels, built where only tests look."""
-    from mimic_core.ops import _native, build_native
+def native_ops() -> ModuleType:
+    """The ops in C++, built where only tests look."""
+    from mimic_core.ops import build_native, native
 
     build_native(Path(__file__).parent.parent / ".pytest_cache" / "native")
-    kernels = _native.kernels()
-    assert kernels is not None
-    return kernels
+    assert native._ops is not None
+    return native._ops
 
 
 @pytest.fixture(autouse=True)
-def _native_or_not(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the native kernels are built is the machine's; in a test it is the test's.
+def _native_or_plain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, native_ops: ModuleType) -> None:
+    """Which route a test takes is not the machine's choice: C++, or plain torch where it is marked so.
 
-    They are there where it has the parameter `backend` "native" or is marked so.
+    Or where it has the parameter `backend` "plain".
     """
-    from mimic_core.ops import _native
+    from mimic_core.ops import native
 
-    wanted = getattr(getattr(request.node, "callspec", None), "params", {}).get("backend") == "native"
-    wanted = wanted or request.node.get_closest_marker("native") is not None
-    monkeypatch.setattr(_native, "_kernels", request.getfixturevalue("native_kernels") if wanted else None)
-    monkeypatch.setattr(_native, "_looked", True)
+    plain = getattr(getattr(request.node, "callspec", None), "params", {}).get("backend") == "plain"
+    plain = plain or request.node.get_closest_marker("plain") is not None
+    monkeypatch.setattr(native, "_ops", None if plain else native_ops)
+    monkeypatch.setattr(native, "_looked", True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -39,8 +39,8 @@ TOLERANCE = {
 ABSOLUTE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 HALF = (torch.bfloat16, torch.float16)
 
-# "native" is "cpu" with the built kernels: conftest.py puts them in place for a test that has it for its `backend`.
-BACKENDS = ("reference", "cpu", "native", "sdpa")
+# "cpu" is the op in C++, "plain" the same backend without: conftest.py takes it away from a test with that `backend`.
+BACKENDS = ("reference", "cpu", "plain", "sdpa")
 # Drawn anew would be drawn differently in every run: a failure must be there again in the next one.
 DRAWN = settings(max_examples=30, deadline=None, derandomize=True)
 
@@ -225,7 +225,7 @@ LEAVES = {
 
 def call(op: str, source: Any, x: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
     """The outputs of one op, from mimic_core.ops or from the oracles. "out" and "lse" look at one result alone."""
-    if options.get("backend") == "native":
+    if options.get("backend") == "plain":
         options = {**options, "backend": "cpu"}
     if op == "shifted":
         return {"out": source.shifted_attention(*(x[name] for name in LEAVES[op]), **options)}
@@ -344,3 +344,8 @@ def plain_sdpa_errors(case: Case) -> dict[str, float]:
     for name, grad in zip(leaves, grads, strict=True):
         errors[f"grad {name}"] = (grad.double() - want.grads[name]).abs().max().item()
     return errors
+
+
+def leaves_of(case: Case, op: str = "shifted") -> list[Tensor]:
+    """The tensors an op has gradients in, as leaves."""
+    return [attending_inputs(case).tensors[name].detach().requires_grad_() for name in LEAVES[op]]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import mimic_core as mc
 from mimic_core import checkpoint
+from mimic_core.adapters.call import AttentionCall
+from mimic_core.adapters.edits import Entry
 from mimic_core.adapters.install import Installation
-from mimic_core.adapters.interface import AttentionCall, Entry
 from mimic_core.heads import LIVEHead, MimICHead
 
 pytestmark = pytest.mark.usefixtures("no_shape_checks", "functions_made_in_functions_unchecked")
@@ -98,7 +99,7 @@ def left_behind(monkeypatch: Break) -> None:
     remove = Installation.remove
 
     def leave_a_note(self: Installation) -> None:
-        for module in self._slotted:
+        for module in self._edited:
             module.__dict__["note"] = "was here"
         remove(self)
 

@@ -1,19 +1,19 @@
-"""What runs around torch's CUDA kernels, without a GPU.
+"""What runs around torch's CUDA kernels in Python, without a GPU. on_stand_ins.py is the same for the ops in C++.
 
 On fake CUDA tensors the real operators check every argument and return the shapes they would. The numbers come from
-stand-ins with the same signatures that work as the kernels are documented to: a backward that uses its `out` for delta
-alone, an LSE with padded rows. With a GPU the kernels themselves run (marker gpu).
+stand-ins. With a GPU the kernels themselves run, around them the ops in C++ and plain torch (marker gpu).
 """
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import stand_ins
 import torch
 from op_cases import CASES, HALF_CASES, Case, Results, attending_inputs, check, inputs_of, results
+from stand_ins import KINDS
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
@@ -21,13 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.torch_version import TorchVersion
 
 from mimic_core import BackendUnavailableError, ops
-from mimic_core.ops import _cuda, _triton
+from mimic_core.ops.plain import cuda
 
-KINDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-}
+pytestmark = pytest.mark.plain
 needs_cuda_build = pytest.mark.skipif(
     not torch.backends.cuda.is_built() or TorchVersion(torch.__version__) < "2.13",
     reason="a torch built without CUDA, or whose fake CUDA tensors want a GPU",
@@ -47,7 +43,7 @@ def test_arguments_fit_the_schemas(kind: str, g: int, mask: str) -> None:
     if kind == "flash" and case.mask != "none":
         pytest.skip("flash takes no mask")
     inputs = inputs_of(case)
-    kernel = _cuda._KERNELS[KINDS[kind]]
+    kernel = cuda._KERNELS[KINDS[kind]]
     with FakeTensorMode(allow_non_fake_inputs=True):
         q, k, v = (torch.empty(inputs.tensors[name].shape, dtype=torch.bfloat16, device="cuda") for name in "qkv")
         given = inputs.options["mask"]
@@ -84,123 +80,14 @@ def test_auto_on_cuda() -> None:
 # --- the maths around them
 
 
-def _softmax(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
-    scores = q.double() @ k.double().mT * scale
-    if is_causal:
-        assert q.shape[2] == k.shape[2], "the kernels align a causal mask each in its own way"
-        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -math.inf)
-    if mask is not None:
-        assert mask.shape == scores.shape
-        scores = scores + mask.double()
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp()
-    # A row without keys gives finite nonsense, as the kernels' do.
-    return weights.nan_to_num(0.25), lse.masked_fill(lse == -math.inf, 3.0)
-
-
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor]:
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    weights, lse = _softmax(q, k, mask, scale, is_causal)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return (weights @ v.double()).to(q.dtype), lse.to(wide)
-
-
-def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Tensor | None, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups = q.shape[1] // k.shape[1]
-    keys, values = (x.repeat_interleave(groups, 1) for x in (k, v))
-    weights, _ = _softmax(q, keys, mask, scale, is_causal)
-    grad = grad.double()
-    delta = (grad * out.double()).sum(-1, keepdim=True)
-    of_scores = weights * (grad @ values.double().mT - delta) * scale
-    of_k, of_v = ((x.mT @ y.double()).unflatten(1, (-1, groups)).sum(2) for x, y in ((of_scores, q), (weights, grad)))
-    return (of_scores @ keys.double()).to(q.dtype), of_k.to(q.dtype), of_v.to(q.dtype)
-
-
-def _beside(q: Any, k: Any) -> tuple[Any, ...]:
-    """What flash and cuDNN give besides output and LSE: lengths, the random state, the mask of a dropout."""
-    return None, None, q.shape[2], k.shape[2], torch.ones(2), torch.ones(1), None
-
-
-def _steps(x: Tensor) -> list[int]:
-    """Strides, of axes that have any."""
-    return [step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1]
-
-
-def _flash(q: Any, k: Any, v: Any, dropout: float, is_causal: bool, debug: bool, *, scale: float) -> Any:
-    assert (dropout, debug) == (0.0, False)
-    return *_forward(q, k, v, None, scale, is_causal), *_beside(q, k)
-
-
-def _flash_backward(
-    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cum_q: Any, cum_k: Any, max_q: int, max_k: int,
-    dropout: float, is_causal: bool, seed: Any, offset: Any, *, scale: float,
-) -> Any:  # fmt: skip
-    assert (cum_q, cum_k, max_q, max_k, dropout) == (None, None, q.shape[2], k.shape[2], 0.0)
-    assert (len(seed), len(offset)) == (2, 1)
-    return _backward(grad, q, k, v, out, None, scale, is_causal)
-
-
-def _efficient(
-    q: Any, k: Any, v: Any, bias: Any, with_lse: bool, dropout: float, is_causal: bool, *, scale: float
-) -> Any:
-    assert with_lse
-    assert q.shape[1] == k.shape[1]
-    out, lse = _forward(q, k, v, bias, scale, is_causal)
-    padded = lse.new_full((*lse.shape[:2], -(-lse.shape[2] // 32) * 32), math.nan)
-    padded[:, :, : lse.shape[2]] = lse
-    return out, padded, torch.ones(()), torch.ones(())
-
-
-def _efficient_backward(
-    grad: Any, q: Any, k: Any, v: Any, bias: Any, out: Any, lse: Any, seed: Any, offset: Any, dropout: float,
-    wanted: Any, is_causal: bool, *, scale: float,
-) -> Any:  # fmt: skip
-    assert lse.shape[2] % 32 == 0, "as it came"
-    assert (wanted, seed.shape, offset.shape) == ([True, True, True, False], (), ())
-    return *_backward(grad, q, k, v, out, bias, scale, is_causal), None
-
-
-def _cudnn(
-    q: Any, k: Any, v: Any, bias: Any, with_lse: bool, dropout: float, is_causal: bool, debug: bool, *, scale: float
-) -> Any:
-    assert with_lse
-    assert q.shape[1] == k.shape[1]
-    out, lse = _forward(q, k, v, bias, scale, is_causal)
-    return torch.empty_like(q).copy_(out), lse[..., None], *_beside(q, k)
-
-
-def _cudnn_backward(
-    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, seed: Any, offset: Any, bias: Any, cum_q: Any, cum_k: Any,
-    max_q: int, max_k: int, dropout: float, is_causal: bool, *, scale: float,
-) -> Any:  # fmt: skip
-    assert lse.shape == (*q.shape[:3], 1)
-    assert (cum_q, cum_k, max_q, max_k, len(seed), len(offset)) == (None, None, q.shape[2], k.shape[2], 2, 1)
-    # A plan is kept by q, k, v and the dropout; the other strides are taken to be those it was made with.
-    assert _steps(grad) == _steps(torch.empty(q.transpose(1, 2).shape).transpose(1, 2))
-    assert _steps(out) == _steps(torch.empty_like(q))
-    assert math.copysign(1, dropout) == -1, "plans of others"
-    return _backward(grad, q, k, v, out, bias, scale, is_causal)
-
-
 @pytest.fixture
 def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {"flash": (_flash, _flash_backward), "efficient": (_efficient, _efficient_backward)}
-    names["cudnn"] = (_cudnn, _cudnn_backward)
-    aten = {}
-    for name, (forward, backward) in names.items():
-        aten[f"_scaled_dot_product_{name}_attention"] = forward
-        aten[f"_scaled_dot_product_{name}_attention_backward"] = backward
-    monkeypatch.setattr(_cuda, "_aten", SimpleNamespace(**aten))
-    monkeypatch.setattr(_triton, "INSTALLED", False)
+    monkeypatch.setattr(cuda, "_aten", SimpleNamespace(**stand_ins.aten()))
 
 
 def _ops_of(kind: str) -> Any:
     """The ops of one kernel with the signatures of `mimic_core.ops`."""
-    kernel = _cuda._OPS[KINDS[kind].value]
+    kernel = cuda._OPS[KINDS[kind].value]
 
     def attention_with_lse(q: Any, k: Any, v: Any, mask: Any = None, scale: Any = None, is_causal: bool = False) -> Any:
         return kernel.attention_with_lse(q, k, v, *ops._arguments(q, k, v, mask, scale, is_causal))

@@ -40,6 +40,8 @@ LAYERS = {
 STRANGERS = [("heads", "adapters"), ("adapters", "heads")]
 HUB = {"transformers", "huggingface_hub", "safetensors"}
 MAY_IMPORT_HUB = {"adapters", "checkpoint", "demo", "testing"}
+# Which compiler to call is said by CXX to everything that builds.
+MAY_READ = {"ops/native/build.py": {"CXX"}}
 # A model nobody has seen may raise anything; what it raised is told.
 RUN_FOREIGN_CODE = {"adapters/probe.py", "testing/verdicts.py"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -109,21 +111,8 @@ def test_only_some_parts_know_the_hub(path: Path) -> None:
 
 
 @over_sources
-def test_only_triton_files_import_triton_and_nobody_imports_those_at_its_top(path: Path) -> None:
-    """So that a machine without triton, and `import mimic_core`, never meet it."""
-    if "triton" in {name[0] for name in imports(path)}:
-        assert path.name.startswith("_triton")
-    at_top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
-    taken = {f"{node.module or ''}.{alias.name}" for node in at_top for alias in node.names}
-    if not imports_triton(path):
-        kernels = {p.stem for p in SOURCES if imports_triton(p)}
-        assert not [name for name in taken if kernels & set(name.split("."))], path.name
-
-
-def imports_triton(path: Path) -> bool:
-    top = ast.parse(path.read_text()).body
-    modules = [alias.name for node in top if isinstance(node, ast.Import) for alias in node.names]
-    return any(name.split(".")[0] == "triton" for name in modules)
+def test_nobody_imports_triton(path: Path) -> None:
+    assert "triton" not in {name[0] for name in imports(path)}
 
 
 def names_taken(path: Path) -> Iterator[str]:
@@ -145,11 +134,18 @@ def test_the_demo_uses_the_public_api(path: Path) -> None:
 @over_sources
 def test_no_eval_no_environment_no_utils(path: Path) -> None:
     assert path.stem not in ("utils", "helpers", "common", "misc")
+    allowed: set[ast.AST] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("eval", "exec", "compile"), f"{path.name}:{node.lineno} calls {node.func.id}"
+        if ast.unparse(node) in {
+            f"os.environ.get({name!r})" for name in MAY_READ.get(str(path.relative_to(PACKAGE)), ())
+        }:
+            allowed.add(node.func.value)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
-            assert node.attr not in ("environ", "environb", "getenv", "putenv"), f"{path.name}:{node.lineno}"
+            assert node in allowed or node.attr not in ("environ", "environb", "getenv", "putenv"), (
+                f"{path.name}:{node.lineno}"
+            )
         if isinstance(node, ast.ImportFrom) and node.module == "os":
             assert not {alias.name for alias in node.names} & {"environ", "environb", "getenv", "putenv"}
 
@@ -166,7 +162,7 @@ def test_no_broad_except(path: Path) -> None:
 
 
 def text_files() -> list[Path]:
-    suffixes = (".py", ".cpp", ".h", ".md", ".toml", ".yml", ".yaml", ".txt", ".typed")
+    suffixes = (".py", ".cpp", ".cu", ".h", ".md", ".toml", ".yml", ".yaml", ".txt", ".typed")
     return [
         path
         for folder in ("mimic_core", "benchmarks", "tests", "docs")

@@ -166,7 +166,7 @@ def test_auto_is_the_backend_it_says(op: str):
 def test_auto_says_why():
     x = inputs_of(Case()).tensors
     q, k, v = x["q"], x["k"], x["v"]
-    assert ops.resolve_backend(q, k, v) == ("cpu", "the first choice")
+    assert ops.resolve_backend(q, k, v) == ("cpu", "the first choice; in C++")
     assert ops.resolve_backend(q, k, v, backend="sdpa") == ("sdpa", "asked for by name")
     wide = ops.resolve_backend(q, k, v[..., :5])
     assert wide.name == "sdpa"

@@ -137,6 +137,8 @@ def test_disabled_runs_no_kernel_of_ours(monkeypatch: pytest.MonkeyPatch) -> Non
     with mc.patch(model, random_shifts(model, "mimic")) as handle:
         for name in ("attention_lse", "attention_with_lse", "shifted_attention", "resolve_backend"):
             monkeypatch.setattr(mc.ops, name, never)
+        for name in ("attention_with_lse", "shifted_attention"):
+            monkeypatch.setattr(mc.ops.like_sdpa, name, never)
         with handle.disabled():
             logits_of(model, inputs)
         with pytest.raises(AssertionError, match="an op of the library ran"):

@@ -14,8 +14,10 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import PatchStateError, ShapeError, UnsupportedModelError
 from ..types import ATTENTION_SITES, LayerSpec, ModelSpec, Site
 from .base import AttentionAdapter, unwrap
+from .compiled import asked_about, mark, runs_compiled, unmark, with_lasting_key
+from .edits import Entry, SiteEdit
 from .forward import AGAIN, Forward
-from .interface import SLOT, AttentionSlot, Entry, SiteEdit
+from .interface import SLOT, AttentionSlot
 from .locate import locate
 from .scope import LayerScope
 
@@ -27,6 +29,7 @@ class _ForwardState(threading.local):
     """Where this thread is in a forward of the model. Copies and pickles start afresh."""
 
     depth = 0
+    ran = False  # the decoder, since the model last ended
     grad_enabled = False
     tokens: tuple[int, int] = (0, 0)  # b and t
     forward: Forward | None = None
@@ -46,6 +49,9 @@ class Installation:
 
     Edits at one site run in the order they were installed, whoever installed them.
 
+    Attributes:
+        active: Whether the edits run.
+
     Args:
         model: The model, possibly wrapped (see `adapter_for`).
         edits: What goes where.
@@ -57,13 +63,17 @@ class Installation:
 
     def __init__(self, model: nn.Module, edits: Iterable[SiteEdit], key: object = None) -> None:
         self.key = key
+        self.active = True
         self._off = 0
         self._state = _ForwardState()
         self._hooks: list[RemovableHandle] = []
-        self._slotted: list[nn.Module] = []
+        self._edited: list[nn.Module] = []
         inner, adapter, spec = locate(model)
+        self._model = inner
         edits = list(edits)
         self._looks = any(edit.needs_prompt_end for edit in edits)
+        self._wants_sizes = any(edit.site not in ATTENTION_SITES for edit in edits)
+        self._places = frozenset((edit.layer, edit.site) for edit in edits)
         for edit in edits:
             _check_place(inner, spec.layers, edit)
         self._entries: list[Entry] = []
@@ -78,10 +88,11 @@ class Installation:
                 entry = Entry(edit, self, scope)
                 self._entries.append(entry)
                 self._attach(entry, module)
-            # A wrapper may call the inner model's forward directly, past its hooks, so the decoder has them too.
-            for module in {id(m): m for m in (inner, adapter.decoder(inner))}.values():
-                self._hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-                self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
+            decoder = adapter.decoder(inner)
+            self._hooks.append(decoder.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._hooks.append(with_lasting_key(decoder.register_forward_hook(self._leave, always_call=True), decoder))
+            if decoder is not inner:
+                self._hooks.append(inner.register_forward_hook(self._ended))
         except BaseException:
             self.remove()
             raise
@@ -91,44 +102,53 @@ class Installation:
         self._hooks.append(layer.register_forward_hook(scope.leave, always_call=True))
 
     def _attach(self, entry: Entry, module: nn.Module) -> None:
-        if entry.edit.site in ATTENTION_SITES:
+        inside = entry.edit.site in ATTENTION_SITES
+        self._edited.append(module)
+        if inside:
             slot = module.__dict__.get(SLOT) or AttentionSlot()
             module.__dict__[SLOT] = slot
             slot.hold((*slot.entries, entry))
-            self._slotted.append(module)
         else:
             self._hooks.append(module.register_forward_hook(_OutputHook(entry, self)))
+        for asked in asked_about(module, inside):
+            mark(asked)
 
     def remove(self) -> None:
         """Take every edit out. Done twice, it does nothing the second time."""
         for hook in self._hooks:
             hook.remove()
-        for module in self._slotted:
+        for module in self._edited:
             slot: AttentionSlot | None = module.__dict__.get(SLOT)
-            if slot is None:
-                continue
-            slot.hold(tuple(e for e in slot.entries if e.owner is not self))
-            if not slot.entries:
-                del module.__dict__[SLOT]
-                slot.release()
-        self._hooks, self._slotted = [], []
+            if slot is not None:
+                slot.hold(tuple(e for e in slot.entries if e.owner is not self))
+                if not slot.entries:
+                    del module.__dict__[SLOT]
+                    slot.release()
+                    for child in module.children():
+                        unmark(child)
+            if not _is_edited(module):
+                unmark(module)
+        self._hooks, self._edited = [], []
 
     @property
     def installed(self) -> bool:
         """Whether the edits are in the model."""
         return bool(self._hooks)
 
-    @property
-    def active(self) -> bool:
-        """Whether the edits run."""
-        return self._off == 0
-
     def switch_off(self) -> None:
         """Leave the edits in but don't run them, until `switch_on` was called as often."""
-        self._off += 1
+        self._switch(1)
 
     def switch_on(self) -> None:
-        self._off -= 1
+        self._switch(-1)
+
+    def _switch(self, by: int) -> None:
+        self._off += by
+        self.active = self._off == 0
+        for module in self._edited:
+            slot: AttentionSlot | None = module.__dict__.get(SLOT)
+            if slot is not None:
+                slot.refresh()
 
     @property
     def in_forward(self) -> bool:
@@ -168,28 +188,41 @@ class Installation:
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
-        tokens = next((x for x in (*args[:1], *map(kwargs.get, _TOKENS)) if isinstance(x, Tensor)), None)
-        if tokens is not None and tokens.ndim > 1:
-            self._state.tokens = (tokens.shape[0], tokens.shape[1])
-        if self._state.depth == 0:
-            self._state.reached.clear()
-            self._state.grad_enabled = torch.is_grad_enabled()
+        state = self._state
+        if state.depth == 0:
+            state.reached.clear()
+            state.grad_enabled = torch.is_grad_enabled()
+        state.depth += 1
+        state.ran = True
+        if self._wants_sizes:
+            state.tokens = _sizes_of_tokens(args, kwargs) or state.tokens
         if self._looks:
             # The decoder's own, which comes last: an encoder has another mask.
-            self._state.forward = Forward.of(kwargs)
-        self._state.depth += 1
+            state.forward = Forward.of(kwargs)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
+        state = self._state
         # Hooks that were installed in the middle of a forward see its end only.
-        self._state.depth = max(0, self._state.depth - 1)
-        if self._state.depth == 0:
-            self._state.forward = None
-        failed = output is None  # the forward raised, which is the error to see
-        if failed or self._state.depth or not self.active or not self.installed:
+        state.depth = max(0, state.depth - 1)
+        if state.depth:
             return
-        missed = [e.edit for e in self._entries if (e.edit.layer, e.edit.site) not in self._state.reached]
+        state.forward = None
+        failed = output is None  # the forward raised, which is the error to see
+        if failed or state.reached >= self._places or not self.active or not self.installed:
+            return
+        self._complain(module, self._missed(state.reached))
+
+    def _ended(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Whether a forward of the model has run its decoder at all."""
+        if torch.compiler.is_compiling():
+            return
+        if not self._state.ran and self.active:
+            self._complain(module, self._missed(set()))
+        self._state.ran = False
+
+    def _complain(self, module: nn.Module, missed: list[SiteEdit]) -> None:
         if missed:
             where = ", ".join(f"{edit.site} of layer {edit.layer}" for edit in missed[:4])
             more = f" and {len(missed) - 4} more" if len(missed) > 4 else ""
@@ -197,6 +230,27 @@ class Installation:
                 f"a forward of {type(module).__name__} never reached {where}{more}, so the edits there did nothing; "
                 f"its attention may not go through transformers' AttentionInterface, or its adapter names wrong modules"
             )
+
+    def _missed(self, reached: set[tuple[int, Site]]) -> list[SiteEdit]:
+        """The edits that did not run, as far as can be told: code made by torch.compile runs them without a word."""
+        missed = [
+            (entry.edit, module)
+            for entry, module in zip(self._entries, self._edited, strict=True)
+            if (entry.edit.layer, entry.edit.site) not in reached
+        ]
+        return [edit for edit, module in missed if not runs_compiled(self._model, module)]
+
+
+def _sizes_of_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """Batch and length of a decoder's tokens."""
+    for x in (*args[:1], *map(kwargs.get, _TOKENS)):
+        if isinstance(x, Tensor):
+            return (x.shape[0], x.shape[1]) if x.ndim > 1 else None
+    return None
+
+
+def _is_edited(module: nn.Module) -> bool:
+    return SLOT in module.__dict__ or any(isinstance(hook, _OutputHook) for hook in module._forward_hooks.values())
 
 
 def _check_place(model: nn.Module, layers: Sequence[LayerSpec], edit: SiteEdit) -> None:
@@ -231,8 +285,11 @@ class _OutputHook:
         self.entry, self.installation = entry, installation
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not self.entry.active:
+        entry = self.entry
+        if not entry.owner.active or (entry.scope is not None and not entry.active):
             return None
+        if output.__class__ is Tensor and output.ndim != 2:
+            return entry.apply(output, module)
         if isinstance(output, tuple):
             parts = (self._edited(output[0], module), *output[1:])
             return type(output)(*parts) if hasattr(output, "_fields") else parts

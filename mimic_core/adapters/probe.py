@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..types import At, Site
-from .interface import SLOT, AttentionSlot, Entry, SiteEdit
+from .edits import Entry, SiteEdit
+from .interface import SLOT, AttentionSlot
 
 TOKENS = 4
 """How long the text of a probe is: more than one, so that it is no decoding step."""

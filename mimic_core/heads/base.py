@@ -51,12 +51,11 @@ class ShiftHead(nn.Module):
     edited value from `forward`. Parameters are fp32 whatever the model's dtype; `forward` does its maths in fp32 and
     returns the dtype it was given.
 
-    Attributes:
-        name: The name it is registered under.
-        site: The site `forward` edits.
-        config_class: The dataclass of its options.
-        needs_lse: `forward` reads `at.lse`, so attention should keep it.
-        needs_prompt_end: `forward` reads `at.prompt_end`.
+    Attributes: name: The name it is registered under. site: The site `forward` edits. config_class: The dataclass of
+        its options. needs_lse: `forward` reads `at.lse`, so attention should keep it. needs_prompt_end: `forward` reads
+        `at.prompt_end`. needs_at: `forward` looks at its `At`; a head that doesn't is given None, which saves making
+        one. is_gated_shift: At `attn_heads`, `forward` is `ops.gated_shift` with what `gated_shift` returns, and no
+        more. It is then one call with attention, wherever that gives the same bits.
     """
 
     name: ClassVar[str]
@@ -64,6 +63,8 @@ class ShiftHead(nn.Module):
     config_class: ClassVar[type[HeadConfig]] = HeadConfig
     needs_lse: bool = False
     needs_prompt_end: bool = False
+    needs_at: bool = True
+    is_gated_shift: bool = False
 
     def __init__(self, config: HeadConfig, layer: LayerSpec) -> None:
         super().__init__()
@@ -78,6 +79,10 @@ class ShiftHead(nn.Module):
         """Which function edits which site. Override it to edit more than one."""
         return {self.site: self}
 
+    def gated_shift(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Vector, gate weight and gate bias on the query's device; asked for where `is_gated_shift` is True."""
+        raise NotImplementedError(f"{type(self).__name__} has is_gated_shift and must define gated_shift(query)")
+
     def fused(self, at: At) -> Tensor | None:
         """Attention and shift in one, from `at.query`, `at.key`, `at.value`: [b t h e].
 
@@ -85,6 +90,11 @@ class ShiftHead(nn.Module):
         form, `forward` is used.
         """
         return None
+
+    def own(self, name: str) -> Tensor:
+        """A parameter or buffer by name, 4 times as fast as by attribute: a decoded token feels it."""
+        found = self._parameters.get(name)
+        return getattr(self, name) if found is None else found
 
     def extra_repr(self) -> str:
         return f"layer={self.layer.index}"

@@ -51,6 +51,7 @@ class LIVEHead(ShiftHead):
 
     config_class = LIVEConfig
     config: LIVEConfig
+    needs_at = False
     scale: Tensor
 
     def __init__(self, config: LIVEConfig, layer: LayerSpec) -> None:
@@ -63,7 +64,8 @@ class LIVEHead(ShiftHead):
         else:
             self.register_buffer("scale", scale)
 
-    def forward(self, value: Float[Tensor, "b t c"], at: At) -> Float[Tensor, "b t c"]:
-        scale = self.scale.to(value.device)
-        factor = scale.sigmoid() if self.config.sigmoid else scale
-        return ops.norm_preserving_add(value, self.vector.to(value.device), factor)
+    def forward(self, value: Float[Tensor, "b t c"], at: At | None) -> Float[Tensor, "b t c"]:
+        vector, scale = self.own("vector"), self.own("scale")
+        if vector.device != value.device:
+            vector, scale = vector.to(value.device), scale.to(value.device)
+        return ops.norm_preserving_add(value, vector, scale.sigmoid() if self.config.sigmoid else scale)

@@ -76,6 +76,7 @@ class MimICHead(ShiftHead):
         if config.mlp_vector:
             self.mlp_vector = nn.Parameter(torch.randn(layer.hidden_size, dtype=torch.float32) * config.vector_std)
         self.needs_lse = config.gate and config.log_z2 == "attended"
+        self.is_gated_shift = self.needs_lse and not config.shared
 
     def forward(self, value: Float[Tensor, "b t h e"], at: At) -> Float[Tensor, "b t h e"]:
         vector = self.vector.to(value.device)
@@ -84,24 +85,20 @@ class MimICHead(ShiftHead):
         if not self.config.gate:
             return (value + vector).to(value.dtype)
         log_z2 = at.lse if self.config.log_z2 == "attended" else at.lse_all_keys
-        weight, bias = self.gate_weight.to(value.device), self.gate_bias.to(value.device)
         if not self.config.shared:
-            return ops.gated_shift(value, at.query, log_z2, vector, weight, bias)
+            return ops.gated_shift(value, at.query, log_z2, *self.gated_shift(value))
+        weight, bias = self.gate_weight.to(value.device), self.gate_bias.to(value.device)
         query = at.query.transpose(1, 2).flatten(2).to(log_z2.dtype)
         # Not a matrix product, which autocast would take in bf16.
         log_z1 = (query * weight).sum(-1) + bias
         mu = ops.gate(log_z1, log_z2.mean(1))
         return (value + mu[..., None, None] * vector).to(value.dtype)
 
-    def fused(self, at: At) -> Tensor | None:
-        if not self.needs_lse or self.config.shared:
-            return None
-        query, vector, weight, bias = at.query, self.vector, self.gate_weight, self.gate_bias
+    def gated_shift(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        vector, weight, bias = self.own("vector"), self.own("gate_weight"), self.own("gate_bias")
         if vector.device != query.device:
             vector, weight, bias = (x.to(query.device) for x in (vector, weight, bias))
-        return ops.shifted_attention(
-            query, at.key, at.value, vector, weight, bias, mask=at.mask, scale=at.scale, is_causal=at.is_causal
-        )
+        return vector, weight, bias
 
     def edits(self) -> dict[Site, Edit]:
         edits: dict[Site, Edit] = {self.site: self}
@@ -111,4 +108,4 @@ class MimICHead(ShiftHead):
 
     def shift_mlp(self, value: Float[Tensor, "b t c"], at: At) -> Float[Tensor, "b t c"]:
         """The norm-preserving vector on the MLP output."""
-        return ops.norm_preserving_add(value, self.mlp_vector.to(value.device), 1.0)
+        return ops.norm_preserving_add(value, self.own("mlp_vector").to(value.device), 1.0)

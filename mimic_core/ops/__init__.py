@@ -9,12 +9,13 @@ input's dtype. Autocast around a call changes nothing in it.
 
 | backend | what |
 |---|---|
-| cpu | torch's flash kernel; with `build_native` one pass around it in C++ |
-| cuda | torch's flash, memory-efficient or cuDNN kernel, one Triton pass around it |
-| triton | everything in one kernel, on CUDA |
+| cpu | torch's flash kernel, and around it one pass before and after |
+| cuda | torch's flash, memory-efficient or cuDNN kernel, and around it one launch before and after |
 | flex | FlexAttention, on CUDA ("auto" never takes it) |
 | sdpa | any device: torch's attention, and the LSE beside it in chunks |
 | reference | the specification: eager, scores materialised |
+
+cpu and cuda are one call in C++ (`native`), or plain torch where there is no compiler (`plain`).
 """
 
 from __future__ import annotations
@@ -26,15 +27,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import BackendUnavailableError, ShapeError
-from . import _native, _norm, _reference
+from . import _reference, native, plain
 from ._backends import Backend, follows_sdpa, module_for, resolve_backend
 from ._checks import check_attention, check_shift
-from ._cpu import GROUPED_HEADS as _GROUPED_HEADS
-from ._folded import needs_grad
 from ._masks import Mask, causal_mask, normalised
-from ._native import build_native
 from ._precision import full_precision
 from ._reference import gate
+from .native import build_native
 
 __all__ = [
     "Backend",
@@ -87,6 +86,10 @@ def attention_with_lse(
 
     Differentiable in q, k and v through both results; gradients of a mask only with backend "reference".
     """
+    if (backend == "auto" or backend == q.device.type) and (ops := native.ops_for(q)):
+        found = ops.attention_with_lse(q, k, v, mask, scale, is_causal, native.NOBODY)
+        if found is not None:
+            return found
     mask, scale, is_causal = _arguments(q, k, v, mask, scale, is_causal)
     module = module_for(q, k, v, mask, backend)
     with full_precision(q):
@@ -115,29 +118,36 @@ def attention_lse(
         ShapeError, ValueError, UnknownNameError, BackendUnavailableError: as `attention_with_lse`; and for sinks that
             are not one per attention head, a softcap that is not positive, a backend that doesn't know one.
     """
-    mask, scale, is_causal = _arguments(q, k, k, mask, scale, is_causal)
-    if sinks is not None and (tuple(sinks.shape) != (q.shape[1],) or sinks.device != q.device):
+    if sinks is not None and (q.ndim != 4 or tuple(sinks.shape) != (q.shape[1],) or sinks.device != q.device):
         raise ShapeError(
             f"sinks should be [{q.shape[1]}] on {q.device}, one per attention head; given {list(sinks.shape)} on "
             f"{sinks.device}"
         )
-    capped = {}
-    if softcap is not None:
-        if not softcap > 0 or math.isinf(softcap):
-            raise ValueError(f"softcap should be positive and finite, found {softcap}")
-        capped = {"softcap": softcap}
-        if backend == "auto":
-            backend = "sdpa"
-        elif backend not in ("sdpa", "reference"):
-            raise BackendUnavailableError(
-                f"backend {backend!r} was asked for and can't run this call: only 'sdpa' and 'reference' know a softcap"
-            )
+    if softcap is None:
+        # A kernel wants values: the keys are at hand, and what comes out of them is thrown away.
+        if (backend == "auto" or backend == q.device.type) and (ops := native.ops_for(q)):
+            found = ops.attention_with_lse(q, k, k.detach(), mask, scale, is_causal, native.NOBODY)
+            if found is not None:
+                return _with_sinks(found[1], sinks)
+    elif not softcap > 0 or math.isinf(softcap):
+        raise ValueError(f"softcap should be positive and finite, found {softcap}")
+    elif backend not in ("auto", "sdpa", "reference"):
+        raise BackendUnavailableError(
+            f"backend {backend!r} was asked for and can't run this call: only 'sdpa' and 'reference' know a softcap"
+        )
+    elif backend == "auto":
+        backend = "sdpa"
+    mask, scale, is_causal = _arguments(q, k, k, mask, scale, is_causal)
     module = module_for(q, k, k, mask, backend)
     with full_precision(q):
-        lse = module.attention_lse(q, k, mask, scale, is_causal, **capped)
-        if sinks is None:
-            return lse
-        return torch.logaddexp(lse, sinks.to(lse.dtype)[:, None]).masked_fill(lse == -torch.inf, -torch.inf)
+        capped = {} if softcap is None else {"softcap": softcap}
+        return _with_sinks(module.attention_lse(q, k, mask, scale, is_causal, **capped), sinks)
+
+
+def _with_sinks(lse: Tensor, sinks: Tensor | None) -> Tensor:
+    if sinks is None:
+        return lse
+    return torch.logaddexp(lse, sinks.to(lse.dtype)[:, None]).masked_fill(lse == -torch.inf, -torch.inf)
 
 
 def gated_shift(
@@ -163,11 +173,11 @@ def gated_shift(
     Maths in fp32. Differentiable in every argument.
     Source: Jiang et al., CVPR 2025, arXiv:2504.08851, section 3.2.
     """
-    check_shift(query, attn_out.shape, vector, gate_weight, gate_bias, lse)
-    if (native := _native.kernels()) and not needs_grad(attn_out, query, lse, vector, gate_weight, gate_bias):
-        out = native.gated_shift(attn_out, query, lse, vector, gate_weight, gate_bias)
+    if ops := native.ops_for(query):
+        out = ops.gated_shift(attn_out, query, lse, vector, gate_weight, gate_bias)
         if out is not None:
             return out
+    check_shift(query, attn_out.shape, vector, gate_weight, gate_bias, lse)
     with full_precision(query):
         return _reference.gated_shift(attn_out, query, lse, vector, gate_weight, gate_bias)
 
@@ -192,14 +202,16 @@ def shifted_attention(
     Differentiable in every tensor but the mask; the gradient through the LSE into q and k is included.
     Source: Jiang et al., CVPR 2025, arXiv:2504.08851, section 3.2.
     """
-    if backend in ("auto", "cpu") and (native := _native.kernels()) and not torch.is_autocast_enabled("cpu"):
-        out = native.shifted_attention(q, k, v, vector, gate_weight, gate_bias, mask, scale, is_causal, _GROUPED_HEADS)
+    if (backend == "auto" or backend == q.device.type) and (ops := native.ops_for(q)):
+        out = ops.shifted_attention(q, k, v, vector, gate_weight, gate_bias, mask, scale, is_causal, native.NOBODY)
         if out is not None:
             return out
     mask, scale, is_causal = _arguments(q, k, v, mask, scale, is_causal)
     b, h, t, _ = q.shape
     check_shift(q, (b, t, h, v.shape[-1]), vector, gate_weight, gate_bias)
-    module = module_for(q, k, v, mask, backend)
+    module = module_for(q, k, v, mask, backend, vector, gate_weight, gate_bias)
+    if module in (plain.cpu, plain.cuda) and native.traced():
+        return torch.ops.mimic_core.shifted_attention(q, k, v, vector, gate_weight, gate_bias, mask, scale, is_causal)
     with full_precision(q):
         if fused := getattr(module, "shifted_attention", None):
             return fused(q, k, v, vector, gate_weight, gate_bias, mask, scale, is_causal)
@@ -220,10 +232,11 @@ def norm_preserving_add(
     Maths in fp32, the result in x's dtype. Differentiable in every argument.
     Source: Peng et al., NeurIPS 2024, arXiv:2406.13185.
     """
-    if (native := _native.kernels()) and isinstance(scale, Tensor):
-        out = native.norm_preserving_add(x, vector, scale)
+    if ops := native.ops_for(x):
+        out = ops.norm_preserving_add(x, vector, scale)
         if out is not None:
             return out
     if vector.shape != x.shape[-1:]:
         raise ShapeError(f"vector should be [{x.shape[-1]}], as wide as x {list(x.shape)}; given {list(vector.shape)}")
-    return _norm.norm_preserving_add(x, vector, scale)
+    with full_precision(x):
+        return _reference.norm_preserving_add(x, vector, scale)

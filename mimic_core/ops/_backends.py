@@ -9,20 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import BackendUnavailableError, UnknownNameError
-from . import _cpu, _cuda, _flex, _native, _reference, _sdpa, _triton
+from . import _flex, _reference, _sdpa, native
+from ._checks import is_transformed
 from ._masks import Mask
+from .plain import cpu, cuda
 
-BACKENDS: dict[str, ModuleType] = {
-    "cpu": _cpu,
-    "cuda": _cuda,
-    "triton": _triton,
-    "sdpa": _sdpa,
-    "reference": _reference,
-    "flex": _flex,
-}
-# What "auto" tries, by device. On CUDA torch's own kernels come first: they are the ones the unpatched model runs, and
-# on an H200, from 4096 tokens on, 1.5 (bf16) to 5 times (fp32) as fast as those in Triton.
-_AUTO = {"cpu": ("cpu", "sdpa", "reference"), "cuda": ("cuda", "triton", "sdpa", "reference")}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "sdpa": _sdpa, "reference": _reference, "flex": _flex}
+# What "auto" tries, by device; "flex" never.
+_AUTO = {"cpu": ("cpu", "sdpa", "reference"), "cuda": ("cuda", "sdpa", "reference")}
 _ELSEWHERE = ("sdpa", "reference")
 
 
@@ -46,10 +40,14 @@ def resolve_backend(
         UnknownNameError: there is no backend of that name.
         BackendUnavailableError: the named backend can't run this call; the message says why.
     """
+    return _resolved(q, k, v, mask, backend)
+
+
+def _resolved(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str, beside: tuple[Tensor, ...] = ()) -> Backend:
     if backend != "auto":
         if backend not in BACKENDS:
             raise UnknownNameError(f"no backend is called {backend!r}; there are: auto, {', '.join(BACKENDS)}")
-        if reason := BACKENDS[backend].unavailable(q, k, v, mask):
+        if reason := _unavailable(backend, q, k, v, mask, beside):
             raise BackendUnavailableError(
                 f"backend {backend!r} was asked for and can't run this call: {reason}; "
                 f'backend="auto" chooses one that can'
@@ -57,19 +55,25 @@ def resolve_backend(
         return Backend(backend, "asked for by name")
     passed_over = []
     for name in _AUTO.get(q.device.type, _ELSEWHERE):
-        reason = BACKENDS[name].unavailable(q, k, v, mask)
+        reason = _unavailable(name, q, k, v, mask, beside)
         if reason is None:
             why = passed_over or ["the first choice"]
-            if name == "cpu" and _native.kernels():
-                why = [*why, "with the kernels of build_native around it"]
+            if name in _AUTO and native.serves(q.device):
+                why = [*why, "in C++"]
             return Backend(name, "; ".join(why))
         passed_over.append(f"not {name}: {reason}")
     raise BackendUnavailableError("; ".join(passed_over))  # the reference takes everything: not reached
 
 
-def module_for(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str) -> ModuleType:
-    """`resolve_backend`, and the module of that name."""
-    return BACKENDS[resolve_backend(q, k, v, mask, backend).name]
+def _unavailable(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, beside: tuple[Tensor, ...]) -> str | None:
+    if backend != "reference" and is_transformed(q, k, v, *beside):
+        return "torch.func and forward-mode differentiation don't see through it"
+    return BACKENDS[backend].unavailable(q, k, v, mask)
+
+
+def module_for(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str, *beside: Tensor) -> ModuleType:
+    """The module of the backend that runs a call in which the tensors of `beside` take part too."""
+    return BACKENDS[_resolved(q, k, v, mask, backend, beside).name]
 
 
 def follows_sdpa(
@@ -81,8 +85,6 @@ def follows_sdpa(
     is_causal: bool,
 ) -> bool:
     """Whether `backend="auto"` runs the very kernel F.scaled_dot_product_attention would, so gives the same bits."""
-    if (native := _native.kernels()) and native.follows_sdpa(q, k, v, mask, scale, is_causal):
-        return True
     module = _SDPA.get(q.device.type)
     return (
         module is not None
@@ -91,4 +93,4 @@ def follows_sdpa(
     )
 
 
-_SDPA = {"cpu": _cpu, "cuda": _cuda}
+_SDPA = {"cpu": cpu, "cuda": cuda}

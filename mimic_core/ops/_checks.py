@@ -1,12 +1,15 @@
-"""What the ops ask of their arguments, said in one error that states the whole call."""
+"""What the ops ask of their arguments, said in one error that states the whole call; and what autograd asks of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import ShapeError
 
@@ -82,6 +85,43 @@ def check_shift(
     if problem:
         given = ", ".join(f"{name} {list(x.shape)} {x.dtype} {x.device}" for name, x in tensors.items())
         raise ShapeError(f"{problem}; given attention output {list(out_shape)}, {given}")
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether autograd would record a function of these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether torch.func or forward-mode differentiation looks through any of these; a kernel would see numbers."""
+    if torch.compiler.is_compiling():
+        return False
+    of_func = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
+    return any(of_func(x) or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+def once_differentiable(backward: Backward) -> Backward:
+    """The backward of an autograd.Function that has none itself: a second derivative is an error.
+
+    torch's decorator of this name leaves the gradients without a history where only what was saved requires a gradient.
+    A second derivative is then zero without a word.
+    """
+
+    @wraps(backward)
+    def once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        of = (*grads, *ctx.saved_tensors) if torch.is_grad_enabled() else ()
+        if not any(x is not None and x.requires_grad for x in of):
+            return found
+        message = b'mimic_core\'s kernels have no second derivatives; backend="reference" of mimic_core.ops has them'
+        error = torch._C._functions.DelayedError(message, len(found))  # pyright: ignore[reportAttributeAccessIssue]
+        return error(*(None if x is None else x.detach().requires_grad_() for x in found))
+
+    return once
 
 
 def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._folded import needs_grad
+from ._checks import needs_grad
 from ._masks import Mask, additive, causal_mask, rows_that_attend
 
 

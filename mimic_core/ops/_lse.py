@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._checks import once_differentiable
 from ._masks import Mask, rows_that_attend
 from ._precision import full_precision, wide
 

@@ -99,10 +99,11 @@ def norm_preserving_add(
     wide_x = wide(x)
     moved = wide_x + (scale * vector).to(wide_x.dtype)
     length = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
-    # A sum of exactly zero has no direction to keep: it stays zero instead of turning into NaN.
+    # A sum of exactly zero has no direction to keep: it stays zero, and passes no gradient on, instead of turning into
+    # NaN.
     safe = torch.where(length > 0, length, torch.ones_like(length))
     ratio = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True) / safe
-    return (moved * ratio).to(x.dtype)
+    return (moved * ratio.masked_fill(length == 0, 0.0)).to(x.dtype)
 
 
 def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Bool[Tensor, ...] | None) -> str | None:

@@ -1,22 +1,20 @@
 """CUDA: the attention kernels torch itself carries (flash, memory-efficient, cuDNN), all of which give the LSE.
 
-Which one runs is torch's own choice for the call, so that a shift of zero changes no bit of the model. Around it one
-fused pass before and after (`_triton_epilogue`).
+Which one runs is torch's own choice for the call, so that a shift of zero changes no bit of the model. The ops in C++
+are the same in one call, with one launch of a kernel before and after.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from . import _epilogue, _triton
-from ._folded import Kernel, Ops, Prepared, Saved, ops_of
-from ._masks import Mask, additive, causal_mask, rows_that_attend
+from .._masks import Mask, additive, causal_mask, rows_that_attend
+from .folded import Kernel, Ops, Prepared, Saved, ops_of
 
 _aten = torch.ops.aten
 _ALIGNMENT = 16  # elements: what the memory-efficient kernel wants a row of its bias to start at
@@ -89,15 +87,6 @@ def shifted_attention(
     return shifted(q, k, v, vector, gate_weight, gate_bias, mask, scale, is_causal)
 
 
-def _epilogue_now() -> ModuleType:
-    """One fused pass in Triton; plain torch without it, and where torch.compile traces, which fuses that."""
-    if torch.compiler.is_compiling() or not _triton.INSTALLED:
-        return _epilogue
-    from . import _triton_epilogue
-
-    return _triton_epilogue
-
-
 def _aligned(mask: Tensor) -> Tensor:
     """The same numbers, each row at an address the kernel can load whole vectors from."""
     s = mask.shape[-1]
@@ -117,7 +106,8 @@ def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
 class _Torch(ABC):
     """One of torch's kernels."""
 
-    takes_groups = False  # key/value heads as they are; otherwise they are repeated first
+    # Key/value heads as they are, where there is no mask; otherwise they are repeated first, as transformers does.
+    takes_groups = False
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> Prepared:
         """Causal at the upper left, whatever a kernel makes of unequal lengths."""
@@ -129,7 +119,7 @@ class _Torch(ABC):
             mask, is_causal = causal_mask(t, s, q.device), False
         if mask is not None:
             mask = _aligned(additive(mask, q.dtype)).expand(*q.shape[:3], s)
-        if not self.takes_groups and k.shape[1] != q.shape[1]:
+        if k.shape[1] != q.shape[1] and not (self.takes_groups and mask is None):
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         return Prepared(q, k, v, mask, scale, is_causal, attends)
@@ -186,6 +176,8 @@ class _CuDNN(_Torch):
     the plans our own.
     """
 
+    takes_groups = True
+
     def forward(self, p: Prepared) -> tuple[Tensor, Tensor, Saved]:
         attention = _aten._scaled_dot_product_cudnn_attention
         out, lse, *saved, _ = attention(p.q, p.k, p.v, p.mask, True, 0.0, p.is_causal, False, scale=p.scale)
@@ -207,4 +199,4 @@ _KERNELS: dict[SDPBackend, Kernel] = {
     SDPBackend.EFFICIENT_ATTENTION: _Efficient(),
     SDPBackend.CUDNN_ATTENTION: _CuDNN(),
 }
-_OPS = {kind.value: ops_of(kernel, _epilogue_now) for kind, kernel in _KERNELS.items()}
+_OPS = {kind.value: ops_of(kernel) for kind, kernel in _KERNELS.items()}

@@ -1,23 +1,20 @@
-"""CPU: torch's flash kernel, which gives the LSE with the output."""
+"""CPU: torch's flash kernel, which gives the LSE with the output. The ops in C++ are the same in one call."""
 
 from __future__ import annotations
-
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.torch_version import TorchVersion
 
-from . import _epilogue, _native
-from ._folded import Prepared, Saved, ops_of
-from ._masks import Mask, additive, causal_mask, rows_that_attend
+from .._masks import Mask, additive, causal_mask, rows_that_attend
+from .folded import Prepared, Saved, ops_of
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # Given fewer key/value heads than query heads, the kernel of torch 2.6 reads past their end; 2.13's is right.
-GROUPED_HEADS = TorchVersion(torch.__version__) >= "2.13"
+_GROUPED_HEADS = TorchVersion(torch.__version__) >= "2.13"
 
 # Without instructions for it, the kernel's bf16 backward is 10 to 12 times slower than its fp32 one (AVX2); with
 # AVX512-BF16 1.5 times, for half the memory. Its fp16 backward is 1.2 to 1.6 times slower (torch 2.15), or a thousand
@@ -51,10 +48,7 @@ def follows_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_c
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> Prepared:
     t, s = q.shape[2], k.shape[2]
-    made = None
-    if mask is not None and mask.shape[-1] == s and (native := _native.kernels()):
-        made = native.additive_mask(mask, q)
-    mask, attends = made or (mask, rows_that_attend(mask))
+    attends = rows_that_attend(mask)
     if is_causal and t < s:
         k, v = k[:, :, :t], v[:, :, :t]
     elif is_causal and t > s:
@@ -64,7 +58,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal
         # torch 2.6 takes the last axis for contiguous.
         mask = mask.expand(*mask.shape[:-1], s)
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-    if not GROUPED_HEADS and k.shape[1] != q.shape[1]:
+    if not _GROUPED_HEADS and k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     # A last axis that is not contiguous gives a wrong output beside a right LSE.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -72,12 +66,12 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal
 
 
 def forward(p: Prepared) -> tuple[Tensor, Tensor, Saved]:
-    """See `_folded.Kernel`."""
+    """See `folded.Kernel`."""
     return *_flash(p.q, p.k, p.v, 0.0, p.is_causal, attn_mask=p.mask, scale=p.scale), ()
 
 
 def backward(grad: Tensor, p: Prepared, out: Tensor, lse: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-    """See `_folded.Kernel`."""
+    """See `folded.Kernel`."""
     q, k, v, mask = p.q, p.k, p.v, p.mask
     dtype = q.dtype
     if dtype == torch.float16 or (dtype == torch.bfloat16 and not _BF16_INSTRUCTIONS):
@@ -87,13 +81,8 @@ def backward(grad: Tensor, p: Prepared, out: Tensor, lse: Tensor, saved: Saved) 
     return tuple(x.to(dtype) for x in grads)  # pyright: ignore[reportReturnType]
 
 
-def epilogue() -> ModuleType:
-    """The built kernels, or plain torch; always the latter where torch.compile traces, which fuses it."""
-    return _native.kernels() or _epilogue
-
-
 class _Kernel:
     prepare, forward, backward = staticmethod(prepare), staticmethod(forward), staticmethod(backward)
 
 
-attention_with_lse, attention_lse, shifted_attention = ops_of(_Kernel(), epilogue)
+attention_with_lse, attention_lse, shifted_attention = ops_of(_Kernel())

@@ -13,16 +13,16 @@ out + mu (1 - mu) vector = shifted - mu^2 vector, and the gradient through the L
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._masks import Mask
-from ._precision import full_precision
+from .._checks import needs_grad, once_differentiable
+from .._masks import Mask
+from .._precision import full_precision
+from . import epilogue
 
 
 class Prepared(NamedTuple):
@@ -62,13 +62,8 @@ class Ops(NamedTuple):
     shifted_attention: Callable[..., Tensor]
 
 
-def needs_grad(*tensors: Tensor) -> bool:
-    """Whether autograd would record a function of these."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def ops_of(kernel: Kernel, epilogue: Callable[[], ModuleType]) -> Ops:
-    """The three ops of a backend, from its kernel and the epilogue it has at the time of a call."""
+def ops_of(kernel: Kernel) -> Ops:
+    """The three ops of a backend, from its kernel."""
 
     class AttentionWithLSE(torch.autograd.Function):
         """Attention and LSE, differentiable in both."""
@@ -122,7 +117,7 @@ def ops_of(kernel: Kernel, epilogue: Callable[[], ModuleType]) -> Ops:
             p = Prepared(q, k, v, mask, scale, is_causal, attends)
             out, lse, saved = kernel.forward(p)
             out = out.transpose(1, 2)
-            mu = epilogue().gated_shift_(out, q, lse, attends, vector, gate_weight, gate_bias)
+            mu = epilogue.gated_shift_(out, q, lse, attends, vector, gate_weight, gate_bias)
             _save(ctx, p, (out, lse, mu, vector, gate_weight), saved)
             return out
 
@@ -136,14 +131,14 @@ def ops_of(kernel: Kernel, epilogue: Callable[[], ModuleType]) -> Ops:
         def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             p, (shifted, lse, mu, vector, weight), saved = _saved(ctx, 5)
             into_attention = any(ctx.needs_input_grad[:3])
-            out, df, d_vector, d_weight, d_bias = epilogue().folded_gradients(
+            out, df, d_vector, d_weight, d_bias = epilogue.folded_gradients(
                 grad, shifted, p.q, mu, vector, weight, into_attention
             )
             dq = dk = dv = None
             if out is not None:
                 dq, dk, dv = kernel.backward(grad.transpose(1, 2), p, out.transpose(1, 2), lse, saved)
                 if ctx.needs_input_grad[0]:
-                    epilogue().add_to_dq_(dq, df, weight)
+                    epilogue.add_to_dq_(dq, df, weight)
             return dq, dk, dv, d_vector, d_weight, d_bias, None, None, None, None
 
     def attention_with_lse(
@@ -180,7 +175,7 @@ def ops_of(kernel: Kernel, epilogue: Callable[[], ModuleType]) -> Ops:
             )
         out, lse, _ = kernel.forward(p)
         out = out.transpose(1, 2)
-        epilogue().gated_shift_(out, p.q, lse, p.attends, vector, gate_weight, gate_bias)
+        epilogue.gated_shift_(out, p.q, lse, p.attends, vector, gate_weight, gate_bias)
         return out
 
     return Ops(attention_with_lse, attention_lse, shifted_attention)

@@ -1,8 +1,4 @@
-"""What surrounds an attention kernel, in plain torch: gate and shift after it, its share of the folded backward before.
-
-Two other modules offer the same three functions, one pass over memory each: `_native` (C++) and `_triton_epilogue`
-(CUDA). The torch compiler fuses these here by itself.
-"""
+"""What surrounds an attention kernel, in plain torch: gate and shift after it, its part of the backward before."""
 
 from __future__ import annotations
 
@@ -10,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ._precision import wide
-from ._reference import gate_logit
+from .._precision import wide
+from .._reference import gate_logit
 
 
 def gated_shift_(

@@ -1,0 +1,221 @@
+"""One call of attention at a module with edits: in which order they run, and what gives the LSE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.integrations import sdpa_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .. import ops
+from ..errors import UnsupportedModelError
+from ..ops import like_sdpa
+from ..types import At, AttentionView
+from .edits import Entry
+
+# Arguments of attention functions that change the logits: those the LSE follows (where an implementation heeds them),
+# and those it does not.
+_FOLLOWED = ("softcap", "s_aux")
+_CHANGES_LOGITS = ("position_bias", "indices", "block_indices")
+UNUSUAL = frozenset((*_FOLLOWED, *_CHANGES_LOGITS))
+
+
+class Plan:
+    """The edits of one call of attention, by the moment they run."""
+
+    def __init__(self, entries: tuple[Entry, ...]) -> None:
+        self.before = [e for e in entries if e.edit.site in ("query", "key", "value")]
+        self.of_lse = [e for e in entries if e.edit.site == "lse"]
+        self.heads = [e for e in entries if e.edit.site == "attn_heads"]
+        readers = [e for e in entries if e.edit.needs_lse or e.edit.site == "lse"]
+        self.reads_lse = bool(readers)
+        # Attention and edit can be one call where nobody else reads the LSE and no other edit comes between.
+        alone = readers[0] if len(readers) == 1 and readers == self.heads[:1] else None
+        self.fused = alone if alone is not None and (alone.edit.fused or alone.edit.shift) else None
+        # And all there is to do, where it is a gated shift and nobody else is there.
+        self.only_shift = entries[0] if entries == (self.fused,) and entries[0].is_shift_alone else None
+
+
+class AttentionCall(AttentionView):
+    """One call of attention at a module with edits: what attention sees, and the LSE when somebody asks."""
+
+    def __init__(
+        self,
+        implementation: str,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        options: dict[str, Any],
+    ) -> None:
+        self.implementation = implementation
+        self.module = module
+        self.query, self.key, self.value, self.mask = query, key, value, mask
+        self.options = options
+        scaling = options.get("scaling")
+        self.scale: float = query.shape[-1] ** -0.5 if scaling is None else scaling
+        self._lse: Tensor | None = None
+
+    @property
+    def is_causal(self) -> bool:
+        """No mask means causal where transformers' sdpa function takes it so; the others never do."""
+        return (
+            self.implementation == "sdpa"
+            and self.query.shape[2] != 1
+            and _is_causal(self.module, self.mask, self.options)
+        )
+
+    @property
+    def lse(self) -> Tensor:
+        if self._lse is None:
+            self._check_lse()
+            self._lse = ops.attention_lse(
+                self.query,
+                self.key,
+                _dense(self.mask, self.query, self.key),
+                self.scale,
+                self.is_causal,
+                softcap=self.options.get("softcap"),
+                sinks=self.options.get("s_aux"),
+            )
+        return self._lse
+
+    @property
+    def lse_all_keys(self) -> Tensor:
+        self._check_lse()
+        odd = [name for name in _FOLLOWED if self.options.get(name) is not None]
+        if odd:
+            raise UnsupportedModelError(
+                f"the LSE over all keys is that of the published models; {type(self.module).__name__} has "
+                f"{', '.join(odd)} in its attention logits"
+            )
+        return ops.attention_lse(self.query, self.key, None, self.scale, False)
+
+    @property
+    def logits(self) -> tuple[str, ...]:
+        options = {name: x for name, x in self.options.items() if x is not None}
+        words = [f"softcap {options['softcap']:g}"] if "softcap" in options else []
+        words += ["sinks"] if "s_aux" in options else []
+        words += [f"window {options['sliding_window']}"] if options.get("sliding_window") else []
+        return (*words, *(name.replace("_", " ") for name in _CHANGES_LOGITS if name in options))
+
+    def _check_lse(self) -> None:
+        problem = None
+        options, refused = self.options, _CHANGES_LOGITS
+        if self.implementation == "sdpa":
+            refused = _FOLLOWED + _CHANGES_LOGITS  # transformers' sdpa function knows neither
+        odd = [name for name in refused if options.get(name) is not None]
+        if odd:
+            problem = f"{', '.join(odd)} enter(s) its attention logits, which is not supported"
+        elif self.implementation not in ("sdpa", "eager", "flex_attention"):
+            problem = (
+                f"attention implementation {self.implementation!r} hides its mask or logits; "
+                f"use model.set_attn_implementation('sdpa') or 'eager'"
+            )
+        if problem:
+            raise UnsupportedModelError(f"the LSE of {type(self.module).__name__} can't be computed: {problem}")
+
+    def run(self, base: Callable[..., Any], plan: Plan) -> tuple[Tensor, Any]:
+        """Attention with all edits of this call."""
+        if self.implementation.startswith("paged|") and any(e.edit.site != "query" for e in plan.before):
+            raise UnsupportedModelError(
+                f"attention implementation {self.implementation!r} is handed the keys and values of new tokens alone, "
+                f"before its cache has them, so edits there would be others than elsewhere; use another implementation"
+            )
+        for entry in plan.before:
+            setattr(self, entry.edit.site, entry.apply(getattr(self, entry.edit.site), self.module, self))
+            self._lse = None  # an edit may have asked for it and then changed what it is made of
+        if plan.reads_lse:
+            self._check_lse()  # before attention is paid for
+        out = weights = None
+        heads = plan.heads
+        if plan.reads_lse and self.implementation == "sdpa" and base is sdpa_attention_forward:
+            out = self._fused(plan.fused) if plan.fused is not None else None
+            if out is not None:
+                heads = heads[1:]
+            else:
+                out = self._with_lse()
+        if out is None:
+            out, weights = base(self.module, self.query, self.key, self.value, self.mask, **self.options)
+        for entry in plan.of_lse:
+            entry.apply(self.lse, self.module, self)
+        for entry in heads:
+            out = entry.apply(out, self.module, self)
+        return out, weights
+
+    def _fused(self, entry: Entry) -> Tensor | None:
+        """Attention and one edit in one call, where it gives the bits of attention and edit apart."""
+        edit, out = entry.edit, None
+        if edit.shift is not None:
+            return shifted(entry, self.module, self.query, self.key, self.value, self.mask, self.options)
+        if edit.fused is not None and self._kernel_is_ours():
+            out = edit.fused(At(edit.layer, edit.site, self.module, self))
+        if out is not None:
+            entry.owner.reached(edit.layer, edit.site)
+        return out
+
+    def _with_lse(self) -> Tensor | None:
+        """Attention from `ops`, which keeps the LSE, where it gives the very bits of the model's own."""
+        if self.options.get("dropout"):
+            return None
+        found = like_sdpa.attention_with_lse(
+            self.query, self.key, self.value, self.mask, self.options.get("scaling"), self.is_causal, _PACKS_GROUPS
+        )
+        if found is None:
+            return None
+        out, self._lse = found
+        return out
+
+    def _kernel_is_ours(self) -> bool:
+        """Whether one call of `ops` gives the very bits the model's own sdpa would, and the LSE with them."""
+        q, k = self.query, self.key
+        if self.options.get("dropout") or like_sdpa.is_packed(q, k, self.mask, _PACKS_GROUPS):
+            return False
+        return ops.follows_sdpa(q, k, self.value, self.mask, self.scale, self.is_causal)
+
+
+_PACKS_GROUPS = hasattr(sdpa_attention, "pack_gqa")
+
+
+def _is_causal(module: nn.Module, mask: Any, options: dict[str, Any]) -> bool:
+    """Whether transformers' sdpa function takes several queries for causal."""
+    if mask is not None:
+        return False
+    asked = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if asked is None else asked)
+
+
+def shifted(
+    entry: Entry,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor | None:
+    """Attention of transformers' sdpa function and a gated shift in one call, if that gives the bits of both apart."""
+    edit = entry.edit
+    if edit.shift is None or options.get("dropout"):
+        return None
+    scale, is_causal = options.get("scaling"), _is_causal(module, mask, options)
+    out = like_sdpa.shifted_attention(query, key, value, edit.shift(query), mask, scale, is_causal, _PACKS_GROUPS)
+    if out is not None:
+        entry.owner.reached(edit.layer, edit.site)
+    return out
+
+
+def _dense(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
+    """A mask as `ops` takes it; flex attention's is a function of the indices."""
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor):
+        # Eager attention takes as much of a mask as there are keys.
+        return mask if mask.shape[-1] <= key.shape[2] else mask[..., : key.shape[2]]
+    from torch.nn.attention.flex_attention import create_mask
+
+    b, _, t, _ = query.shape
+    return create_mask(mask.mask_mod, b, 1, t, key.shape[2], device=str(query.device))

@@ -1,0 +1,102 @@
+"""An edit: one function at one site of one layer, and who put it there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PatchStateError, ShapeError
+from ..types import READ_ONLY_SITES, At, AttentionView, ForwardView, Site
+from .scope import LayerScope
+
+
+@dataclass(frozen=True)
+class SiteEdit:
+    """One function at one site of one layer.
+
+    Attributes:
+        run: Given the value and an `At`, returns the new value, or None to leave it.
+        shift: At `attn_heads`: the parameters of `ops.gated_shift` where `run` is that and no more; None: it is not.
+        fused: At `attn_heads`: attention and edit in one; may return None to decline.
+        needs_lse: `run` reads `at.lse`; at site `lse` it is what it is given.
+        needs_prompt_end: `run` may read `at.prompt_end`, so the forward's mask and cache are looked at.
+        needs_at: `run` looks at its `At`; if not, it is given None in its place.
+    """
+
+    layer: int
+    site: Site
+    run: Callable[[Tensor, At], Tensor | None]
+    shift: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
+    fused: Callable[[At], Tensor | None] | None = None
+    needs_lse: bool = False
+    needs_prompt_end: bool = False
+    needs_at: bool = True
+
+
+@runtime_checkable
+class Owner(Protocol):
+    """Who put an edit there: says whether it is on, and hears when it has run."""
+
+    @property
+    def active(self) -> bool: ...
+
+    @property
+    def in_forward(self) -> bool: ...
+
+    @property
+    def forward(self) -> ForwardView | None: ...
+
+    def reached(self, layer: int, site: Site) -> None: ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An edit and its owner, as a slot holds it; `scope` where the module does not tell which layer runs."""
+
+    edit: SiteEdit
+    owner: Owner
+    scope: LayerScope | None = None
+
+    @property
+    def is_shift_alone(self) -> bool:
+        """Whether it is a gated shift, whichever layer runs."""
+        return self.edit.shift is not None and self.scope is None
+
+    @property
+    def active(self) -> bool:
+        """Whether the edit should run now."""
+        return self.owner.active and (self.scope is None or self.scope.runs(self.owner.in_forward))
+
+    def apply(self, value: Tensor, module: nn.Module, attention: AttentionView | None = None) -> Tensor:
+        """Run the edit on a value and check what comes back."""
+        edit, at = self.edit, None
+        if edit.needs_at:
+            forward = self.owner.forward if edit.needs_prompt_end else None
+            at = At(edit.layer, edit.site, module, attention, forward, value)
+        result = edit.run(value, at)  # pyright: ignore[reportArgumentType]
+        self.owner.reached(edit.layer, edit.site)
+        return value if result is None else self._checked(result, value)
+
+    def _checked(self, result: Tensor, value: Tensor) -> Tensor:
+        site, layer = self.edit.site, self.edit.layer
+        if site in READ_ONLY_SITES:
+            raise PatchStateError(
+                f"site {site!r} can be read, not edited: the function at layer {layer} must return None"
+            )
+        if not isinstance(result, Tensor):
+            raise ShapeError(f"the edit at {site!r} of layer {layer} returned a {type(result).__name__}, not a tensor")
+        if result.shape != value.shape or result.dtype != value.dtype or result.device != value.device:
+            found, wanted = ((tuple(x.shape), x.dtype, x.device) for x in (result, value))
+            raise ShapeError(
+                f"the edit at {site!r} of layer {layer} must return the shape, dtype and device it was given: "
+                f"{_words(*wanted)}; found {_words(*found)}"
+            )
+        return result
+
+
+def _words(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
+    return f"{list(shape)} {dtype} {device}"

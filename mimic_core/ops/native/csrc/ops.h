@@ -1,0 +1,116 @@
+// mimic_core's ops, one call each from the check of the arguments to the gradient. Each returns nothing for arguments it
+// does not take as they are.
+
+#pragma once
+
+#include "autograd.h"
+
+namespace mimic_core {
+
+using MaybeTensor = std::optional<Tensor>;
+using MaybeNumber = std::optional<double>;
+
+// Whose bits a call is to give.
+enum Follow : int64_t {
+  kNobody = 0,
+  // torch's scaled_dot_product_attention as transformers' models call it, where a lone query sees all its keys, whatever
+  // is_causal says. Only the kernel will do that torch runs on the call.
+  kTransformers = 1,
+  // The same where grouped heads of a lone query are the rows of one matrix under a mask, or beyond 256 numbers: newer
+  // transformers decode so, and that rounds differently.
+  kPackingTransformers = 2,
+};
+
+inline bool packs(const Tensor& q, const Tensor& k, const MaybeTensor& mask, Follow follow) {
+  return follow == kPackingTransformers && q.size(2) == 1 && q.size(1) != k.size(1) && (mask || q.size(3) > 256);
+}
+
+inline std::optional<Call> call_of(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask,
+                                   MaybeNumber scale, bool is_causal, Follow follow) {
+  if (!unwatched() || !takes_attention(q, k, v, mask, scale, is_causal)) return std::nullopt;
+  const Tensor of_call = normalised(mask, q);
+  if (follow && q.size(2) == 1) is_causal = false;
+  if (!packs(q, k, mask, follow))
+    return prepare(q, k, v, of_call, scale_of(scale, q), is_causal, std::nullopt, follow);
+  if (of_call.defined() && of_call.size(1) != 1) return std::nullopt;
+  const Tensor packed = q.reshape({q.size(0), k.size(1), q.size(1) / k.size(1), q.size(3)});
+  return prepare(packed, k, v, of_call, scale_of(scale, q), false, std::nullopt, true);
+}
+
+inline bool any_wants_gradient(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* x : tensors) {
+    if (wants_gradient(*x)) return true;
+  }
+  return false;
+}
+
+// Output [b t h d] and LSE [b h t].
+inline std::optional<std::tuple<Tensor, Tensor>> attention_with_lse(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                                    const MaybeTensor& mask, MaybeNumber scale,
+                                                                    bool is_causal, Follow follow = kNobody) {
+  const auto c = call_of(q, k, v, mask, scale, is_causal, follow);
+  if (!c) return std::nullopt;
+  Tensor out, lse;
+  if (any_wants_gradient({&q, &k, &v})) {
+    const auto made = AttentionWithLSE::apply(c->q, c->k, c->v, *c);
+    out = made[0], lse = made[1];
+  } else {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const Attended a = attend(*c);
+    out = a.out, lse = a.lse_of_rows(c->q.size(2));
+  }
+  if (c->attends.defined()) lse = lse.masked_fill(c->attends.logical_not(), -std::numeric_limits<double>::infinity());
+  if (!packs(q, k, mask, follow)) return std::make_tuple(out.transpose(1, 2), lse);
+  return std::make_tuple(out.reshape({q.size(0), 1, q.size(1), q.size(3)}), lse.reshape({q.size(0), q.size(1), 1}));
+}
+
+// attn_out [b t h e], shifted, in new memory.
+inline MaybeTensor gated_shift(const Tensor& attn_out, const Tensor& q, const Tensor& lse, const Tensor& vector,
+                               const Tensor& weight, const Tensor& bias) {
+  if (!unwatched() || !is_plain(q) || !is_plain_beside(attn_out, q) || !is_plain_beside(lse, q)) return std::nullopt;
+  if (q.dim() != 4 || attn_out.dim() != 4 || lse.dim() != 3 || q.numel() == 0 || attn_out.numel() == 0) return std::nullopt;
+  if (!is_supported(q) || attn_out.scalar_type() != q.scalar_type() || lse.scalar_type() != wide(q)) return std::nullopt;
+  const int64_t b = q.size(0), h = q.size(1), t = q.size(2), e = attn_out.size(3);
+  if (!has_sizes(lse, {b, h, t}) || !has_sizes(attn_out, {b, t, h, e})) return std::nullopt;
+  if (!takes_shift(q, e, vector, weight, bias)) return std::nullopt;
+  if (any_wants_gradient({&attn_out, &q, &lse, &vector, &weight, &bias}))
+    return GatedShift::apply(attn_out, q, lse, vector, weight, bias);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return gated_shift_rows(attn_out, q, lse, {vector, weight, bias}, Tensor());
+}
+
+// Output [b t h d], shifted.
+inline MaybeTensor shifted_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& vector,
+                                     const Tensor& weight, const Tensor& bias, const MaybeTensor& mask, MaybeNumber scale,
+                                     bool is_causal, Follow follow = kNobody) {
+  if (q.dim() == 4 && k.dim() == 4 && packs(q, k, mask, follow)) {
+    const auto found = attention_with_lse(q, k, v, mask, scale, is_causal, follow);
+    return found ? gated_shift(std::get<0>(*found), q, std::get<1>(*found), vector, weight, bias) : std::nullopt;
+  }
+  const auto c = call_of(q, k, v, mask, scale, is_causal, follow);
+  if (!c || !takes_shift(q, q.size(3), vector, weight, bias)) return std::nullopt;
+  if (any_wants_gradient({&q, &k, &v, &vector, &weight, &bias}))
+    return ShiftedAttention::apply(c->q, c->k, c->v, vector, weight, bias, *c);
+  at::AutoDispatchBelowADInplaceOrView below;
+  const Attended a = attend(*c);
+  const Parameters p = Parameters{vector, weight, bias}.wide(q);
+  const Tensor out = a.out.transpose(1, 2);
+  shift_(out, c->q, a.lse_of_rows(q.size(2)), c->attends, p.vector, p.weight, p.bias, Tensor());
+  return out;
+}
+
+// (x + a v) |x| / |x + a v| over the last axis, with a = scale, or `number` where scale is not given.
+inline MaybeTensor norm_preserving_add(const Tensor& x, const Tensor& vector, const MaybeTensor& scale, double number) {
+  if (!unwatched() || !is_plain(x) || !is_supported(x) || x.dim() == 0 || x.numel() == 0) return std::nullopt;
+  if (!is_plain_beside(vector, x) || !cpu::is_supported(vector.scalar_type()) || !has_sizes(vector, {x.size(-1)}))
+    return std::nullopt;
+  if (scale && (!is_plain_beside(*scale, x) || scale->dim() != 0 || !cpu::is_supported(scale->scalar_type())))
+    return std::nullopt;
+  const Tensor of_scale = scale.value_or(Tensor());
+  if (any_wants_gradient({&x, &vector}) || (scale && wants_gradient(*scale)))
+    return NormPreservingAdd::apply(x, vector, scale, number);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return norm_preserving_add_rows(x.contiguous(), parameter(vector, wide(x)), factor(of_scale, number, x));
+}
+
+}  // namespace mimic_core
