@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.integrations import sdpa_attention
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .. import ops
@@ -14,6 +15,7 @@ from ..errors import UnsupportedModelError
 from ..ops import like_sdpa
 from ..types import At, AttentionView
 from .edits import Entry
+from .flash import flash_lse, why_not
 
 # Arguments of attention functions that change the logits: those the LSE follows (where an implementation heeds them),
 # and those it does not.
@@ -43,6 +45,7 @@ class AttentionCall(AttentionView):
 
     def __init__(
         self,
+        base: Callable[..., Any],
         implementation: str,
         module: nn.Module,
         query: Tensor,
@@ -51,6 +54,7 @@ class AttentionCall(AttentionView):
         mask: Any,
         options: dict[str, Any],
     ) -> None:
+        self.base = base
         self.implementation = implementation
         self.module = module
         self.query, self.key, self.value, self.mask = query, key, value, mask
@@ -61,9 +65,9 @@ class AttentionCall(AttentionView):
 
     @property
     def is_causal(self) -> bool:
-        """No mask means causal where transformers' sdpa function takes it so; the others never do."""
+        """No mask means causal where transformers' sdpa and flash functions take it so; the others never do."""
         return (
-            self.implementation == "sdpa"
+            (self.implementation == "sdpa" or self._is_flash)
             and self.query.shape[2] != 1
             and _is_causal(self.module, self.mask, self.options)
         )
@@ -72,6 +76,9 @@ class AttentionCall(AttentionView):
     def lse(self) -> Tensor:
         if self._lse is None:
             self._check_lse()
+            if self._is_flash:
+                self._lse = flash_lse(self.module, self.query, self.key, self.mask, self.options)
+                return self._lse
             self._lse = ops.attention_lse(
                 self.query,
                 self.key,
@@ -86,7 +93,7 @@ class AttentionCall(AttentionView):
     @property
     def lse_all_keys(self) -> Tensor:
         self._check_lse()
-        odd = [name for name in _FOLLOWED if self.options.get(name) is not None]
+        odd = [name for name in (*_FOLLOWED, "cu_seq_lens_k") if self.options.get(name) is not None]
         if odd:
             raise UnsupportedModelError(
                 f"the LSE over all keys is that of the published models; {type(self.module).__name__} has "
@@ -110,6 +117,8 @@ class AttentionCall(AttentionView):
         odd = [name for name in refused if options.get(name) is not None]
         if odd:
             problem = f"{', '.join(odd)} enter(s) its attention logits, which is not supported"
+        elif self._is_flash:
+            problem = why_not(self.module, self.query, self.key, self.mask, options)
         elif self.implementation not in ("sdpa", "eager", "flex_attention"):
             problem = (
                 f"attention implementation {self.implementation!r} hides its mask or logits; "
@@ -118,7 +127,12 @@ class AttentionCall(AttentionView):
         if problem:
             raise UnsupportedModelError(f"the LSE of {type(self.module).__name__} can't be computed: {problem}")
 
-    def run(self, base: Callable[..., Any], plan: Plan) -> tuple[Tensor, Any]:
+    @property
+    def _is_flash(self) -> bool:
+        """Whether transformers' flash function runs, for whichever package or kernel of the hub."""
+        return self.base is flash_attention_forward
+
+    def run(self, plan: Plan) -> tuple[Tensor, Any]:
         """Attention with all edits of this call."""
         if self.implementation.startswith("paged|") and any(e.edit.site != "query" for e in plan.before):
             raise UnsupportedModelError(
@@ -132,14 +146,14 @@ class AttentionCall(AttentionView):
             self._check_lse()  # before attention is paid for
         out = weights = None
         heads = plan.heads
-        if plan.reads_lse and self.implementation == "sdpa" and base is sdpa_attention_forward:
+        if plan.reads_lse and self.implementation == "sdpa" and self.base is sdpa_attention_forward:
             out = self._fused(plan.fused) if plan.fused is not None else None
             if out is not None:
                 heads = heads[1:]
             else:
                 out = self._with_lse()
         if out is None:
-            out, weights = base(self.module, self.query, self.key, self.value, self.mask, **self.options)
+            out, weights = self.base(self.module, self.query, self.key, self.value, self.mask, **self.options)
         for entry in plan.of_lse:
             entry.apply(self.lse, self.module, self)
         for entry in heads:

@@ -104,8 +104,8 @@ def _attention(
             f"{type(module).__name__} passes {len(args)} arguments after the mask by position; its "
             f"attention is understood with keywords only"
         )
-    call = AttentionCall(implementation, module, query, key, value, attention_mask, kwargs)
-    return call.run(base, plan)
+    call = AttentionCall(base, implementation, module, query, key, value, attention_mask, kwargs)
+    return call.run(plan)
 
 
 def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:

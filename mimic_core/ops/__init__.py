@@ -128,7 +128,7 @@ def attention_lse(
         if (backend == "auto" or backend == q.device.type) and (ops := native.ops_for(q)):
             found = ops.attention_with_lse(q, k, k.detach(), mask, scale, is_causal, native.NOBODY)
             if found is not None:
-                return _with_sinks(found[1], sinks)
+                return with_sinks(found[1], sinks)
     elif not softcap > 0 or math.isinf(softcap):
         raise ValueError(f"softcap should be positive and finite, found {softcap}")
     elif backend not in ("auto", "sdpa", "reference"):
@@ -141,10 +141,10 @@ def attention_lse(
     module = module_for(q, k, k, mask, backend)
     with full_precision(q):
         capped = {} if softcap is None else {"softcap": softcap}
-        return _with_sinks(module.attention_lse(q, k, mask, scale, is_causal, **capped), sinks)
+        return with_sinks(module.attention_lse(q, k, mask, scale, is_causal, **capped), sinks)
 
 
-def _with_sinks(lse: Tensor, sinks: Tensor | None) -> Tensor:
+def with_sinks(lse: Tensor, sinks: Tensor | None) -> Tensor:
     if sinks is None:
         return lse
     return torch.logaddexp(lse, sinks.to(lse.dtype)[:, None]).masked_fill(lse == -torch.inf, -torch.inf)

@@ -5,7 +5,7 @@ Works over chunks of queries, forward and backward, so no [t s] tensor is ever w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,17 @@ from ._precision import full_precision, wide
 _CHUNK_ELEMENTS = 1 << 22
 
 
+class Band(NamedTuple):
+    """Query i stands with key i + offset, and sees `before` keys before that one and `after` after it; None: all."""
+
+    offset: int
+    before: int | None
+    after: int | None
+
+
+_EVERYWHERE, _CAUSAL = Band(0, None, None), Band(0, None, 0)
+
+
 def attention_lse(
     q: Float[Tensor, "b h t d"],
     k: Float[Tensor, "b g s d"],
@@ -26,11 +37,16 @@ def attention_lse(
     scale: float,
     is_causal: bool,
     softcap: float | None = None,
+    band: Band | None = None,
 ) -> Float[Tensor, "b h t"]:
-    """`_reference.attention_lse` with the memory of one chunk. Differentiable in q and k, not in the mask."""
+    """`_reference.attention_lse` with the memory of one chunk. Differentiable in q and k, not in the mask.
+
+    A `band` stands in place of `is_causal`.
+    """
     if is_causal:
         k = k[:, :, : q.shape[2]]
-    lse: Tensor = _ChunkedLSE.apply(q, k, mask, scale, is_causal, softcap)  # pyright: ignore[reportAssignmentType]
+    band = band or (_CAUSAL if is_causal else _EVERYWHERE)
+    lse: Tensor = _ChunkedLSE.apply(q, k, mask, scale, band, softcap)  # pyright: ignore[reportAssignmentType]
     attends = rows_that_attend(mask)
     return lse if attends is None else lse.masked_fill(~attends, -torch.inf)
 
@@ -41,19 +57,19 @@ def _chunks(q: Tensor, k: Tensor) -> list[slice]:
     return [slice(start, min(start + step, t)) for start in range(0, max(1, t), step)]
 
 
-def _scores(
-    q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool, softcap: float | None, rows: slice
-) -> Tensor:
+def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, band: Band, softcap: float | None, rows: slice) -> Tensor:
     """Masked logits of some rows, heads grouped by the key head they share: [b g r t s]."""
     grouped = _by_key_head(q[:, :, rows], k)
     scores = wide(grouped) @ wide(k)[:, :, None].mT * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if is_causal:
-        causal = torch.arange(rows.start, rows.stop, device=q.device)[:, None] < torch.arange(
-            k.shape[2], device=q.device
-        )
-        return scores.masked_fill_(causal, -torch.inf)
+    if band != _EVERYWHERE:
+        places = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + band.offset
+        ahead = torch.arange(k.shape[2], device=q.device) - places
+        if band.after is not None:
+            scores = scores.masked_fill_(ahead > band.after, -torch.inf)
+        if band.before is not None:
+            scores = scores.masked_fill_(ahead < -band.before, -torch.inf)
     if mask is None:
         return scores
     part = mask if mask.shape[2] == 1 else mask[:, :, rows]
@@ -68,15 +84,11 @@ def _by_key_head(x: Tensor, k: Tensor) -> Tensor:
 
 class _ChunkedLSE(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool, softcap: float | None
-    ) -> Tensor:
-        parts = [
-            _scores(q, k, mask, scale, is_causal, softcap, rows).logsumexp(-1).flatten(1, 2) for rows in _chunks(q, k)
-        ]
+    def forward(ctx: Any, q: Tensor, k: Tensor, mask: Mask, scale: float, band: Band, softcap: float | None) -> Tensor:
+        parts = [_scores(q, k, mask, scale, band, softcap, rows).logsumexp(-1).flatten(1, 2) for rows in _chunks(q, k)]
         lse = torch.cat(parts, dim=2)
         ctx.save_for_backward(q, k, lse, mask)
-        ctx.options = scale, is_causal, softcap
+        ctx.options = scale, band, softcap
         return lse
 
     @staticmethod
@@ -90,16 +102,16 @@ class _ChunkedLSE(torch.autograd.Function):
         q, k, lse, mask = ctx.saved_tensors
         dq = torch.empty(q.shape, dtype=lse.dtype, device=q.device)
         dk = torch.zeros(k.shape, dtype=lse.dtype, device=q.device)
-        scale, is_causal, softcap = ctx.options
+        scale, band, softcap = ctx.options
         for rows in _chunks(q, k):
-            scores = _scores(q, k, mask, scale, is_causal, softcap, rows)
+            scores = _scores(q, k, mask, scale, band, softcap, rows)
             # d lse / d logits is the softmax. A row of -inf alone passes nothing on.
             row_lse = lse[:, :, rows].reshape(*scores.shape[:-1], 1)
             weights = torch.exp(scores - row_lse.masked_fill(row_lse == -torch.inf, 0.0))
             weights = weights * (grad[:, :, rows].reshape(*scores.shape[:-1], 1) * scale)
             if softcap is not None:
                 # The tanh again: what comes after it, the mask, is without consequence where a weight is not zero.
-                capped = _scores(q, k, None, scale, False, softcap, rows) / softcap
+                capped = _scores(q, k, None, scale, _EVERYWHERE, softcap, rows) / softcap
                 weights = weights * (1 - capped * capped)
             dq[:, :, rows] = (weights @ wide(k)[:, :, None]).flatten(1, 2)
             dk += (weights.mT @ wide(_by_key_head(q[:, :, rows], k))).sum(2)

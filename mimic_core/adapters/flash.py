@@ -1,0 +1,95 @@
+"""What transformers' flash attention function attends to, as it gathers it from its arguments, and the LSE of that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import modeling_flash_attention_utils as flash
+from transformers.integrations import flash_attention
+
+from ..errors import UnsupportedModelError
+from ..ops import with_sinks
+from ..ops.sequences import Sequences, sequences_lse
+
+# Arguments with which the function updates a paged cache itself: the keys it is handed are not all it attends to.
+_PAGED = ("block_table", "k_cache", "v_cache", "cache")
+
+
+def flash_lse(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
+    """The LSE [b h t] of one call of `transformers.integrations.flash_attention.flash_attention_forward`.
+
+    -inf at a query that is padding: the function gives 0 there.
+
+    Raises:
+        UnsupportedModelError: its logits are not known: see `why_not`.
+    """
+    if problem := why_not(module, query, key, mask, options):
+        raise UnsupportedModelError(f"the LSE of {type(module).__name__} can't be computed: {problem}")
+    dtype = flash_attention.get_target_dtype(query, module)
+    if dtype is not None:  # fp32 states of a model in half precision: the function casts them
+        query, key = query.to(dtype), key.to(dtype)
+    b, h, t, d = query.shape
+    s, window = key.shape[2], options.get("sliding_window")
+    asked = options.get("is_causal")
+    causal = bool(module.is_causal if asked is None else asked)
+    # The kernels' windows leave out a token's own key.
+    before = window - 1 if window is not None and s > window else None
+    scale, softcap = options.get("scaling"), options.get("softcap")
+    scale = d**-0.5 if scale is None else scale
+    by_token = query.transpose(1, 2), key.transpose(1, 2)
+    if mask is not None:
+        real_k, real_q = _real(mask, t, s)
+        starts_q, starts_k = (F.pad(x.sum(1).cumsum(0), (1, 0)).int() for x in (real_q, real_k))
+        sequences = Sequences(starts_q, starts_k, t, real_k.shape[1], causal, before)
+        found = sequences_lse(by_token[0][real_q], by_token[1][:, : real_k.shape[1]][real_k], sequences, scale, softcap)
+        empty = torch.full((b, t, h), -torch.inf, dtype=found.dtype, device=found.device)
+        lse = empty.index_put((real_q.nonzero()[:, 0], real_q.nonzero()[:, 1]), found.transpose(0, 1))
+    else:
+        starts = _starts(b, t, s, query.device, options)
+        sequences = Sequences(*starts, is_causal=causal, window=before)
+        lse = sequences_lse(by_token[0].flatten(0, 1), by_token[1].flatten(0, 1), sequences, scale, softcap)
+        lse = lse.transpose(0, 1).unflatten(0, (b, t))
+    return with_sinks(lse.transpose(1, 2), options.get("s_aux"))
+
+
+def why_not(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> str | None:
+    """Why the logits of a call are not known; None: they are."""
+    if found := [name for name in _PAGED if options.get(name) is not None]:
+        return f"its flash attention works on a paged cache ({', '.join(found)})"
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        return "its flash attention was given a mask that is not [batch, keys]"
+    if flash_attention._use_top_left_mask and query.shape[2] != key.shape[2]:
+        return "the flash-attn package is older than 2.1, which aligns causal masks otherwise; update it"
+    supports = getattr(flash._process_flash_kwargs_fn, "keywords", {}).get("supports_mapping")
+    if supports is not None:
+        for name, known_as in (("softcap", ("softcap",)), ("s_aux", ("s_aux", "learnable_sink"))):
+            if options.get(name) is not None and not any(supports.get(word) for word in known_as):
+                return f"the flash kernel in use does not take the {name} of its attention, which is dropped there"
+    return None
+
+
+def _real(mask: Tensor, t: int, s: int) -> tuple[Tensor, Tensor]:
+    """Which keys and queries are no padding; a static cache has more keys than the mask, and those are not read."""
+    real_k = mask[:, :s].bool()
+    if t == real_k.shape[1]:
+        return real_k, real_k
+    if t == 1:
+        return real_k, torch.ones_like(real_k[:, :1])
+    return real_k, real_k[:, -t:]
+
+
+def _starts(b: int, t: int, s: int, device: torch.device, options: dict[str, Any]) -> tuple[Tensor, Tensor, int, int]:
+    """Of the sequences that are given, that position ids tell, or that are the samples."""
+    given = [options.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")]
+    if all(x is not None for x in given):
+        starts_q, starts_k, longest_q, longest_k = given
+        return starts_q, starts_k, int(longest_q), int(longest_k)  # pyright: ignore[reportReturnType, reportArgumentType]
+    positions = options.get("position_ids")
+    if flash._is_packed_sequence(positions, b):
+        (starts_q, starts_k), (longest_q, longest_k) = flash.prepare_fa_kwargs_from_position_ids(positions)
+        return starts_q, starts_k, int(longest_q), int(longest_k)
+    each = torch.arange(b + 1, dtype=torch.int32, device=device)
+    return each * t, each * s, t, s
