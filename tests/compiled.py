@@ -34,15 +34,6 @@ def _no_earlier_compilation() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture(scope="session")
-def compilable() -> None:
-    """torch 2.6 can't make one graph of transformers' models, patched or not."""
-    try:
-        torch.compile(fresh_model(LLAMA), fullgraph=True, backend="eager")(**text(5), use_cache=False)
-    except torch._dynamo.exc.Unsupported as error:
-        pytest.skip(f"the unpatched model doesn't compile with torch {torch.__version__}: {str(error)[:100]}")
-
-
 def text(length: int, batch: int = 2) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(3, 60, (batch, length), generator=torch.Generator().manual_seed(length))}
 
