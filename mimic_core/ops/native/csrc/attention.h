@@ -24,6 +24,7 @@
 #include <c10/util/Exception.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -173,8 +174,9 @@ inline Attended attend(const Call& c) {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
-// Keys and rows of a call in fp32 at a time, where half precision is computed so on a CPU.
-constexpr int64_t kChunk = 512;
+// Keys and rows of a call in fp32 at a time, where half precision is computed so on a CPU: an eighth of them all, for the
+// copies to be small beside the call itself.
+inline int64_t chunk_of(int64_t t, int64_t s) { return std::clamp<int64_t>(std::max(t, s) / 8, 128, 512); }
 
 inline Tensor part_of(const Tensor& mask, int64_t axis, int64_t start, int64_t length) {
   return mask.size(axis) == 1 ? mask : mask.narrow(axis, start, length);
@@ -184,6 +186,7 @@ inline Tensor part_of(const Tensor& mask, int64_t axis, int64_t start, int64_t l
 // the memory of the backward itself. Without instructions for bf16 the kernel is 4 to 12 times slower in it.
 inline Gradients backward_in_fp32(const Tensor& grad, const Call& c, const Tensor& out, const Tensor& lse) {
   const int64_t b = c.q.size(0), h = c.q.size(1), t = c.q.size(2), g = c.k.size(1), s = c.k.size(2), each = h / g;
+  const int64_t chunk = chunk_of(t, s);
   const Tensor dq = at::empty_like(c.q), dk = at::empty_like(c.k), dv = at::empty_like(c.v);
   // Key heads at a time: enough attention heads for all threads.
   const int64_t groups = std::min<int64_t>(g, (at::get_num_threads() + each - 1) / each);
@@ -197,12 +200,12 @@ inline Gradients backward_in_fp32(const Tensor& grad, const Call& c, const Tenso
         return x.narrow(0, n, 1).narrow(1, g0, gn).narrow(2, first, length);
       };
       const Tensor sum_q = at::zeros({1, hn, t, c.q.size(3)}, c.q.options().dtype(at::kFloat));
-      for (int64_t s0 = 0; s0 < s; s0 += kChunk) {
-        const int64_t sn = std::min(kChunk, s - s0);
+      for (int64_t s0 = 0; s0 < s; s0 += chunk) {
+        const int64_t sn = std::min(chunk, s - s0);
         const Tensor k = keys(c.k, s0, sn).to(at::kFloat), v = keys(c.v, s0, sn).to(at::kFloat);
         const Tensor sum_k = at::zeros(k.sizes(), k.options()), sum_v = at::zeros(v.sizes(), v.options());
-        for (int64_t t0 = c.is_causal ? s0 : 0; t0 < t; t0 += kChunk) {
-          const int64_t tn = std::min(kChunk, t - t0);
+        for (int64_t t0 = c.is_causal ? s0 : 0; t0 < t; t0 += chunk) {
+          const int64_t tn = std::min(chunk, t - t0);
           std::optional<Tensor> mask;
           if (c.mask.defined())
             mask = part_of(part_of(part_of(part_of(c.mask, 0, n, 1), 1, h0, hn), 2, t0, tn), 3, s0, sn).to(at::kFloat);
