@@ -32,6 +32,28 @@ def test_opcheck_of_the_norm_preserving_add() -> None:
     torch.library.opcheck(torch.ops.mimic_core.norm_preserving_add.default, tuple(leaves))
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("by_token", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides_are_those_a_compiler_is_told(grad: bool, by_token: bool, dtype: torch.dtype) -> None:
+    """Inductor's code reads results by the strides of fake tensors, whatever the layout of the inputs."""
+    leaves = leaves_of(OpCase(b=2, h=4, g=2, t=5, s=7, d=8, dtype=dtype))
+    if by_token:
+        leaves[:3] = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in leaves[:3]]
+    states = torch.randn(2, 8, 5).mT.to(dtype).requires_grad_()
+    calls = [
+        (torch.ops.mimic_core.shifted_attention, leaves),
+        (torch.ops.mimic_core.attention_with_lse, leaves[:3]),
+        (torch.ops.mimic_core.norm_preserving_add, [states, torch.randn(8), torch.tensor(0.1)]),
+    ]
+    for op, arguments in calls:
+        with torch.set_grad_enabled(grad):
+            found, told = op(*arguments), op(*[torch.empty_like(x, device="meta") for x in arguments])
+        for real, fake in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, told)), strict=True):
+            assert real.stride() == fake.stride()
+            assert (real.shape, real.dtype) == (fake.shape, fake.dtype)
+
+
 @pytest.mark.parametrize("case", [case for case in OP_CASES if case.e is None and case.mask.count(" ") <= 2], ids=str)
 def test_the_graphs_ops_are_the_others(case: OpCase) -> None:
     """Forward and backward as nodes of a graph: every mask, length and scale."""

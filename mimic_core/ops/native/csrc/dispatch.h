@@ -157,7 +157,7 @@ Three attention_gradients(const MaybeTensor& of_out, const MaybeTensor& of_lse, 
 
 Tensor norm(const Tensor& x, const Tensor& vector, const Tensor& scale) {
   const at::NoGradGuard no_grad;
-  return taken(norm_preserving_add(x, vector, scale, 1.0), "norm_preserving_add");
+  return taken(norm_preserving_add(x, vector, scale, 1.0), "norm_preserving_add").contiguous();
 }
 
 Three norm_gradients(const Tensor& grad, const Tensor& x, const Tensor& vector, const Tensor& scale, const Tensor&) {
@@ -194,21 +194,23 @@ Three norm_gradients_shape(const Tensor&, const Tensor& x, const Tensor& vector,
   return {same(x), same(vector), same(scale)};
 }
 
-// --- with gradients
+// --- with gradients: where inputs want some and where they don't, so the strides are those of the shapes above
 
 Tensor shifted_with_gradients(QKV, SHIFT, OPTIONS) {
-  if (auto out = shifted_attention(q, k, v, vector, weight, bias, mask, scale, is_causal)) return *out;
+  if (auto out = shifted_attention(q, k, v, vector, weight, bias, mask, scale, is_causal)) return out->contiguous();
   return traced(attention_beside("shifted_attention", mask, scale, is_causal), {q, k, v, vector, weight, bias}, 1)[0];
 }
 
 Two attention_with_gradients(QKV, OPTIONS) {
-  if (auto found = attention_with_lse(q, k, v, mask, scale, is_causal)) return *found;
+  if (const auto found = attention_with_lse(q, k, v, mask, scale, is_causal)) {
+    return {std::get<0>(*found).contiguous(), std::get<1>(*found).contiguous()};
+  }
   const auto made = traced(attention_beside("attention_with_lse", mask, scale, is_causal), {q, k, v}, 2);
   return {made[0], made[1]};
 }
 
 Tensor norm_with_gradients(const Tensor& x, const Tensor& vector, const Tensor& scale) {
-  if (auto out = norm_preserving_add(x, vector, scale, 1.0)) return *out;
+  if (auto out = norm_preserving_add(x, vector, scale, 1.0)) return out->contiguous();
   return traced({"norm_preserving_add", {}}, {x, vector, scale}, 1)[0];
 }
 
