@@ -7,6 +7,7 @@ import gc
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from tqdm import tqdm
 
 import mimic_core as mc
 
-from . import bench_patch, bench_shift, plots, records, report
+from . import bench_host, bench_patch, bench_shift, plots, records, report
+from .bench_shift import Task
 from .errors import BenchmarkError
+from .records import Machine, Row
 
-BENCHES = {"shift": bench_shift.tasks, "patch": bench_patch.tasks}
+BENCHES = {"host": bench_host.tasks, "shift": bench_shift.tasks, "patch": bench_patch.tasks}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,7 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="a few cases, a few rounds: to see that it works")
-    parser.add_argument("--only", choices=list(BENCHES), help="attention level, or whole models")
+    parser.add_argument("--only", choices=list(BENCHES), help="calls of tiny tensors, attention level, or whole models")
     parser.add_argument("--cases", default="*", help="only cases whose name matches, as 'd64-*' (a shell pattern)")
     parser.add_argument(
         "--out", type=Path, help="folder for the CSV and the pictures (default: benchmarks/results and docs/images)"
@@ -67,7 +70,7 @@ def run(options: argparse.Namespace) -> list[BenchmarkError]:
         with tqdm(tasks, unit="case", file=sys.stderr) as bar:
             for _, task in bar:
                 bar.set_description(task.name)
-                rows += records.stamped(task.run(refused), machine)
+                rows += measured(task, machine, refused)
                 records.write(path, rows)  # each time: a long run that is stopped leaves what it has
     finally:
         gc.unfreeze()
@@ -80,6 +83,16 @@ def run(options: argparse.Namespace) -> list[BenchmarkError]:
     if into_docs:
         print(report.update())
     return refused
+
+
+def measured(task: Task, machine: Machine, refused: list[BenchmarkError]) -> list[Row]:
+    """The rows of a task, on as many threads as it wants."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(task.threads or before)
+    try:
+        return records.stamped(task.run(refused), replace(machine, threads=torch.get_num_threads()))
+    finally:
+        torch.set_num_threads(before)
 
 
 if __name__ == "__main__":

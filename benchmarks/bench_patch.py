@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 import mimic_core as mc
@@ -21,7 +21,7 @@ from .contestants import OURS, PUBLISHED
 from .errors import BenchmarkError
 from .measure import Around, Call, Effort, effort_for, peak_memory
 from .models import Subject, small_llava, smollm2
-from .published import published
+from .published import live_forwards, published, published_live
 from .records import Row
 from .training import BareStep, Lesson, OurStep, PublishedStep, Step
 
@@ -157,8 +157,9 @@ class Bench:
             PUBLISHED: partial(published, model, self.mimic),
         }
         around: dict[str, Around] = {name: partial(_nested, a, within) for name, a in inside.items()}
+        by_hand = partial(live_forwards, _live_in_fp64, model, self.live)
         found = {}
-        for name, enter in {**around, "by hand": partial(_nested, self._live_by_hand, within)}.items():
+        for name, enter in {**around, "by hand": partial(_nested, by_hand, within)}.items():
             with enter():
                 found[name] = {"logits": call()}
         case = f"{self.subject.name}-{what.replace(' ', '-')}-s{lengths['s']}-{self.dtype}"
@@ -213,26 +214,9 @@ class Bench:
         chosen = mc.ops.resolve_backend(q, k, k)
         return {"backend": chosen.name, "why": chosen.why}
 
-    @contextmanager
-    def _live_by_hand(self) -> Iterator[None]:
-        """LIVE by plain hooks, from its formula, in fp64."""
 
-        def move(head: Any, _module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            x = output.double()
-            moved = x + head.scale * head.vector
-            return (moved * x.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)).to(output.dtype)
-
-        model = self.subject.model
-        adapter = mc.adapter_for(model)
-        handles = [
-            adapter.module(model, head.layer.index, "mlp_out").register_forward_hook(partial(move, head))
-            for head in self.live
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+def _live_in_fp64(x: Tensor, vector: Tensor, scale: Tensor) -> Tensor:
+    return published_live(x.double(), vector.double(), scale.double()).to(x.dtype)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from .cases import DTYPES, Case, Inputs, decode_cases, make_inputs, prefill_case
 from .check import LIMITS, Error, check, error, refuse, wanted_of
 from .contestants import OURS, PUBLISHED, YARDSTICK, Contestant, contestants
 from .errors import BenchmarkError
-from .measure import Around, Call, Effort, clock_for, effort_for, interleaved, peak_memory
+from .measure import Around, Call, Clock, Effort, clock_for, effort_for, interleaved, peak_memory
 from .records import Row
 
 # Width of the hidden states LIVE's vector is added to: SmolLM2-135M, Qwen1.5-0.5B, and the models of 7B and more.
@@ -24,10 +24,15 @@ WIDTHS = (576, 1024, 4096)
 
 
 class Task(NamedTuple):
-    """One case to measure: its name for the progress bar, and what does it. Refusals go to the list it is given."""
+    """One case to measure: its name for the progress bar, and what does it. Refusals go to the list it is given.
+
+    Attributes:
+        threads: Of torch, where they are not to be as many as it takes.
+    """
 
     name: str
     run: Callable[[list[BenchmarkError]], list[Row]]
+    threads: int | None = None
 
 
 def tasks(device: torch.device, quick: bool) -> Iterator[Task]:
@@ -95,10 +100,11 @@ def timed_rows(
     effort: Effort,
     around: Mapping[str, Around] | None = None,
     memory: bool = True,
+    clock: Clock | None = None,
     **facts: Any,
 ) -> Iterator[dict[str, Any]]:
     """Time contestants in turns and count their memory; the first is the yardstick. Fields of a `Row` each."""
-    times = interleaved(calls, clock_for(device), effort, around)
+    times = interleaved(calls, clock or clock_for(device), effort, around)
     yardstick = next(iter(calls))
     peaks: dict[str, int] = {}
     for name in calls if memory else ():

@@ -147,6 +147,31 @@ def cpu_clock(call: Call, repeats: int) -> float:
     return time.perf_counter() - start
 
 
+def host_clock(device: torch.device) -> Clock:
+    """Seconds until so many calls are enqueued: on a GPU what they launch has not run by then."""
+
+    def clock(call: Call, repeats: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return cpu_clock(call, repeats)
+
+    return clock
+
+
+def graphed(call: Call) -> Call:
+    """A call as a CUDA graph: what it launches is recorded once, and enqueued as one from then on."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 class CudaClock:
     """Seconds between two events on the stream; the L2 cache is overwritten before, so that inputs come from memory."""
 

@@ -6,9 +6,9 @@ the function mimic_core computes. For a whole model it is an implementation in t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -141,3 +141,32 @@ def whole_outputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def published_live(x: Tensor, vector: Tensor, scale: Tensor) -> Tensor:
+    """LIVE's addition that keeps lengths, in the dtype of what it is added to; arguments as `mc.ops`."""
+    moved = x + (scale * vector).to(x.dtype)
+    return moved / moved.norm(dim=-1, keepdim=True) * x.norm(dim=-1, keepdim=True)
+
+
+@contextmanager
+def live_forwards(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor], model: nn.Module, shifts: mc.ShiftStack
+) -> Iterator[None]:
+    """Inside, `function` changes the MLP outputs, with the parameters of LIVE's heads.
+
+    It stands in the modules' `forward`: torch.compile asks for that, and never whether a module has got hooks.
+    """
+    adapter = mc.adapter_for(model)
+    modules = [adapter.module(model, head.layer.index, "mlp_out") for head in shifts]
+    for module, head in zip(modules, shifts, strict=True):
+        module.forward = partial(_live_forward, module.forward, function, head)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _live_forward(forward: Callable[[Tensor], Tensor], function: Callable[..., Tensor], head: Any, x: Tensor) -> Tensor:
+    return function(forward(x), head.vector, head.scale)

@@ -41,7 +41,7 @@ class Row(Machine):
     """One contestant in one measurement, or one error. What doesn't apply is empty.
 
     Attributes:
-        bench: "shift" or "patch".
+        bench: "shift", "patch" or "host".
         case: A name for shape, length, dtype and mask together; `model` is the first part of it.
         what: "forward", "forward+backward", "decode", "prefill", "training", "live forward", ..., or "error".
         backend: Which backend of mimic_core ran, and `why`.
@@ -52,8 +52,12 @@ class Row(Machine):
         speed_up: Median of published time / this time within a round.
         peak_bytes: Most memory a call held at a time, above its inputs.
         extra_over_yardstick: `peak_bytes` over the yardstick's.
-        of: Which output or gradient an error is of; `error` is relative, in length, to fp64; `yardstick_error` is that
-            of the yardstick, or the largest of its gradients' where it has no such input.
+        layers: How many layers `time_us` and `added_us` are divided by.
+        of: Which output or gradient an error is of, or what `count` counts.
+        count: Above the yardstick's: "launches" a layer (kernels on a GPU, operators on a CPU); in all: "graph breaks"
+            and "recompiles".
+        error: Relative, in length, to fp64; `yardstick_error` is that of the yardstick, or the largest of its
+            gradients' where it has no such input.
     """
 
     bench: str = ""
@@ -81,7 +85,9 @@ class Row(Machine):
     peak_bytes: int | None = None
     extra_over_yardstick: float | None = None
     rounds: int | None = None
+    layers: int | None = None
     of: str = ""
+    count: float | None = None
     error: float | None = None
     yardstick_error: float | None = None
 

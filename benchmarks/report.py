@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from .bench_host import ADD, PUBLISHED_LIVE
 from .bench_patch import LIVE, MIMIC, UNPATCHED, ZERO
 from .cases import CACHED, LENGTHS, NEUTRAL, SHAPES
 from .contestants import OURS, PUBLISHED, YARDSTICK
@@ -47,20 +48,21 @@ def everything(rows: Iterable[Row]) -> str:
             _number(row.extra_over_yardstick, ".2f"),
         ]
         for row in rows
-        if row.what != "error"
+        if row.time_us is not None
     ]
     head = ["case", "what", "contestant", "ratio [p20, p80]", "time", "added us", "speed-up", "peak MiB", "x yardstick"]
     return table(head, lines, left=3)
 
 
-def targets(rows: Sequence[Row]) -> str:
+def targets(rows: Sequence[Row], measured_only: bool = False) -> str:
     """For every target the worst case that was measured, and whether it holds there."""
     lines = []
     for target in TARGETS:
         limit = f"{'>=' if target.at_least else '<='} {target.limit:g}"
         worst = target.worst(rows)
-        if worst is None:
+        if worst is None and not measured_only:
             lines.append([target.name, "", "not measured", limit, ""])
+        if worst is None:
             continue
         value, row = worst
         case = f"{row.case}, {row.of}" if row.of else row.case
@@ -70,30 +72,32 @@ def targets(rows: Sequence[Row]) -> str:
 
 def section(rows: Sequence[Row], name: str) -> str:
     """What the docs say of one CSV, given the name its pictures go by."""
-    pictures = {kind: f"{kind}-{name}.png" for kind in ("time", "memory")}
-    parts = [
-        f"### {rows[0].device}",
-        _measured_with(rows),
-        *(
-            f"![{kind} against length]({IMAGES.name}/{file})"
-            for kind, file in pictures.items()
-            if (IMAGES / file).is_file()
-        ),
-        "#### Attention with the shift, causal",
-        f"Ratios are to the time of {YARDSTICK} on the same inputs (in brackets p20 and p80); speed-up is the time of "
-        f"{PUBLISHED} over that of {OURS}; MiB are what a call holds at its peak above its inputs.",
-        *(_headline(rows, shape, dtype) for shape in NEUTRAL for dtype in _dtypes(rows, shape)),
-    ]
+    parts = [f"### {rows[0].device}", _measured_with(rows)]
+    if headlines := [_headline(rows, shape, dtype) for shape in NEUTRAL for dtype in _dtypes(rows, shape)]:
+        pictures = {kind: f"{kind}-{name}.png" for kind in ("time", "memory")}
+        parts += [
+            *(f"![{kind} against length]({IMAGES.name}/{file})" for kind, file in pictures.items() if _drawn(file)),
+            "#### Attention with the shift, causal",
+            f"Ratios are to the time of {YARDSTICK} on the same inputs (in brackets p20 and p80); speed-up is the time "
+            f"of {PUBLISHED} over that of {OURS}; MiB are what a call holds at its peak above its inputs.",
+            *headlines,
+        ]
     tables = {
+        "The host: microseconds a call of 4 tokens": _host_calls(rows),
+        "The host: microseconds a layer of tiny models": _host_layers(rows),
         "Attention shapes of models, causal": _shapes(rows),
         "Decoding one token, per attention call": _decode(rows),
         "LIVE's addition, against adding alone": _live(rows),
         "Whole models, against the unpatched one": _whole_models(rows),
         "A training step of MimIC": _training(rows),
-        "Targets": targets(rows),
+        "Targets": targets(rows, measured_only=True),
     }
     parts += [f"#### {title}\n\n{body}" for title, body in tables.items() if body]
     return "\n\n".join(part for part in parts if part)
+
+
+def _drawn(picture: str) -> bool:
+    return (IMAGES / picture).is_file()
 
 
 def _measured_with(rows: Sequence[Row]) -> str:
@@ -169,6 +173,34 @@ def _decode(rows: Sequence[Row]) -> str:
     return table(head, lines, left=2)
 
 
+def _host_calls(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        if row.bench == "host" and row.contestant in (YARDSTICK, ADD) and row.time_us is not None:
+            added = [_added(rows, row, name) for name in (OURS, PUBLISHED)]
+            lines.append([row.what, row.contestant, _number(row.time_us, ".1f"), *added])
+    return table(["", "beside", "its us", f"added, {OURS}", f"added, {PUBLISHED}"], lines, left=2)
+
+
+def _host_layers(rows: Sequence[Row]) -> str:
+    names = (MIMIC, PUBLISHED, LIVE, PUBLISHED_LIVE)
+    lines = []
+    for row in rows:
+        if row.bench == "host" and row.contestant == UNPATCHED and row.time_us is not None:
+            lines.append([row.model, row.what, _number(row.time_us, ".0f"), *(_added(rows, row, n) for n in names)])
+    return table(["model", "", f"{UNPATCHED}, us", *(f"added, {name}" for name in names)], lines, left=2)
+
+
+def _added(rows: Sequence[Row], yardstick: Row, name: str) -> str:
+    """Microseconds, and in brackets the launches, that a contestant adds."""
+    where = {"case": yardstick.case, "bench": "host"}
+    timed = _find(rows, name, yardstick.what, **where, of="")
+    launched = _find(rows, name, yardstick.what, **where, of="launches")
+    if timed is None or launched is None:
+        return "refused"
+    return f"{_number(timed.added_us, '.1f')} ({_number(launched.count, '+.3g')})"
+
+
 def _live(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
@@ -182,7 +214,7 @@ def _live(rows: Sequence[Row]) -> str:
 def _whole_models(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
-        if row.contestant == UNPATCHED:
+        if row.contestant == UNPATCHED and row.bench == "patch":
             others = (_find(rows, name, row.what, case=row.case) for name in (MIMIC, ZERO, LIVE, PUBLISHED))
             ratios = [_spread(other) if other else "refused" for other in others]
             lines.append([row.model, row.dtype, row.what, str(row.s), _time(row.time_us), *ratios])
@@ -193,7 +225,7 @@ def _whole_models(rows: Sequence[Row]) -> str:
 def _training(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
-        if row.what != "training step" or not row.contestant.startswith(PUBLISHED):
+        if (row.bench, row.what) != ("patch", "training step") or not row.contestant.startswith(PUBLISHED):
             continue
         rest = row.contestant.removeprefix(PUBLISHED)
         ours = _find(rows, OURS + rest, row.what, case=row.case)
@@ -247,10 +279,18 @@ def _mib(size: int | None) -> str:
 def rendered(folder: Path = RESULTS) -> str:
     """What stands between the markers of the page: one section a CSV, and whether a GPU is among them."""
     files = sorted(folder.glob("cpu.csv")) + sorted(folder.glob("cuda-*.csv"))
-    sections = [section(rows, file.stem) for file in files if (rows := read(file))]
+    sections = [section(list(rows), file.stem) for file in files for rows in _by_device(read(file))]
     if not any(file.name.startswith("cuda-") for file in files):
         sections.insert(0, NO_GPU)
     return "\n\n".join(sections)
+
+
+def _by_device(rows: Sequence[Row]) -> list[list[Row]]:
+    """Apart, what different machines gave: a part of the benchmark can be run again alone."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.device, []).append(row)
+    return list(found.values())
 
 
 def with_results(page: str, results: str, begin: str = BEGIN, end: str = END) -> str:

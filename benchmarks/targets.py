@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from .bench_patch import MIMIC, UNPATCHED
+from .bench_host import CALLS, STATIC_CACHE
+from .bench_patch import LIVE, MIMIC, UNPATCHED
 from .contestants import OURS, PUBLISHED, YARDSTICK
 from .records import Row
 
@@ -64,7 +65,11 @@ def _targets() -> list[Target]:
         Target(
             f"decode step of SmolLM2-135M with MimIC, time over {UNPATCHED}",
             1.05,
-            lambda r: r.ratio if (r.what, r.contestant) == ("decode step", MIMIC) and "smollm2" in r.model else None,
+            lambda r: (
+                r.ratio
+                if (r.bench, r.what, r.contestant) == ("patch", "decode step", MIMIC) and "smollm2" in r.model
+                else None
+            ),
         ),
         Target(
             f"training step, context of 2048, speed-up over {PUBLISHED}",
@@ -78,9 +83,52 @@ def _targets() -> list[Target]:
             _ours("training step", _less_memory, _long),
             at_least=True,
         ),
+        *_host_targets(),
+        Target(
+            "LIVE's addition, 1024 tokens, time over adding", 1.5, _ours("live forward", lambda r: r.ratio, _long_row)
+        ),
         Target("gradients in fp32, error relative to fp64", 1e-5, _gradient("fp32", lambda r: r.error)),
         Target(f"gradients in bf16, error over that of {YARDSTICK}", 1.5, _gradient("bf16", _error_ratio)),
     ]
+
+
+def _host_targets() -> list[Target]:
+    """What Python and dispatch may cost. A GPU's host also launches kernels."""
+    found = []
+    for what, limits in zip(CALLS, ((4, 12), (6, 12), (25, 45)), strict=True):
+        for gpu, limit in zip((False, True), limits, strict=True):
+            name = f"{what}, 4 tokens, microseconds over {YARDSTICK}{' on a GPU' if gpu else ''}"
+            found.append(Target(name, limit, _host(OURS, what, "d64", lambda r: r.added_us, gpu)))
+    for head, limit in ((MIMIC, 8), (LIVE, 6)):
+        name = f"tiny Llama, decode step, {head.removeprefix(f'{OURS}: ')}, microseconds a layer over {UNPATCHED}"
+        found.append(Target(name, limit, _host(head, "decode step", "tiny-llama", lambda r: r.added_us, False)))
+    for head in (MIMIC, LIVE):
+        name = f"tiny Llama, training step, {head.removeprefix(f'{OURS}: ')}, microseconds a layer over {UNPATCHED}"
+        found.append(Target(name, 40, _host(head, "training step", "tiny-llama", lambda r: r.added_us, False)))
+    for way, limit in (("", 1.08), (", graphs", 1.03)):
+        measures = _host(MIMIC, f"decode step{way}", "smollm2", lambda r: r.ratio, True)
+        found.append(
+            Target(f"decode step of SmolLM2-135M with MimIC{way}, host time over {UNPATCHED}", limit, measures)
+        )
+    for of in ("graph breaks", "recompiles"):
+        found.append(Target(f"{STATIC_CACHE}, {of}", 0, lambda r, of=of: _of_ours(r, of)))
+    return found
+
+
+def _host(contestant: str, what: str, model: str, read: Measure, gpu: bool) -> Measure:
+    def measure(row: Row) -> float | None:
+        wanted = (row.bench, row.contestant, row.what) == ("host", contestant, what) and row.model.startswith(model)
+        return read(row) if wanted and not row.of and row.device.startswith("NVIDIA") == gpu else None
+
+    return measure
+
+
+def _of_ours(row: Row, of: str) -> float | None:
+    return row.count if row.of == of and row.contestant.startswith(OURS) else None
+
+
+def _long_row(row: Row) -> bool:
+    return (row.t or 0) >= 1024
 
 
 def _gradient(dtype: str, read: Measure) -> Measure:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mimic_core as mc
 
-from .models import IMAGE_TOKENS, Subject
+from .models import Subject
 from .published import published, unshifted, whole_outputs
 
 
@@ -24,7 +24,7 @@ class Lesson:
         self.query_only = subject.inputs(query)
         self.with_demonstrations = subject.inputs(context, seed=1)
         # What both end with: all of the query but BOS, and the image that comes after it.
-        shared = query - 1 - (IMAGE_TOKENS if subject.image else 0)
+        shared = query - 1 - subject.image_tokens
         self.with_demonstrations["input_ids"][:, -shared:] = self.query_only["input_ids"][:, -shared:]
         self.context_tokens = torch.arange(context, device=device)[None] >= context - shared
         self.query_tokens = torch.arange(query, device=device)[None] >= query - shared

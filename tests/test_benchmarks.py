@@ -14,7 +14,19 @@ from cases import CASES, Case, fresh_model, logits_of, model_of, random_shifts
 from torch import Tensor, nn
 
 import mimic_core as mc
-from benchmarks import bench_patch, bench_shift, cases, check, contestants, measure, published, records, report
+from benchmarks import (
+    bench_host,
+    bench_patch,
+    bench_shift,
+    card,
+    cases,
+    check,
+    contestants,
+    measure,
+    published,
+    records,
+    report,
+)
 from benchmarks.__main__ import main
 from benchmarks.errors import BenchmarkError
 from benchmarks.models import Subject
@@ -35,6 +47,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_shift, "prefill_cases", lambda device, quick: TINY)
     monkeypatch.setattr(bench_shift, "decode_cases", lambda device, quick: [cases.Case("d64", 1, 24, mask="none")])
     monkeypatch.setattr(measure, "QUICK", BRIEF)
+    monkeypatch.setattr(bench_host, "_QUICK", BRIEF)
     monkeypatch.setattr(bench_patch, "smollm2", tiny_model)
     monkeypatch.setattr(bench_patch, "small_llava", tiny_model)
 
@@ -49,6 +62,8 @@ def test_quick_run_writes_rows_and_pictures(tmp_path: Path, capsys: pytest.Captu
     assert {row.what for row in rows} == {
         *("forward", "forward+backward", "decode", "live forward", "live forward+backward", "error"),
         *("prefill", "decode step", "training step"),
+        *bench_host.CALLS,
+        bench_host.STATIC_CACHE,
     }
     for row in rows:
         facts = (row.date, row.device, row.cores, row.threads, row.torch, row.transformers, row.python)
@@ -58,17 +73,30 @@ def test_quick_run_writes_rows_and_pictures(tmp_path: Path, capsys: pytest.Captu
             assert row.of
             assert row.error is not None
             assert row.yardstick_error is not None
+        elif row.of:
+            assert row.count is not None
         else:
             assert None not in (row.ratio, row.ratio_p20, row.ratio_p80, row.time_us, row.added_us)
             assert row.rounds == BRIEF.rounds
-            assert row.what == "decode step" or row.peak_bytes
-        if row.contestant == contestants.OURS and not row.what.startswith("live"):
+            assert row.what == "decode step" or row.bench == "host" or row.peak_bytes
+        if row.contestant == contestants.OURS and not row.what.startswith("live") and row.bench != "host":
             assert row.backend
             assert row.why
     forward = [row for row in rows if row.case == TINY[0].name and row.what == "forward"]
     assert [row.contestant for row in forward][:2] == ["sdpa", "mimic_core"]
     assert forward[-1].contestant == "published"
     assert (forward[0].b, forward[0].h, forward[0].g, forward[0].t, forward[0].s, forward[0].d) == (1, 8, 8, 16, 16, 64)
+    host = [row for row in rows if row.bench == "host"]
+    assert {row.threads for row in host} == {1}
+    assert {row.contestant for row in host if row.model == "tiny-llama" and row.layers == 8} == {
+        *(bench_patch.UNPATCHED, bench_patch.MIMIC, bench_patch.LIVE, contestants.PUBLISHED),
+        bench_host.PUBLISHED_LIVE,
+    }
+    counted = {(row.contestant, row.of): row.count for row in host if row.what == bench_host.STATIC_CACHE}
+    assert set(counted.values()) == {0}, counted
+    launched = {row.contestant: row.count or 0 for row in host if row.of == "launches" and row.what == "forward"}
+    assert launched[bench_patch.UNPATCHED] == 0 < launched[contestants.PUBLISHED]
+    assert launched[bench_patch.MIMIC] < launched[contestants.PUBLISHED]
     assert {row.of for row in rows if row.what == "error"} == {"out", *contestants.LEAVES}
     printed = capsys.readouterr().out
     assert all(target.name in printed for target in TARGETS)
@@ -84,6 +112,31 @@ def test_a_part_keeps_the_rows_of_the_other(tmp_path: Path) -> None:
     assert {row.bench for row in records.read(tmp_path / "part-cpu.csv")} == {"shift", "patch"}
     with pytest.raises(SystemExit, match="no case matches 'nothing'"):
         main([*brief, "nothing"])
+
+
+@pytest.mark.usefixtures("tiny", "no_shape_checks")
+def test_the_script_for_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="needs a GPU, and torch"):
+        card.main(["--out", str(tmp_path)])
+    monkeypatch.setattr(card, "_TESTS", Path(__file__).with_name("test_gpu.py"))
+    ordered = card._ordered
+    monkeypatch.setattr(bench_shift, "effort_for", lambda device, quick: BRIEF)
+    monkeypatch.setattr(card, "_ordered", lambda device: [task for task in ordered(device) if "t16" in task.name])
+    card.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "5"])
+    assert "skipped" in (tmp_path / "tests.txt").read_text()
+    assert {row.model for row in records.read(tmp_path / "cpu.csv")} == {"d64"}
+    assert "#### Targets" in (tmp_path / "page.md").read_text()
+    monkeypatch.setattr(card, "_TESTS", tmp_path / "none.py")
+    with pytest.raises(SystemExit, match="the tests failed"):
+        card.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "0"])
+
+
+def test_the_script_for_a_card_forgets_no_task() -> None:
+    tasks = list(card._ordered(CPU))
+    assert len({task.name for task in tasks}) == len(tasks) > 60
+    assert tasks[0].name == "host call eager"
 
 
 def drops_the_gradient_of_the_lse(x: cases.Inputs) -> Tensor:

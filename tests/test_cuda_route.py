@@ -136,7 +136,7 @@ def test_on_a_gpu(kind: str, d: int, mask: str, dtype: torch.dtype, layout: str,
         pytest.skip("half precision alone")
     causal = mask == "causal"
     case = Case("none" if causal else mask, g=2, t=70, s=70, d=d, is_causal=causal, dtype=dtype, layout=layout)
-    check(op, case, _on_gpu(op, ops if kind == "auto" else _ops_of(kind), case))
+    check(op, case, on_gpu(op, ops if kind == "auto" else _ops_of(kind), case))
 
 
 @pytest.mark.gpu
@@ -148,10 +148,10 @@ def test_a_plan_that_others_made_is_not_ours(op: str) -> None:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         out = F.scaled_dot_product_attention(q, k, v)
         out.backward(torch.randn_like(out))
-    check(op, case, _on_gpu(op, _ops_of("cudnn"), case))
+    check(op, case, on_gpu(op, _ops_of("cudnn"), case))
 
 
-def _on_gpu(op: str, source: Any, case: Case) -> Results:
+def on_gpu(op: str, source: Any, case: Case) -> Results:
     """Results of a case whose tensors are moved there, and back."""
     inputs = attending_inputs(case)
 
