@@ -239,12 +239,12 @@ def _timed(
 ) -> list[Row]:
     """Rows of the times, a layer each, and of the kernels launched over the yardstick's."""
     what = what if way == "eager" else f"{what}, {way}"
-    launched = {name: _launched(call, device) for name, call in calls.items()}
-    if way == "graphs":
-        calls = {name: graphed(call) for name, call in calls.items()}
+    timed_calls = {name: graphed(call) for name, call in calls.items()} if way == "graphs" else calls
+    times = list(timed_rows(timed_calls, device, effort, memory=False, clock=host_clock(device), what=what, **facts))
+    launched = {name: _launched(call, device) for name, call in calls.items()}  # by now nothing is left to compile
     rows = []
     yardstick = next(iter(calls))
-    for row in timed_rows(calls, device, effort, memory=False, clock=host_clock(device), what=what, **facts):
+    for row in times:
         timed = Row(bench="host", **row)
         a_layer = {name: (getattr(timed, name) or 0.0) / layers for name in ("time_us", "added_us")}
         rows.append(replace(timed, **a_layer, layers=layers))
