@@ -14,6 +14,7 @@ from torch.nn.attention import sdpa_kernel
 
 from mimic_core import ops
 from mimic_core.ops import native
+from mimic_core.ops.sequences import Sequences, sequences_lse
 
 pytestmark = pytest.mark.gpu
 
@@ -98,3 +99,24 @@ def test_twice_is_the_same() -> None:
     first, second = (on_gpu("shifted", ops, case) for _ in range(2))
     for part, again in zip(first, second, strict=True):
         assert all(torch.equal(x, again[name]) for name, x in part.items())
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("g", [4, 2])
+def test_the_lse_of_sequences(g: int, is_causal: bool, window: int | None) -> None:
+    """torch's flash kernel for sequences of several lengths, against chunks on a CPU; the last rows are of none."""
+    starts_q, starts_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 9, 10, 40], [0, 20, 21, 60]))
+    told = Sequences(starts_q, starts_k, 30, 39, is_causal, window)
+    q, k = torch.randn(43, 4, 64).bfloat16(), torch.randn(60, g, 64).bfloat16()
+    grad = torch.randn(4, 43)
+    found = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float64)):
+        leaves = [x.to(device, dtype).requires_grad_() for x in (q, k)]
+        here = told._replace(starts_q=starts_q.to(device), starts_k=starts_k.to(device))
+        lse = sequences_lse(*leaves, here, 0.125)
+        seen = lse != -torch.inf
+        grads = torch.autograd.grad(lse[seen], leaves, grad.to(device, lse.dtype)[seen])
+        found.append([x.detach().double().cpu() for x in (lse.where(seen, 0.0), seen, *grads)])
+    for mine, right in zip(*found, strict=True):
+        assert (mine - right).norm() <= 2e-2 * right.norm()
