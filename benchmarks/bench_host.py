@@ -36,6 +36,8 @@ CALLS = ("call, no gradient", "call, with gradient", "call, forward+backward")
 _FULL = Effort(seconds=5.0, rounds=40, limit=20.0, most=400)
 _QUICK = Effort(seconds=0.1, rounds=2, sample=0.0005)
 _TOKENS = 4
+# torch 2.6 has the older name alone.
+_GRAPHS = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
 _LIMIT = 1e-3
 
 
@@ -156,7 +158,7 @@ def measure_layers(
             if way == "compiled":
                 models[name].model.compile(dynamic=False)
         # All of them run the same code, of which torch.compile makes 8 graphs and no more unless told otherwise.
-        patched.enter_context(torch._dynamo.config.patch(recompile_limit=64))
+        patched.enter_context(torch._dynamo.config.patch({_GRAPHS: 64}))
         for what in stages if way != "graphs" else stages[:2]:
             torch.compiler.reset()
             calls = {name: _stage(what, m, patches[name]) for name, m in models.items()}

@@ -6,6 +6,7 @@ Writes into one folder: `tests.txt` (what `pytest -m gpu` said), the CSV, and `p
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -62,7 +63,8 @@ def _chosen(device: torch.device) -> mc.ops.Backend:
 
 def _tests(path: Path, limit: float) -> str:
     """What went wrong in the tests that need a GPU; "" if nothing did."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "4", "--no-shape-checks", str(_TESTS)]
+    workers = str(min(4, os.cpu_count() or 1))
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", workers, "--no-shape-checks", str(_TESTS)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
         said, status = done.stdout + done.stderr, done.returncode

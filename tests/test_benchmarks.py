@@ -127,7 +127,7 @@ def test_the_script_for_a_card(
     card.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "5"])
     assert "skipped" in (tmp_path / "tests.txt").read_text()
     assert {row.model for row in records.read(tmp_path / "cpu.csv")} == {"d64"}
-    assert "#### Targets" in (tmp_path / "page.md").read_text()
+    assert "mimic_core" in (tmp_path / "page.md").read_text()
     monkeypatch.setattr(card, "_TESTS", tmp_path / "none.py")
     with pytest.raises(SystemExit, match="the tests failed"):
         card.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "0"])
