@@ -63,7 +63,7 @@ def test_quick_run_writes_rows_and_pictures(tmp_path: Path, capsys: pytest.Captu
         *("forward", "forward+backward", "decode", "live forward", "live forward+backward", "error"),
         *("prefill", "decode step", "training step"),
         *bench_host.CALLS,
-        bench_host.STATIC_CACHE,
+        *([bench_host.STATIC_CACHE] if bench_host.CAN_COMPILE else []),
     }
     for row in rows:
         facts = (row.date, row.device, row.cores, row.threads, row.torch, row.transformers, row.python)
@@ -93,7 +93,8 @@ def test_quick_run_writes_rows_and_pictures(tmp_path: Path, capsys: pytest.Captu
         bench_host.PUBLISHED_LIVE,
     }
     counted = {(row.contestant, row.of): row.count for row in host if row.what == bench_host.STATIC_CACHE}
-    assert set(counted.values()) == {0}, counted
+    assert set(counted.values()) <= {0}, counted
+    assert len(counted) == (6 if bench_host.CAN_COMPILE else 0)
     launched = {row.contestant: row.count or 0 for row in host if row.of == "launches" and row.what == "forward"}
     assert launched[bench_patch.UNPATCHED] == 0 < launched[contestants.PUBLISHED]
     assert launched[bench_patch.MIMIC] < launched[contestants.PUBLISHED]
