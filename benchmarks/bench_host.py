@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 from torch.torch_version import TorchVersion
@@ -18,7 +18,7 @@ from transformers import CompileConfig, DynamicCache
 
 import mimic_core as mc
 
-from .bench_patch import LIVE, MIMIC, UNPATCHED
+from .bench_patch import LIVE, MIMIC, UNPATCHED, shifts_that_show
 from .bench_shift import Task, timed_rows
 from .cases import DTYPES, Case, make_inputs
 from .check import error, refuse
@@ -141,8 +141,9 @@ def measure_layers(
 ) -> list[Row]:
     """Microseconds a layer of a patched model over the unpatched one, each a model of its own that stays patched."""
     dtype = "bf16" if build is smollm2 and device.type == "cuda" else "fp32"
+    torch.manual_seed(0)
     subject = build(device, DTYPES[dtype])
-    shifts = {name: _shifts(subject.model, name).to(device) for name in ("mimic", "live")}
+    shifts = {name: shifts_that_show(subject.model, name, device) for name in ("mimic", "live")}
     patches: dict[str, tuple[Callable[..., Any], mc.ShiftStack] | None] = {
         UNPATCHED: None,
         MIMIC: (mc.patch, shifts["mimic"]),
@@ -174,17 +175,6 @@ def measure_layers(
             chosen = {name: calls[name] for name in names}
             rows += _timed(chosen, what, way, len(spec.layers), device, effort, facts)
     return rows
-
-
-def _shifts(model: nn.Module, name: str) -> mc.ShiftStack:
-    """Shifts that change the logits, the same ones each time."""
-    generator = torch.Generator().manual_seed(0)
-    shifts = mc.build_shifts(model, name)
-    with torch.no_grad():
-        for key, p in shifts.named_parameters():
-            if key.endswith("vector"):
-                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
-    return shifts
 
 
 def _stage(what: str, subject: Subject, patch: tuple[object, mc.ShiftStack] | None) -> Call:
@@ -274,6 +264,7 @@ def _launched(call: Call, device: torch.device) -> int:
 
 def measure_static_cache(device: torch.device, refused: list[BenchmarkError]) -> list[Row]:
     """Generation with a static cache, which transformers compiles: graph breaks, and graphs made after token two."""
+    torch.manual_seed(0)
     subject = tiny_llama(device, torch.float32)
     inputs = subject.inputs(_TOKENS)
     config = CompileConfig(fullgraph=False, dynamic=False)
@@ -296,7 +287,7 @@ def measure_static_cache(device: torch.device, refused: list[BenchmarkError]) ->
         counters.clear()
         with ExitStack() as patched:
             if head is not None:
-                patched.enter_context(mc.patch(subject.model, _shifts(subject.model, head).to(device)))
+                patched.enter_context(mc.patch(subject.model, shifts_that_show(subject.model, head, device)))
             made = [graphs_after(tokens) for tokens in (2, 2, 12)]
         found = {"graph breaks": sum(counters["graph_break"].values()), "recompiles": made[2] - made[0]}
         facts = {"case": "host-static-cache", "model": subject.name, "dtype": "fp32", "t": 1, "b": 1}

@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 import mimic_core as mc
@@ -52,30 +52,33 @@ def _stage(bench: Callable[[], Bench], stage: Callable[..., list[Row]], *sizes: 
     return lambda refused: stage(bench(), *sizes, refused)
 
 
+def shifts_that_show(model: nn.Module, name: str, device: torch.device) -> mc.ShiftStack:
+    """Shifts that change the logits: fresh ones hardly do, and a wrong result would pass."""
+    shifts = mc.build_shifts(model, name)
+    with torch.no_grad():
+        for key, p in shifts.named_parameters():
+            if key.endswith("vector"):
+                p.copy_(0.05 * torch.randn(p.shape))
+            elif key.endswith("gate_bias"):
+                p.fill_(4.0)
+    return shifts.to(device)
+
+
 class Bench:
     """A model and the shifts that are put into it."""
 
     def __init__(self, subject: Subject, device: torch.device, dtype: str, effort: Effort) -> None:
         self.subject, self.device, self.dtype, self.effort = subject, device, dtype, effort
         torch.manual_seed(0)
-        self.mimic, self.zero, self.live = (self._shifts(name) for name in ("mimic", "mimic", "live"))
+        self.mimic, self.zero, self.live = (
+            shifts_that_show(subject.model, name, device) for name in ("mimic", "mimic", "live")
+        )
         with torch.no_grad():
             for name, p in self.zero.named_parameters():
                 if name.endswith("vector"):
                     p.zero_()
         layer = self.mimic.spec.layers[0]
         self._sizes = {"b": 1, "h": layer.heads, "g": layer.kv_heads, "d": layer.head_dim}
-
-    def _shifts(self, name: str) -> mc.ShiftStack:
-        """Shifts that change the logits: fresh ones hardly do, and a wrong result would pass."""
-        shifts = mc.build_shifts(self.subject.model, name)
-        with torch.no_grad():
-            for key, p in shifts.named_parameters():
-                if key.endswith("vector"):
-                    p.copy_(0.05 * torch.randn(p.shape))
-                elif key.endswith("gate_bias"):
-                    p.fill_(4.0)
-        return shifts.to(self.device)
 
     def prefill(self, t: int, refused: list[BenchmarkError]) -> list[Row]:
         """A prompt as generation runs it: into a fresh cache, with logits of the last token alone."""

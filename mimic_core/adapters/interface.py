@@ -28,8 +28,9 @@ SLOT = "_mimic_core_sites"
 class AttentionSlot:
     """The edits inside one module's attention, in the order they were installed. Alive, it holds the wrap in place.
 
-    Attributes: plan: What is to do in a call: made when edits come, go or are switched, for a decoded token has no time
-        for it. None: nothing.
+    Attributes:
+        plan: What is to do in a call: made when edits come, go or are switched, for a decoded token has no time for it.
+            None: nothing.
     """
 
     plan: Plan | None

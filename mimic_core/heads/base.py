@@ -51,11 +51,15 @@ class ShiftHead(nn.Module):
     edited value from `forward`. Parameters are fp32 whatever the model's dtype; `forward` does its maths in fp32 and
     returns the dtype it was given.
 
-    Attributes: name: The name it is registered under. site: The site `forward` edits. config_class: The dataclass of
-        its options. needs_lse: `forward` reads `at.lse`, so attention should keep it. needs_prompt_end: `forward` reads
-        `at.prompt_end`. needs_at: `forward` looks at its `At`; a head that doesn't is given None, which saves making
-        one. is_gated_shift: At `attn_heads`, `forward` is `ops.gated_shift` with what `gated_shift` returns, and no
-        more. It is then one call with attention, wherever that gives the same bits.
+    Attributes:
+        name: The name it is registered under.
+        site: The site `forward` edits.
+        config_class: The dataclass of its options.
+        needs_lse: `forward` reads `at.lse`, so attention should keep it.
+        needs_prompt_end: `forward` reads `at.prompt_end`.
+        needs_at: `forward` looks at its `At`; a head that doesn't is given None, which saves making one.
+        is_gated_shift: At `attn_heads`, `forward` is `ops.gated_shift` with what `gated_shift` returns, and no more. It
+            is then one call with attention, wherever that gives the same bits.
     """
 
     name: ClassVar[str]

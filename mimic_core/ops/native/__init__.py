@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailableError
+from .._precision import has_bf16_instructions
 from . import build, nvrtc
 from .agreement import disagreement
 
@@ -132,13 +133,7 @@ def _first() -> ModuleType | None:
 def _use(path: Path) -> None:
     global _ops, _looked
     native = build.load(path)
-    native.set_up(_bf16_instructions(), nvrtc.compile_kernels)
+    native.set_up(has_bf16_instructions(), nvrtc.compile_kernels)
     if problem := disagreement(native, torch.device("cpu")):
         raise BackendUnavailableError(f"its C++ ops at {path} are wrong here and not used: {problem}")
     _ops, _looked = native, True
-
-
-def _bf16_instructions() -> bool:
-    """Whether the CPU kernel's backward is fast in bf16."""
-    asked = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(ask() for ask in asked)

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.torch_version import TorchVersion
 
-from .._masks import Mask, additive, causal_mask, rows_that_attend
-from .folded import Prepared, Saved, ops_of
+from .._masks import Mask, additive, rows_that_attend
+from .._precision import has_bf16_instructions
+from .folded import Prepared, Saved, at_the_upper_left, ops_of
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -19,9 +20,7 @@ _GROUPED_HEADS = TorchVersion(torch.__version__) >= "2.13"
 # Without instructions for it, the kernel's bf16 backward is 10 to 12 times slower than its fp32 one (AVX2); with
 # AVX512-BF16 1.5 times, for half the memory. Its fp16 backward is 1.2 to 1.6 times slower (torch 2.15), or a thousand
 # times (2.6).
-_BF16_INSTRUCTIONS = any(
-    getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-)
+_BF16_INSTRUCTIONS = has_bf16_instructions()
 
 
 def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> str | None:
@@ -47,12 +46,9 @@ def follows_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_c
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> Prepared:
-    t, s = q.shape[2], k.shape[2]
+    s = k.shape[2]
     attends = rows_that_attend(mask)
-    if is_causal and t < s:
-        k, v = k[:, :, :t], v[:, :, :t]
-    elif is_causal and t > s:
-        mask, is_causal = causal_mask(t, s, q.device), False
+    k, v, mask, is_causal = at_the_upper_left(q, k, v, mask, is_causal)
     if mask is not None:
         mask = additive(mask, q.dtype)
         # torch 2.6 takes the last axis for contiguous.

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from .._masks import Mask, additive, causal_mask, rows_that_attend
-from .folded import Kernel, Ops, Prepared, Saved, ops_of
+from .._masks import Mask, additive, rows_that_attend
+from .folded import Kernel, Ops, Prepared, Saved, at_the_upper_left, ops_of
 
 _aten = torch.ops.aten
 _ALIGNMENT = 16  # elements: what the memory-efficient kernel wants a row of its bias to start at
@@ -110,13 +110,9 @@ class _Torch(ABC):
     takes_groups = False
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> Prepared:
-        """Causal at the upper left, whatever a kernel makes of unequal lengths."""
+        s = k.shape[2]
         attends = rows_that_attend(mask)
-        t, s = q.shape[2], k.shape[2]
-        if is_causal and t < s:
-            k, v = k[:, :, :t], v[:, :, :t]
-        elif is_causal and t > s:
-            mask, is_causal = causal_mask(t, s, q.device), False
+        k, v, mask, is_causal = at_the_upper_left(q, k, v, mask, is_causal)
         if mask is not None:
             mask = _aligned(additive(mask, q.dtype)).expand(*q.shape[:3], s)
         if k.shape[1] != q.shape[1] and not (self.takes_groups and mask is None):

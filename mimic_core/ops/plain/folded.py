@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .._checks import needs_grad, once_differentiable
-from .._masks import Mask
+from .._masks import Mask, causal_mask
 from .._precision import full_precision
 from . import epilogue
 
@@ -35,6 +35,20 @@ class Prepared(NamedTuple):
     scale: float
     is_causal: bool
     attends: Bool[Tensor, "#b #h #t"] | None
+
+
+def at_the_upper_left(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, is_causal: bool
+) -> tuple[Tensor, Tensor, Mask, bool]:
+    """Keys, values, mask and is_causal of a call that is causal at the upper left, whatever a kernel makes of unequal
+    lengths.
+    """
+    t, s = q.shape[2], k.shape[2]
+    if is_causal and t < s:
+        return k[:, :, :t], v[:, :, :t], mask, True
+    if is_causal and t > s:
+        return k, v, causal_mask(t, s, q.device), False
+    return k, v, mask, is_causal
 
 
 Saved = tuple[Any, ...]

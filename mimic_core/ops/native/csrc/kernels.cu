@@ -90,6 +90,22 @@ __device__ inline float sum_over_lanes(float x) {
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
+// row += factor * vec in place, by the lanes of a group.
+template <int width>
+__device__ inline void add_scaled(S* row, float factor, const float* vec, int lane) {
+#pragma unroll
+  for (int i = 0; i < packs(width); ++i) {
+    const int at = (i * kLanes + lane) * VEC;
+    if (at < width) {
+      Wide x = load(row + at);
+      const Wide v = load_wide(vec + at);
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) x.x[j] += factor * v.x[j];
+      store(row + at, x);
+    }
+  }
+}
+
 // out += mu * vector in place, one row a group of lanes. attends and mu may be null; mu [b h t] is contiguous.
 extern "C" __global__ void __launch_bounds__(kThreads)
     shift(S* out, const S* q, const float* lse, const bool* attends, const float* vector, const float* weight,
@@ -116,18 +132,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const bool sees = (!attends || attends[offset(of_attends, b, h, t)]) && log_z2 != __int_as_float(0xff800000);
   const float m = sees ? sigmoid(logit + bias[h] - log_z2) : 0.0f;
   if (mu && lane == 0) mu[(b * heads + h) * tokens + t] = m;
-#pragma unroll
-  for (int i = 0; i < packs(E); ++i) {
-    const int at = (i * kLanes + lane) * VEC;
-    if (at < E) {
-      S* place = out + offset(of_out, b, h, t) + at;
-      Wide x = load(place);
-      const Wide v = load_wide(vector + h * E + at);
-#pragma unroll
-      for (int j = 0; j < VEC; ++j) x.x[j] += m * v.x[j];
-      store(place, x);
-    }
-  }
+  add_scaled<E>(out + offset(of_out, b, h, t), m, vector + h * E, lane);
 }
 
 // For `each` rows of one head (blockIdx.y): df = mu (1 - mu) (grad . vector), hat = shifted - mu^2 vector where hat is not
@@ -227,18 +232,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int h = static_cast<int>(row % heads), t = static_cast<int>(row / heads % tokens);
   const i64 b = row / heads / tokens;
   const float f = df[(b * heads + h) * tokens + t];
-#pragma unroll
-  for (int i = 0; i < packs(D); ++i) {
-    const int at = (i * kLanes + lane) * VEC;
-    if (at < D) {
-      S* place = dq + offset(of_dq, b, h, t) + at;
-      Wide x = load(place);
-      const Wide w = load_wide(weight + h * D + at);
-#pragma unroll
-      for (int j = 0; j < VEC; ++j) x.x[j] += f * w.x[j];
-      store(place, x);
-    }
-  }
+  add_scaled<D>(dq + offset(of_dq, b, h, t), f, weight + h * D, lane);
 }
 
 #endif
