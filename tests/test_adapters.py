@@ -17,6 +17,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForSequenceClassification
 
 import mimic_core as mc
 from mimic_core import adapters
+from mimic_core.adapters.edited import below_edits
 from mimic_core.adapters.interface import SLOT
 
 BY_NAME = {case.name: case for case in CASES}
@@ -136,7 +137,8 @@ def test_gated_cross_attention_of_idefics_is_no_site(head: str) -> None:
     assert crossing == {"model.gated_cross_attn_layers.0.cross_attn", "model.gated_cross_attn_layers.1.cross_attn"}
 
     def marked() -> set[str]:
-        return {name for name, m in model.named_modules() if SLOT in m.__dict__ or m._forward_hooks}
+        edited = {name for name, m in model.named_modules() if below_edits(m) is None}
+        return edited | {name for name, m in model.named_modules() if SLOT in m.__dict__ or m._forward_hooks}
 
     assert marked() == set()
     with mc.patch(model, random_shifts(model, head)), mc.capture(model, ALL_SITES):

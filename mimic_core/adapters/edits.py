@@ -52,6 +52,8 @@ class Owner(Protocol):
 
     def reached(self, layer: int, site: Site) -> None: ...
 
+    def unflatten(self, states: Tensor) -> Tensor: ...
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -73,13 +75,19 @@ class Entry:
 
     def apply(self, value: Tensor, module: nn.Module, attention: AttentionView | None = None) -> Tensor:
         """Run the edit on a value and check what comes back."""
-        edit, at = self.edit, None
+        edit, owner = self.edit, self.owner
+        at = None
         if edit.needs_at:
-            forward = self.owner.forward if edit.needs_prompt_end else None
+            forward = owner.forward if edit.needs_prompt_end else None
             at = At(edit.layer, edit.site, module, attention, forward, value)
         result = edit.run(value, at)  # pyright: ignore[reportArgumentType]
-        self.owner.reached(edit.layer, edit.site)
-        return value if result is None else self._checked(result, value)
+        owner.reached(edit.layer, edit.site)
+        if result is None:
+            return value
+        fits = result.__class__ is Tensor and result.shape == value.shape and result.dtype == value.dtype
+        if fits and result.device == value.device and edit.site not in READ_ONLY_SITES:
+            return result
+        return self._checked(result, value)
 
     def _checked(self, result: Tensor, value: Tensor) -> Tensor:
         site, layer = self.edit.site, self.edit.layer

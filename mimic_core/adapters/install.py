@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import PatchStateError, ShapeError, UnsupportedModelError
 from ..types import ATTENTION_SITES, LayerSpec, ModelSpec, Site
 from .base import AttentionAdapter, unwrap
-from .compiled import asked_about, mark, runs_compiled, unmark, with_lasting_key
+from .compiled import asked_about, runs_compiled, with_lasting_key
+from .edited import EditedForward
 from .edits import Entry, SiteEdit
 from .forward import AGAIN, Forward
 from .interface import SLOT, AttentionSlot
@@ -68,6 +69,7 @@ class Installation:
         self._state = _ForwardState()
         self._hooks: list[RemovableHandle] = []
         self._edited: list[nn.Module] = []
+        self._forwards: list[EditedForward] = []
         inner, adapter, spec = locate(model)
         self._model = inner
         edits = list(edits)
@@ -104,14 +106,13 @@ class Installation:
     def _attach(self, entry: Entry, module: nn.Module) -> None:
         inside = entry.edit.site in ATTENTION_SITES
         self._edited.append(module)
-        if inside:
-            slot = module.__dict__.get(SLOT) or AttentionSlot()
-            module.__dict__[SLOT] = slot
-            slot.hold((*slot.entries, entry))
-        else:
-            self._hooks.append(module.register_forward_hook(_OutputHook(entry, self)))
-        for asked in asked_about(module, inside):
-            mark(asked)
+        if not inside:
+            self._forwards.append(EditedForward.claim(module, entry))
+            return
+        slot = module.__dict__.get(SLOT) or AttentionSlot()
+        module.__dict__[SLOT] = slot
+        slot.hold((*slot.entries, entry))
+        self._forwards += [EditedForward.claim(asked) for asked in asked_about(module)]
 
     def remove(self) -> None:
         """Take every edit out. Done twice, it does nothing the second time."""
@@ -124,11 +125,9 @@ class Installation:
                 if not slot.entries:
                     del module.__dict__[SLOT]
                     slot.release()
-                    for child in module.children():
-                        unmark(child)
-            if not _is_edited(module):
-                unmark(module)
-        self._hooks, self._edited = [], []
+        for forward in self._forwards:
+            forward.release(self)
+        self._hooks, self._edited, self._forwards = [], [], []
 
     @property
     def installed(self) -> bool:
@@ -149,6 +148,8 @@ class Installation:
             slot: AttentionSlot | None = module.__dict__.get(SLOT)
             if slot is not None:
                 slot.refresh()
+        for forward in self._forwards:
+            forward.refresh()
 
     @property
     def in_forward(self) -> bool:
@@ -228,7 +229,8 @@ class Installation:
             more = f" and {len(missed) - 4} more" if len(missed) > 4 else ""
             raise PatchStateError(
                 f"a forward of {type(module).__name__} never reached {where}{more}, so the edits there did nothing; "
-                f"its attention may not go through transformers' AttentionInterface, or its adapter names wrong modules"
+                f"its attention may not go through transformers' AttentionInterface, its adapter may name wrong modules, "
+                f"or something has replaced the modules' forwards since: then remove the patch and patch again"
             )
 
     def _missed(self, reached: set[tuple[int, Site]]) -> list[SiteEdit]:
@@ -247,10 +249,6 @@ def _sizes_of_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int
         if isinstance(x, Tensor):
             return (x.shape[0], x.shape[1]) if x.ndim > 1 else None
     return None
-
-
-def _is_edited(module: nn.Module) -> bool:
-    return SLOT in module.__dict__ or any(isinstance(hook, _OutputHook) for hook in module._forward_hooks.values())
 
 
 def _check_place(model: nn.Module, layers: Sequence[LayerSpec], edit: SiteEdit) -> None:
@@ -276,33 +274,6 @@ def _shared_modules(
         if site in layer.sites
     )
     return {place for place, layers in places.items() if layers > 1}
-
-
-class _OutputHook:
-    """A forward hook that edits a module's output, or the first element where that is a tuple."""
-
-    def __init__(self, entry: Entry, installation: Installation) -> None:
-        self.entry, self.installation = entry, installation
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        entry = self.entry
-        if not entry.owner.active or (entry.scope is not None and not entry.active):
-            return None
-        if output.__class__ is Tensor and output.ndim != 2:
-            return entry.apply(output, module)
-        if isinstance(output, tuple):
-            parts = (self._edited(output[0], module), *output[1:])
-            return type(output)(*parts) if hasattr(output, "_fields") else parts
-        if not isinstance(output, Tensor):
-            raise UnsupportedModelError(
-                f"{type(module).__name__} returned a {type(output).__name__}; a site must return a tensor or a tuple"
-            )
-        return self._edited(output, module)
-
-    def _edited(self, states: Tensor, module: nn.Module) -> Tensor:
-        if states.ndim != 2:
-            return self.entry.apply(states, module)
-        return self.entry.apply(self.installation.unflatten(states), module).flatten(0, 1)
 
 
 def installed(model: nn.Module) -> list[Installation]:

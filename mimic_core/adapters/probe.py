@@ -66,6 +66,9 @@ class _Watcher:
 
     def reached(self, layer: int, site: Site) -> None: ...
 
+    def unflatten(self, states: Tensor) -> Tensor:
+        return states
+
 
 _kept: WeakKeyDictionary[nn.Module, tuple[list[nn.Module], Probe]] = WeakKeyDictionary()
 

@@ -116,11 +116,9 @@ def all_or_nothing(s: Subject) -> str:
     stacks = _some(s.stacks())
     tried = 0
     for name, stack in stacks.items():
-        # The last thing a patch touches of its sites, and the decoder, which comes after them.
-        last = stack[stack.layers[-1]]
-        places = [(s.adapter.decoder(s.inner), "register_forward_pre_hook")]
-        if last.site != "attn_heads":
-            places.append((s.module(last.layer.index, last.site), "register_forward_hook"))
+        # The last things a patch touches, when its sites are edited already.
+        decoder = s.adapter.decoder(s.inner)
+        places = [(decoder, "register_forward_pre_hook"), (decoder, "register_forward_hook")]
         for module, method in places:
             before = Snapshot(s.model)
             with _failing(module, method):
