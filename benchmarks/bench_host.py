@@ -30,7 +30,7 @@ from .published import live_forwards, published, published_live
 from .records import Row
 
 PUBLISHED_LIVE = f"{PUBLISHED}: LIVE"
-ADD = "add"
+ADD, PLAIN_ADD = "add", "a plain add"
 STATIC_CACHE = "generate, static cache"
 CALLS = ("call, no gradient", "call, with gradient", "call, forward+backward")
 # Microseconds are differences of times that vary by more: many short rounds.
@@ -150,6 +150,7 @@ def measure_layers(
         LIVE: (mc.patch, shifts["live"]),
         PUBLISHED: (published, shifts["mimic"]),
         PUBLISHED_LIVE: (partial(live_forwards, published_live), shifts["live"]),
+        PLAIN_ADD: (partial(live_forwards, _add), shifts["live"]),
     }
     spec = mc.adapter_for(subject.model).spec(subject.model)
     sizes = {"h": spec.layers[0].heads, "g": spec.layers[0].kv_heads, "d": spec.layers[0].head_dim}
@@ -177,6 +178,11 @@ def measure_layers(
     return rows
 
 
+def _add(x: Tensor, vector: Tensor, scale: Tensor) -> Tensor:
+    """The least that anything at LIVE's site can do."""
+    return x + vector
+
+
 def _stage(what: str, subject: Subject, patch: tuple[object, mc.ShiftStack] | None) -> Call:
     model, inputs = subject.model, subject.inputs(_TOKENS)
     inputs.pop("attention_mask")  # transformers looks into it, for which a GPU has to be waited for
@@ -186,7 +192,8 @@ def _stage(what: str, subject: Subject, patch: tuple[object, mc.ShiftStack] | No
         def train() -> tuple[Tensor, ...]:
             embedded = model.get_input_embeddings()(inputs["input_ids"]).requires_grad_()  # pyright: ignore
             out = model(inputs_embeds=embedded, use_cache=False).logits
-            return torch.autograd.grad(out.square().sum(), [embedded, *parameters])
+            found = torch.autograd.grad(out.square().sum(), [embedded, *parameters], allow_unused=True)
+            return tuple(x for x in found if x is not None)
 
         return train
     if what == "forward":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .bench_host import ADD, PUBLISHED_LIVE
+from .bench_host import ADD, PLAIN_ADD, PUBLISHED_LIVE
 from .bench_patch import LIVE, MIMIC, UNPATCHED, ZERO
 from .cases import CACHED, LENGTHS, NEUTRAL, SHAPES
 from .contestants import OURS, PUBLISHED, YARDSTICK
@@ -184,7 +184,7 @@ def _host_calls(rows: Sequence[Row]) -> str:
 
 
 def _host_layers(rows: Sequence[Row]) -> str:
-    names = (MIMIC, PUBLISHED, LIVE, PUBLISHED_LIVE)
+    names = (MIMIC, PUBLISHED, LIVE, PUBLISHED_LIVE, PLAIN_ADD)
     lines = []
     for row in rows:
         if row.bench == "host" and row.contestant == UNPATCHED and row.time_us is not None:
@@ -198,7 +198,7 @@ def _added(rows: Sequence[Row], yardstick: Row, name: str) -> str:
     timed = _find(rows, name, yardstick.what, **where, of="")
     launched = _find(rows, name, yardstick.what, **where, of="launches")
     if timed is None or launched is None:
-        return "refused"
+        return "" if name == PLAIN_ADD else "refused"  # older rows have none
     return f"{_number(timed.added_us, '.1f')} ({_number(launched.count, '+.3g')})"
 
 

@@ -4,8 +4,8 @@ A forward hook would come after the hooks that were there before it: those of ot
 edits. It is slower too: in a tiny Llama LIVE added 68 microseconds a layer by hooks and 59 so, on a slow core.
 
 torch.compile notices this way too. A graph does not ask whether its modules have got hooks since it was made, nor what
-stands in their `__dict__`; it does ask, of every module it calls, whether `forward` was replaced in that very object. So
-the graphs of an edited model no longer fit, those of others do, and when the edits are gone the old ones fit again.
+stands in their `__dict__`. It does ask, of every module it calls, whether `forward` was replaced in that very object.
+So the graphs of an edited model no longer fit, those of others do, and when the edits are gone the old ones fit again.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _FORWARD, _KEY = "forward", "_mimic_core_forward"
 class EditedForward:
     """What stands in a module's own `__dict__` for its forward: the one that was there, then the edits of its output.
 
-    Without edits of the output it marks a module in whose forward something else is edited, and what stands there is the
-    class's own, bound, which costs nothing. Whoever replaces a module's forward later keeps this one underneath, and the edits
-    with it, as accelerate does.
+    Without edits of the output it marks a module in whose forward something else is edited. Then the class's own stands
+    there, bound, which costs nothing. Whoever replaces a module's forward later, as accelerate does, keeps this one
+    underneath, and the edits with it.
 
     Attributes:
         below: What had replaced the module's forward before; None: nothing, its class has it.

@@ -229,8 +229,8 @@ class Installation:
             more = f" and {len(missed) - 4} more" if len(missed) > 4 else ""
             raise PatchStateError(
                 f"a forward of {type(module).__name__} never reached {where}{more}, so the edits there did nothing; "
-                f"its attention may not go through transformers' AttentionInterface, its adapter may name wrong modules, "
-                f"or something has replaced the modules' forwards since: then remove the patch and patch again"
+                f"its attention may not go through transformers' AttentionInterface, its adapter may name wrong "
+                f"modules, or something has replaced the modules' forwards since: then remove the patch and patch again"
             )
 
     def _missed(self, reached: set[tuple[int, Site]]) -> list[SiteEdit]:
