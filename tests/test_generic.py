@@ -11,10 +11,10 @@ import torch
 from test_laws import snapshot
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
+from zoo.tiny import tiny
 
 import mimic_core as mc
 from mimic_core.adapters import GenericAdapter
-from mimic_core.testing import tiny
 
 ALL = mc.types.SITES
 OUTPUTS = ("attn_out", "mlp_out", "layer_out")

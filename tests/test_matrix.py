@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from transformers import CONFIG_MAPPING
+from zoo import matrix
+from zoo import page as matrix_page
+from zoo.matrix import Place
 
 import mimic_core as mc
-from mimic_core.testing import matrix, matrix_page
-from mimic_core.testing.matrix import Place
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "support-matrix.md"
@@ -130,21 +131,33 @@ def test_what_a_type_is_served_with() -> None:
 def test_page_shows_the_worst_of_the_runs_and_why() -> None:
     bad = row(laws={"padding": "failed", "lse": "not applicable"})
     bad["runs"].append(row()["runs"][0])
-    text = matrix_page.page([bad], [row(versions={"transformers": "5"})])
-    line = next(line for line in text.splitlines() if line.startswith("| `x` |"))
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    lines = matrix_page.lines_of([bad], [row(versions={"transformers": "5"})])
+    text = matrix_page.page(lines)
+    shown = [line for line in text.splitlines() if line.startswith("| `x` |")]
+    short, cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in shown)
     names = [law.name for law in mc.testing.LAWS]
+    why = "no / attention; padding: why padding"
+    assert short == ["`x`", "failed", "MimIC and LIVE", why]
     assert cells[1:5] == ["X", "failed", "MimIC and LIVE", "1/2"]
     assert cells[5 + names.index("padding")] == "✗"
     assert cells[5 + names.index("lse")] == "✓"
-    assert cells[-1] == "no / attention; padding: why padding"
-    assert "transformers 9" in text
-    assert matrix_page.summary([bad, row()]) == "Causal language models: 2 types; 1 MimIC and LIVE, 1 failed"
+    assert cells[-1] == why
+    assert "with transformers 9. The column `lowest` has the result with transformers 5." in text
+    both = matrix_page.lines_of([bad, row()], [])
+    assert matrix_page.summary(both) == "Causal language models: 2 types; 1 MimIC and LIVE, 1 failed"
 
 
-def test_the_page_in_the_docs_is_of_its_rows() -> None:
-    rows = json.loads(PAGE.with_suffix(".json").read_text())
-    lines = PAGE.read_text().splitlines()
-    for one in rows["newest"]:
-        assert any(line.startswith(f"| `{one['type']}` |") and matrix_page.serves(one) in line for line in lines)
-    assert PAGE.read_text() == matrix_page.page(rows["newest"], rows["lowest"])
+def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
+    lines = matrix_page.lines_of([row(), row(type="y", refused="no way", runs=[])], [row()])
+    matrix_page.write(lines, tmp_path / "page.md")
+    assert matrix_page.read(tmp_path / "page.md") == lines
+    assert (tmp_path / "page.md").read_text() == matrix_page.page(lines)
+    assert len((tmp_path / "page.jsonl").read_text().splitlines()) == 3, "the versions, and a line a type"
+
+
+def test_the_page_in_the_docs_is_of_its_lines() -> None:
+    lines = matrix_page.read(PAGE)
+    assert PAGE.read_text() == matrix_page.page(lines)
+    assert PAGE.with_suffix(".jsonl").stat().st_size < 100_000
+    assert len(lines) > 200
+    assert not [line["type"] for line in lines[1:] if line["served"] == "failed"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from zoo.tiny import TinyModel, tiny
 
 from mimic_core import UnknownNameError, UnsupportedModelError
-from mimic_core.testing.tiny import TinyModel, tiny
 
 WITH_IMAGES = [
     "blip-2",  # needs an image; OPT

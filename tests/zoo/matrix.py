@@ -51,8 +51,9 @@ def check_type(place: Place, quick: bool = False) -> dict[str, Any]:
     import torch
     import transformers
 
-    from ..adapters import adapter_for
-    from ..errors import MimicError
+    from mimic_core.adapters import adapter_for
+    from mimic_core.errors import MimicError
+
     from .tiny import tiny
 
     torch.set_num_threads(1)
@@ -80,9 +81,10 @@ def check_type(place: Place, quick: bool = False) -> dict[str, Any]:
 
 
 def _run(place: Place, attention: str, images: bool) -> dict[str, Any]:
-    from .check import check_adapter
+    from mimic_core.testing import check_adapter
+    from mimic_core.testing.verdicts import Raised, attempt
+
     from .tiny import tiny
-    from .verdicts import Raised, attempt
 
     case = tiny(place.model_type, task=place.task)  # pyright: ignore[reportArgumentType]
     if not images and case.needs_images:

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from .tiny_sizes import BY_ROLE, EVEN_IF_NONE, LAYER_KINDS, PARTNERS, SIZES, SPECIAL_IDS, VOCABULARY, SpecialIds
-from .tiny_table import CONFIGS, NEW_ID
+from .sizes import BY_ROLE, EVEN_IF_NONE, LAYER_KINDS, PARTNERS, SIZES, SPECIAL_IDS, VOCABULARY, SpecialIds
+from .table import CONFIGS, NEW_ID
 
 _SPECIAL = re.compile(r"(.+?)_(?:token_id|token_index|index|id)$")
 # Ids of these stems are not tokens.

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError
-from .tiny_images import IMAGES, NEED_IMAGES, Images, default_images
-from .tiny_sizes import FIRST_TEXT_ID, SpecialIds
+from mimic_core.errors import UnsupportedModelError
+
+from .images import IMAGES, NEED_IMAGES, Images, default_images
+from .sizes import FIRST_TEXT_ID, SpecialIds
 
 SHORTER = 3
 _PIXELS = {"pixel_values", "pixel_values_images", "flattened_patches", "image_patches"}

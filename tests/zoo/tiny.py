@@ -14,11 +14,12 @@ from torch.nn import functional
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ..errors import UnknownNameError, UnsupportedModelError
-from .tiny_config import small_config
-from .tiny_inputs import build, needs_images, takes_images
-from .tiny_sizes import VOCABULARY, SpecialIds
-from .tiny_table import UNSUPPORTED
+from mimic_core.errors import UnknownNameError, UnsupportedModelError
+
+from .config import small_config
+from .inputs import build, needs_images, takes_images
+from .sizes import VOCABULARY, SpecialIds
+from .table import UNSUPPORTED
 
 Task = Literal["image-text-to-text", "causal-lm"]
 Padding = Literal["right", "left"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GraniteMoeHybridConfig
 
-from .tiny_sizes import CODES, PARTNERS, SpecialIds, each
+from .sizes import CODES, PARTNERS, SpecialIds, each
 
 NEW_ID = "a new id"  # stands for a token id that nothing else has
 

@@ -1,4 +1,4 @@
-"""`python -m mimic_core.testing`: run the conformance kit over every model type, and write the support matrix."""
+"""`python -m tests.zoo`: run the conformance kit over every model type, and write the support matrix."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from .matrix import every_place, run
-from .matrix_page import page, serves, summary
+from .page import lines_of, serves, summary, write
 
 
 def main() -> int:
-    """Parse arguments, run what is not there yet, write the page and the JSON. The number of types that failed."""
-    parser = argparse.ArgumentParser(prog="python -m mimic_core.testing", description=__doc__)
+    """Parse arguments, run what is not there yet, write the page and its lines. The number of types that failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; none: all of the installed transformers")
     parser.add_argument(
         "--rows", type=Path, default=Path("support-matrix"), help="folder of the rows; found ones are kept"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many types at a time")
-    parser.add_argument("--page", type=Path, help="write the table here (Markdown), and the rows beside it (JSON)")
+    parser.add_argument("--page", type=Path, help="write the page here (Markdown), and a line a type beside it (JSON)")
     parser.add_argument("--lowest", type=Path, help="folder of the oldest transformers' rows, for a column beside")
     arguments = parser.parse_args()
     places = [place for place in every_place() if not arguments.types or place.model_type in arguments.types]
@@ -36,17 +35,12 @@ def main() -> int:
             bar.update()
             rows.append(row)
     failed = [row["type"] for row in rows if serves(row) == "failed"]
-    print(summary(rows), *(f"failed: {name}" for name in failed), sep="\n")
+    lowest = [json.loads(path.read_text()) for path in arguments.lowest.glob("*.json")] if arguments.lowest else []
+    lines = lines_of(rows, lowest)
+    print(summary(lines), *(f"failed: {name}" for name in failed), sep="\n")
     if arguments.page is not None:
-        lowest = [json.loads(path.read_text()) for path in arguments.lowest.glob("*.json")] if arguments.lowest else []
-        data = {"newest": sorted(rows, key=_order), "lowest": sorted(lowest, key=_order)}
-        arguments.page.write_text(page(**data))
-        arguments.page.with_suffix(".json").write_text(json.dumps(data, indent=0) + "\n")
+        write(lines, arguments.page)
     return len(failed)
-
-
-def _order(row: dict[str, Any]) -> tuple[bool, str]:
-    return row["task"] != "image-text-to-text", row["type"]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Tiny random models of every model type of transformers, and the conformance kit over all of them."""
