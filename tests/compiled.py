@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, TEXT, Case, fresh_model, logits_of, model_of, random_shifts
+from cases import CASES, TEXT, Case, fresh_model, model_of, random_shifts
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
@@ -43,8 +43,10 @@ def grads_of(model: Any, shifts: mc.ShiftStack, inputs: dict[str, Tensor]) -> tu
     return logits.detach(), *torch.autograd.grad(logits.square().mean(), list(shifts.parameters()))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "sdpa"])
-@pytest.mark.parametrize("mask", ["causal", "bool"])
+@pytest.mark.parametrize(
+    ("mask", "backend"),
+    [("causal", "reference"), ("bool", "reference"), ("causal", "cpu"), ("bool", "cpu"), ("causal", "sdpa")],
+)
 def test_ops_are_one_graph(mask: str, backend: str) -> None:
     def run(*x: Tensor, mask: Tensor | None) -> Tensor:
         return mc.ops.shifted_attention(*x, mask=mask, is_causal=mask is None, backend=backend)
@@ -52,7 +54,7 @@ def test_ops_are_one_graph(mask: str, backend: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
     # The chunks of the "sdpa" backend are as many as the sizes make them: each length is compiled, for 15 seconds.
-    for t in (6, 9) if backend == "sdpa" else (6, 9, 13):
+    for t in (9,) if backend == "sdpa" else (6, 9, 13):
         shapes = [(2, 4, t, 8), (2, 2, t, 8), (2, 2, t, 8), (4, 8), (4, 8), (4,)]
         x = [torch.randn(shape, requires_grad=True) for shape in shapes]
         allowed = None if mask == "causal" else torch.rand(2, 1, t, t) < 0.7
@@ -63,7 +65,7 @@ def test_ops_are_one_graph(mask: str, backend: str) -> None:
     assert counter.frame_count == 1 or backend == "sdpa"
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.newest)])
 def test_the_norm_preserving_add_is_one_graph(backend: str) -> None:
     x, vector, scale = (torch.randn(shape, requires_grad=True) for shape in ((3, 5, 8), (8,), ()))
     compiled = torch.compile(mc.ops.norm_preserving_add, fullgraph=True, backend=backend)
@@ -78,9 +80,9 @@ def test_the_norm_preserving_add_is_one_graph(backend: str) -> None:
     ("case", "attention", "head"),
     [
         (LLAMA, "sdpa", "mimic"),
-        (SHALLOW, "eager", "mimic"),
-        (SHALLOW, "sdpa", "mimic-shared"),
         (SHALLOW, "sdpa", "live"),
+        pytest.param(SHALLOW, "eager", "mimic", marks=pytest.mark.exhaustive),
+        pytest.param(SHALLOW, "sdpa", "mimic-shared", marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )
@@ -116,7 +118,7 @@ def test_every_adapters_decoder_compiles(case: Case) -> None:
 
 
 @pytest.mark.usefixtures("compilable")
-@pytest.mark.slow
+@pytest.mark.newest
 def test_inductor() -> None:
     model = fresh_model(LLAMA)
     shifts = random_shifts(model, "mimic")
@@ -129,25 +131,9 @@ def test_inductor() -> None:
 
 
 @pytest.mark.usefixtures("compilable")
-@pytest.mark.parametrize(("case", "head"), [(LLAMA, "mimic"), (SHALLOW, "live")], ids=str)
-def test_patching_a_compiled_model_and_back(case: Case, head: str) -> None:
-    """What was compiled unpatched is not what runs patched, and the other way round."""
-    model, inputs = fresh_model(case), text(7)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    plain = logits_of(compiled, inputs)
-    shifts = random_shifts(model, head)
-    with mc.patch(model, shifts) as handle:
-        torch.testing.assert_close(logits_of(compiled, inputs), logits_of(model, inputs), atol=1e-5, rtol=1e-5)
-        assert not torch.equal(logits_of(compiled, inputs), plain)
-        with handle.disabled():
-            torch.testing.assert_close(logits_of(compiled, inputs), plain, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(logits_of(compiled, inputs), plain, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.usefixtures("compilable")
 @pytest.mark.parametrize(
     ("case", "cache", "head"),
-    [(LLAMA, "static", "mimic"), (SHALLOW, "dynamic", "mimic"), (SHALLOW, "static", "live")],
+    [(SHALLOW, "dynamic", "mimic"), (SHALLOW, "static", "live")],
     ids=str,
 )
 def test_decoding_compiles_once(case: Case, cache: str, head: str) -> None:

@@ -27,8 +27,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("newest") or item.get_closest_marker("exhaustive"):
+            item.add_marker("slow")
     # One that starts last keeps a process busy for minutes while the others have nothing left to do.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    # `-m "not slow"` is every quick test with one of its cases, whichever the hash says.
+    tests: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            tests.setdefault((item.path, item.location[2].partition("[")[0]), []).append(item)
+    for cases in tests.values():
+        for item in sorted(cases, key=lambda item: crc32(item.nodeid.encode()))[1:]:
+            item.add_marker("slow")
 
 
 @pytest.fixture

@@ -52,6 +52,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_patch, "small_llava", tiny_model)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny", "no_shape_checks")
 def test_quick_run_writes_rows_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
@@ -90,7 +91,7 @@ def test_quick_run_writes_rows_and_pictures(tmp_path: Path, capsys: pytest.Captu
     assert {row.threads for row in host} == {1}
     assert {row.contestant for row in host if row.model == "tiny-llama" and row.layers == 8} == {
         *(bench_patch.UNPATCHED, bench_patch.MIMIC, bench_patch.LIVE, contestants.PUBLISHED),
-        bench_host.PUBLISHED_LIVE,
+        *(bench_host.PUBLISHED_LIVE, bench_host.PLAIN_ADD),
     }
     counted = {(row.contestant, row.of): row.count for row in host if row.what == bench_host.STATIC_CACHE}
     assert set(counted.values()) <= {0}, counted
@@ -115,6 +116,7 @@ def test_a_part_keeps_the_rows_of_the_other(tmp_path: Path) -> None:
         main([*brief, "nothing"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny", "no_shape_checks")
 def test_the_script_for_a_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -12,13 +12,21 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["compiled.py", "compiled_patches.py", "-m slow"])
-def test_compiled(part: str) -> None:
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    ("marked", "files"),
+    [
+        ("not newest and not exhaustive", ["compiled.py"]),
+        ("not newest and not exhaustive", ["compiled_patches.py"]),
+        ("newest", ["compiled.py"]),
+        pytest.param("exhaustive", ["compiled.py", "compiled_patches.py"], marks=pytest.mark.exhaustive),
+    ],
+    ids=["compiled", "patches", "inductor", "exhaustive"],
+)
+def test_compiled(marked: str, files: list[str]) -> None:
     options = ["-m", "pytest", "-q", "--no-shape-checks", "--show-capture=no", "-pno:cacheprovider", "-p", "compilable"]
-    what = ["-m", "slow", "compiled.py"] if part == "-m slow" else ["-m", "not slow", part]
     done = subprocess.run(
-        [sys.executable, *options, *what[:2], str(HERE / what[2])],
+        [sys.executable, *options, "-m", marked, *(str(HERE / file) for file in files)],
         env={name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")} | {"PYTHONPATH": str(HERE)},
         cwd=HERE.parent,
         capture_output=True,
@@ -27,4 +35,4 @@ def test_compiled(part: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     # Where torch can't compile the unpatched model, all of a part may be skipped; not so the ops.
-    assert " passed" in done.stdout or (part == "-m slow" and " skipped" in done.stdout)
+    assert " passed" in done.stdout or (marked == "newest" and " skipped" in done.stdout)

@@ -69,6 +69,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=offline)
 
 
+@pytest.mark.slow
 def test_a_whole_run(tokenizer: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -87,7 +88,7 @@ def test_a_whole_run(tokenizer: Any, tmp_path: Path) -> None:
     assert list((tmp_path / "shifts").rglob("shifts.safetensors"))
 
 
-@pytest.mark.slow
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -78,6 +78,7 @@ def test_the_checkpoint_loads_whole(family: str) -> None:
     assert (digit_model_folder(family) / "model.safetensors").stat().st_size < 3e6
 
 
+@pytest.mark.slow
 @over_models
 def test_it_learns_in_context(family: str) -> None:
     found = pretrain.score(load_digit_model(family), held_out=50)

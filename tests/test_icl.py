@@ -102,6 +102,7 @@ def test_every_method_trains_and_leaves_the_model_as_it_was(llava: World, task: 
     assert not any(p.requires_grad for n, p in fitted.model.named_parameters() if "lora_" not in n)
 
 
+@pytest.mark.slow
 def test_mimic_closes_the_gap_of_an_easy_task(llava: World, task: Any) -> None:
     before = llava.right(llava.model, llava.prompts(task, 0, 0))
     with fit(llava, task, TRAINED["mimic"], 0, steps=80).applied() as model:
@@ -200,7 +201,7 @@ def test_tables_say_what_the_rows_say(tmp_path: Path) -> None:
     assert [asdict(row) for row in records.read(tmp_path / "icl.csv", Row)] == [asdict(row) for row in rows()]
 
 
-@pytest.mark.slow
+@pytest.mark.newest
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     job = Job("llava", "3-digits", 100, "zero-shot", 20, 0, 10)
     path = tmp_path / "icl.csv"

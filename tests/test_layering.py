@@ -191,6 +191,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
+@pytest.mark.slow
 def test_importing_the_package_stays_light() -> None:
     """What it adds to torch and to the parts of transformers it names: not one of the heavy ones."""
     library = [path for path in SOURCES if noun(module_name(path)) not in ("demo", "testing")]

@@ -265,7 +265,7 @@ def test_a_mask_per_attention_head(attention: str) -> None:
     assert_near("out lse", seen["lse"][0], want, torch.float32)
 
 
-@pytest.mark.slow
+@pytest.mark.newest
 def test_flex_attention_of_a_model() -> None:
     """Its mask is a function of the indices. Forward alone: on a CPU flex attention gives no gradients."""
     ids = torch.randint(3, 60, (2, 9))

@@ -57,10 +57,10 @@ def place(model_type: str) -> Place:
 
 
 # Every third is enough where only what is quick is run, as with the oldest versions.
-@pytest.mark.parametrize(
-    "model_type",
-    [pytest.param(name, marks=[pytest.mark.slow] if i % 3 else []) for i, name in enumerate(SLICE)],
-)
+_MARKS = [(), (pytest.mark.newest,), (pytest.mark.exhaustive,)]
+
+
+@pytest.mark.parametrize("model_type", [pytest.param(name, marks=_MARKS[i % 3]) for i, name in enumerate(SLICE)])
 @pytest.mark.usefixtures("no_shape_checks")
 def test_slice(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if model_type == "gemma2":  # the sdpa of older transformers forgets its softcap, so the LSE is refused there
@@ -83,7 +83,7 @@ def test_every_type_of_transformers_is_in_the_matrix() -> None:
     assert {"llama", "gpt2", "mamba"} <= {p.model_type for p in places if p.task == "causal-lm"} <= {*CONFIG_MAPPING}
 
 
-@pytest.mark.slow
+@pytest.mark.newest
 def test_rows_are_kept_and_a_process_that_dies_costs_one(tmp_path: Path) -> None:
     kept = Place("llava", "image-text-to-text")
     (tmp_path / kept.file).write_text(json.dumps({"type": "llava", "task": kept.task, "runs": [], "refused": "kept"}))
@@ -95,7 +95,7 @@ def test_rows_are_kept_and_a_process_that_dies_costs_one(tmp_path: Path) -> None
     assert matrix_page.serves(rows["gpt2"]) == "failed"
 
 
-@pytest.mark.slow
+@pytest.mark.newest
 def test_a_row_comes_from_a_process_of_its_own(tmp_path: Path) -> None:
     unknown = Place("no_such_type", "causal-lm")
     rows = {row["type"]: row for row in matrix.run([Place("gpt2", "causal-lm"), unknown], tmp_path)}

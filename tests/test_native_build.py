@@ -89,12 +89,14 @@ def test_the_first_use_builds_it_and_says_so(
     assert ops.resolve_backend(*(inputs_of(Case()).tensors[name] for name in "qkv")).why == "the first choice; in C++"
 
 
+@pytest.mark.slow
 def test_importing_builds_nothing(tmp_path: Path) -> None:
     script = "import sys, torch; torch.hub.set_dir(sys.argv[1]); import mimic_core"
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "hub")], check=True, cwd=ROOT)
     assert not (tmp_path / "mimic_core").exists()
 
 
+@pytest.mark.slow
 def test_built_once_and_found_by_later_processes(library: Path, tmp_path: Path) -> None:
     there = build.library_in(tmp_path / "mimic_core")
     there.parent.mkdir(parents=True)
@@ -106,6 +108,7 @@ def test_built_once_and_found_by_later_processes(library: Path, tmp_path: Path) 
     assert "mimic_core:" not in done.stderr
 
 
+@pytest.mark.slow
 def test_many_processes_at_once_compile_once(quick_compiler: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", USE, str(tmp_path / "hub")]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
@@ -125,6 +128,7 @@ def test_many_threads_at_once_compile_once(afresh: Path, quick_compiler: Path, t
     assert (tmp_path / "calls").read_text().split() == ["called"] * 2
 
 
+@pytest.mark.slow
 def test_the_command_of_the_readme(library: Path, tmp_path: Path) -> None:
     (command,) = re.findall(r"(?m)^python -c .*build_native.*$", (ROOT / "README.md").read_text())
     there = build.library_in(tmp_path / "mimic_core")  # so that it is not compiled a second time

@@ -23,6 +23,7 @@ def archs() -> list[str]:
     return ["sm_80", "sm_90", *(["sm_100"] if newest else [])]
 
 
+@pytest.mark.slow
 @needs_nvrtc
 @pytest.mark.parametrize("arch", archs())
 def test_every_kernel_compiles_and_spills_nothing(arch: str) -> None:

@@ -14,6 +14,7 @@ import torch
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the driver itself is there")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles the kernels with g++")
 def test_the_way_of_a_gpu() -> None:

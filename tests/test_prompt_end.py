@@ -153,7 +153,7 @@ def decoder_forward(model: nn.Module, mask: Tensor) -> dict[str, Any]:
     return {"position_embeddings": model.model.rotary_emb(torch.zeros(2, 11, 32), positions)}
 
 
-@pytest.mark.slow
+@pytest.mark.newest
 def test_torch_compile_is_refused(no_shape_checks: None) -> None:
     """A graph has no forward to ask; it must not pass without a word."""
     model, inputs = fresh_model(LLAMA), LLAMA.inputs()

@@ -119,7 +119,9 @@ def _legend() -> str:
 
 
 def _short(lines: Iterable[Line]) -> str:
-    return _markdown(["type", "served", "lowest", "why"], [[_type(x), x["served"], x["lowest"], x["why"]] for x in lines])
+    return _markdown(
+        ["type", "served", "lowest", "why"], [[_type(x), x["served"], x["lowest"], x["why"]] for x in lines]
+    )
 
 
 def _table(lines: Iterable[Line]) -> str:
