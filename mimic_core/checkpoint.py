@@ -14,7 +14,8 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as in_bytes
 from torch import Tensor, nn
 
 from .adapters import locate
@@ -37,7 +38,11 @@ def save_shifts(shifts: ShiftStack, path: str | os.PathLike[str], push_to_hub: s
     Args:
         path: The directory; made if it isn't there.
         push_to_hub: A hub repository ("user/name") to upload the two files to as well; created if it isn't there.
+
+    Raises:
+        CheckpointError: two parameters of the stack are one tensor, which a file can't say. Nothing is written.
     """
+    _check_untied(shifts)
     target = Path(path)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.detach().cpu().contiguous() for name, x in shifts.state_dict().items()}
@@ -49,7 +54,8 @@ def save_shifts(shifts: ShiftStack, path: str | os.PathLike[str], push_to_hub: s
         "model": _described(shifts.spec),
     }
     with TemporaryDirectory(dir=target, prefix=".saving-") as folder:
-        save_file(tensors, Path(folder, _TENSORS), metadata={"format": "pt"})
+        # Not save_file: what that writes nobody else may read, whatever the umask says.
+        Path(folder, _TENSORS).write_bytes(in_bytes(tensors, metadata={"format": "pt"}))
         Path(folder, _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         for name in (_TENSORS, _DESCRIPTION):
             os.replace(Path(folder, name), target / name)
@@ -102,6 +108,17 @@ def load_shifts(source: str | os.PathLike[str], model: nn.Module, revision: str 
         raise CheckpointError(f"{folder / _TENSORS} can't be read: {error}; the file is damaged or missing") from error
     _fill(stack, tensors, str(folder / _TENSORS))
     return place(stack, inner)
+
+
+def _check_untied(shifts: ShiftStack) -> None:
+    """A file holds each tensor on its own: what is one tensor here would be two when it is loaded."""
+    names: dict[int, str] = {}
+    for name, x in shifts.state_dict(keep_vars=True).items():
+        if x.data_ptr() and (other := names.setdefault(x.data_ptr(), name)) != name:
+            raise CheckpointError(
+                f"{other} and {name} share their memory, and loaded from a file they would be apart: give each layer a "
+                f"tensor of its own (`torch.nn.Parameter(x.detach().clone())`) before you save"
+            )
 
 
 def _folder(source: str | os.PathLike[str], revision: str | None) -> Path:

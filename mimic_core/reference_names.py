@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .build import build_shifts
@@ -28,10 +29,13 @@ def shifts_from_reference(state_dict: Mapping[str, Tensor], model: nn.Module, lo
         log_z2: For gates: "all_keys" as that code computed, "attended" as the paper says. See `MimICConfig`.
 
     Raises:
-        CheckpointError: the names are no variant of that code, or the sizes are not the model's.
+        CheckpointError: the names are no variant of that code, the sizes are not the model's, or a number is NaN or
+            infinite.
         UnsupportedModelError: no adapter fits the model.
     """
     config = _variant(state_dict, log_z2)
+    if broken := [name for name, x in state_dict.items() if not torch.isfinite(x.float()).all()]:
+        raise CheckpointError(f"this state dict holds NaN or infinity in {', '.join(broken)}")
     stack = build_shifts(model, config)
     for index, head in enumerate(stack):
         for name, tensor in _layer_tensors(state_dict, index, config).items():

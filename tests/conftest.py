@@ -30,8 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("newest") or item.get_closest_marker("exhaustive"):
             item.add_marker("slow")
-    # One that starts last keeps a process busy for minutes while the others have nothing left to do.
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    # One that starts last keeps a process busy for minutes while the others have nothing left to do. Each of two
+    # processes begins with one half of the list.
+    slow, quick = [], []
+    for item in items:
+        (slow if item.get_closest_marker("slow") else quick).append(item)
+    half = (len(items) + 1) // 2 - (len(slow) + 1) // 2
+    items[:] = [*slow[::2], *quick[:half], *slow[1::2], *quick[half:]]
     # `-m "not slow"` is every quick test with one of its cases, whichever the hash says.
     tests: dict[tuple[Path, str], list[pytest.Item]] = {}
     for item in items:

@@ -116,7 +116,7 @@ def test_a_part_keeps_the_rows_of_the_other(tmp_path: Path) -> None:
         main([*brief, "nothing"])
 
 
-@pytest.mark.slow
+@pytest.mark.newest
 @pytest.mark.usefixtures("tiny", "no_shape_checks")
 def test_the_script_for_a_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

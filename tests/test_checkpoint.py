@@ -218,13 +218,14 @@ def disk_full(*args: Any, **kwargs: Any) -> None:
     raise OSError("disk full")
 
 
-def disk_full_midway(tensors: dict[str, Tensor], path: Path, **kwargs: Any) -> None:
-    path.write_bytes(b"half a fi")
+def disk_full_midway(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data[: len(data) // 2])
     raise OSError("disk full")
 
 
 STEPS = {
-    "mimic_core.checkpoint.save_file": disk_full_midway,
+    "pathlib.Path.write_bytes": disk_full_midway,
     "pathlib.Path.write_text": disk_full,
     "os.replace": disk_full,
 }
@@ -282,3 +283,33 @@ def test_a_head_of_ones_own(tmp_path: Path) -> None:
         match=r"no shift head is called 'bias'; known: function_vector, live, mimic, task_vector; .* import it first",
     ):
         mc.load_shifts(tmp_path, model)
+
+
+def test_files_are_for_everybody_whom_the_umask_lets(tmp_path: Path) -> None:
+    model = model_of(LLAMA)
+    before = os.umask(0o027)
+    try:
+        mc.save_shifts(random_shifts(model, "mimic"), tmp_path / "shifts")
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "shifts").iterdir()}
+    assert modes == {"shifts.json": "0o640", "shifts.safetensors": "0o640"}
+
+
+def test_tied_parameters_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = model_of(LLAMA)
+    shifts = random_shifts(model, "mimic")
+    shifts[2].vector = shifts[1].vector
+    with pytest.raises(mc.CheckpointError, match=r"heads\.1\.vector and heads\.2\.vector share their memory"):
+        mc.save_shifts(shifts, tmp_path / "shifts")
+    assert not (tmp_path / "shifts").exists()
+
+
+def test_parameters_side_by_side_in_one_memory_are_saved(tmp_path: Path) -> None:
+    model = model_of(LLAMA)
+    shifts = random_shifts(model, "live")
+    flat = torch.cat([head.vector.detach() for head in shifts])
+    for head, part in zip(shifts, flat.split(flat.numel() // len(shifts)), strict=True):
+        head.vector = torch.nn.Parameter(part)
+    mc.save_shifts(shifts, tmp_path / "shifts")
+    assert_same(mc.load_shifts(tmp_path / "shifts", model), shifts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -104,12 +103,12 @@ def test_failures_are_raised() -> None:
 # Broken adapters.
 
 
-@pytest.fixture
-def adapter(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, type], None]:
-    return lambda model_type, kind: monkeypatch.setitem(ADAPTERS._items, model_type, kind)
+def adapter(model_type: str, kind: type) -> None:
+    """One in place of the library's own, until the test ends."""
+    ADAPTERS._items[model_type] = kind
 
 
-def test_a_wrong_path(adapter: Callable[[str, type], None]) -> None:
+def test_a_wrong_path() -> None:
     class Lost(LlamaAdapter):
         layers = "model.blocks"
 
@@ -119,7 +118,7 @@ def test_a_wrong_path(adapter: Callable[[str, type], None]) -> None:
     assert "expects a module at 'model.blocks'" in report["adapter"].detail
 
 
-def test_an_adapter_that_raises_anything(adapter: Callable[[str, type], None]) -> None:
+def test_an_adapter_that_raises_anything() -> None:
     class Raises(LlamaAdapter):
         def spec(self, model: nn.Module) -> mc.ModelSpec:
             raise ZeroDivisionError("in spec")
@@ -130,7 +129,7 @@ def test_an_adapter_that_raises_anything(adapter: Callable[[str, type], None]) -
     assert report["adapter"].detail == "ZeroDivisionError: in spec"
 
 
-def test_two_layers_swapped(adapter: Callable[[str, type], None]) -> None:
+def test_two_layers_swapped() -> None:
     class Swapped(LlamaAdapter):
         def module(self, model: nn.Module, layer: int, site: Any) -> nn.Module:
             return super().module(model, {0: 1, 1: 0}.get(layer, layer), site)
@@ -143,7 +142,7 @@ def test_two_layers_swapped(adapter: Callable[[str, type], None]) -> None:
     assert "model.layers.1.self_attn, not in model.layers.0" in report["own layer"].detail
 
 
-def test_layers_in_another_order(adapter: Callable[[str, type], None]) -> None:
+def test_layers_in_another_order() -> None:
     class Reversed(LlamaAdapter):
         def spec(self, model: nn.Module) -> mc.ModelSpec:
             spec = super().spec(model)
@@ -159,7 +158,7 @@ def test_layers_in_another_order(adapter: Callable[[str, type], None]) -> None:
     assert "run in another order" in report["own layer"].detail
 
 
-def test_the_mlp_of_another_layer(adapter: Callable[[str, type], None]) -> None:
+def test_the_mlp_of_another_layer() -> None:
     class Elsewhere(LlamaAdapter):
         def module(self, model: nn.Module, layer: int, site: Any) -> nn.Module:
             return super().module(model, (layer + 1) % 3 if site == "mlp_out" else layer, site)
@@ -170,7 +169,7 @@ def test_the_mlp_of_another_layer(adapter: Callable[[str, type], None]) -> None:
     assert "mlp_out of layer 0 is model.layers.1.mlp, not in model.layers.0" in report["own layer"].detail
 
 
-def test_attention_named_as_mlp(adapter: Callable[[str, type], None]) -> None:
+def test_attention_named_as_mlp() -> None:
     class Same(LlamaAdapter):
         mlp = "self_attn"
 
@@ -180,7 +179,7 @@ def test_attention_named_as_mlp(adapter: Callable[[str, type], None]) -> None:
     assert "are both model.layers.0.self_attn" in report["own layer"].detail
 
 
-def test_attention_heads_in_the_vision_tower(adapter: Callable[[str, type], None]) -> None:
+def test_attention_heads_in_the_vision_tower() -> None:
     class Seeing(LlavaAdapter):
         def module(self, model: nn.Module, layer: int, site: Any) -> nn.Module:
             if site in ("query", "key", "value", "lse", "attn_heads"):
@@ -194,7 +193,7 @@ def test_attention_heads_in_the_vision_tower(adapter: Callable[[str, type], None
     assert report["forward"].verdict == "passed"
 
 
-def test_a_layer_left_out(adapter: Callable[[str, type], None]) -> None:
+def test_a_layer_left_out() -> None:
     class Short(LlamaAdapter):
         def spec(self, model: nn.Module) -> mc.ModelSpec:
             spec = super().spec(model)
@@ -206,7 +205,7 @@ def test_a_layer_left_out(adapter: Callable[[str, type], None]) -> None:
     assert "model.layers.2.self_attn attends inside the decoder and is no site" in report["coverage"].detail
 
 
-def test_a_wrong_size(adapter: Callable[[str, type], None]) -> None:
+def test_a_wrong_size() -> None:
     class Ungrouped(LlamaAdapter):
         def spec(self, model: nn.Module) -> mc.ModelSpec:
             spec = super().spec(model)
@@ -218,7 +217,7 @@ def test_a_wrong_size(adapter: Callable[[str, type], None]) -> None:
     assert report["shapes"].detail == "key of layer 0 is [2, 2, 11, 24], the spec says [* 4 * 24]"
 
 
-def test_output_sites_alone_are_enough(adapter: Callable[[str, type], None]) -> None:
+def test_output_sites_alone_are_enough() -> None:
     class Outputs(LlamaAdapter):
         sites = ("attn_out", "mlp_out", "layer_out")
 

@@ -193,3 +193,18 @@ def test_blocks_of_a_page() -> None:
     assert [line for line in prose.splitlines() if line] == ["# Title", "Prose `with [code](gone.md)`.", "1. A list:"]
     with pytest.raises(AssertionError, match="starts on line 1 has no end"):
         split("```python\nx = 1\n")
+
+
+def test_the_changelog_is_of_this_version() -> None:
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == mc.__version__
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_paths_that_are_named_exist(name: str) -> None:
+    """In prose and tables too: what stands in code marks and looks like a path of the project."""
+    text = (ROOT / name).read_text()
+    paths = {path for path in re.findall(r"`([\w./*]+/[\w./*]*)`", text) if "://" not in path}
+    assert paths or name == "SECURITY.md"
+    folders = (ROOT, ROOT / "mimic_core")
+    assert [path for path in paths if not any(list(folder.glob(path)) for folder in folders)] == []

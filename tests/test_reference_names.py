@@ -253,6 +253,8 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
         put(log_Z1_lin__0__weight=torch.ones(4, 16), log_Z1_lin__0__bias=torch.ones(4)),
         r"gate_(weight|bias) of layer 0|log_Z1_lin\.0",
     ),
+    "NaN": ("mimic", put(attn_shift=torch.full((3, 4, 16), torch.nan)), "holds NaN or infinity in attn_shift$"),
+    "infinity": ("live", put(ffn_shift_scale=torch.full((3,), torch.inf)), "NaN or infinity in ffn_shift_scale$"),
     # As many numbers as there should be, in another shape.
     "vector [l d h]": ("mimic", put(attn_shift=torch.ones(3, 16, 4)), "vector"),
     "vector [l d h], no gate": ("mimic_vector_only", put(attn_shift=torch.ones(3, 16, 4)), "vector"),

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .methods import LABELS
 from .plan import CURVE, CURVE_TASK
-
-if TYPE_CHECKING:
-    from .report import Results
+from .results import Results
 
 # Colours of the Okabe-Ito palette, and shapes beside them: told apart without colour too.
 STYLES = {

@@ -10,7 +10,7 @@ from .methods import ABLATIONS, MAIN, PROMPTED, TAKEN, TRAINED
 from .rows import Job
 from .setups import DIGITS, SETUPS
 
-WORDS = ("capitals", "past-tense", "plural", "upper-case")
+WORD_TASKS = ("capitals", "past-tense", "plural", "upper-case")
 # Variations are tried where there is something to tell apart.
 VARIED = ("8-digits", "2-words")
 # Accuracy against the number of training samples: of these methods, on this task.
@@ -39,7 +39,7 @@ def full() -> list[Job]:
     seeds, asked = range(3), (*PROMPTED, *TAKEN)
     # Words take half of all the time: a third seed would not fit into an hour. They come first, as the last jobs
     # should be short: while one is left, the other cores wait.
-    jobs = [*_jobs("smollm2", WORDS, (*asked, "live", "lora", "mimic"), (0, 1), quick=False)]
+    jobs = [*_jobs("smollm2", WORD_TASKS, (*asked, "live", "lora", "mimic"), (0, 1), quick=False)]
     jobs += _jobs("llava", tuple(RULES), (*asked, *MAIN), seeds, quick=False)
     jobs += _jobs("llava", VARIED, ABLATIONS, seeds, quick=False)
     jobs += _jobs("idefics2", tuple(RULES), (*asked, "live", "lora", "mimic"), seeds, quick=False)
