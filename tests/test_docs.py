@@ -200,11 +200,8 @@ def test_the_changelog_is_of_this_version() -> None:
     assert versions[0] == mc.__version__
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
-def test_paths_that_are_named_exist(name: str) -> None:
-    """In prose and tables too: what stands in code marks and looks like a path of the project."""
-    text = (ROOT / name).read_text()
-    paths = {path for path in re.findall(r"`([\w./*]+/[\w./*]*)`", text) if "://" not in path}
-    assert paths or name == "SECURITY.md"
+def test_the_map_of_the_code_names_what_is_there() -> None:
+    paths = set(re.findall(r"`([\w./*]+/[\w./*]*)`", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert len(paths) > 10
     folders = (ROOT, ROOT / "mimic_core")
     assert [path for path in paths if not any(list(folder.glob(path)) for folder in folders)] == []
