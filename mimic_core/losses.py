@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -65,14 +66,14 @@ def _layer_wise(
 
 
 def _tokens(states: Tensor) -> Tensor:
-    return states if states.ndim == 2 else states.flatten(0, -2)
+    return rearrange(states, "... c -> (...) c")
 
 
 def _samples(side: LayerStates) -> Tensor:
     if side.samples is not None:
         return side.samples
     first = next(iter(side.states.values()))
-    return torch.arange(first.shape[0], device=first.device).repeat_interleave(first.shape[1])
+    return repeat(torch.arange(first.shape[0], device=first.device), "b -> (b t)", t=first.shape[1])
 
 
 def _check_samples(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -65,7 +66,8 @@ def attention_with_lse(
                 lse = highest + (masked - highest).exp().sum().log()
                 outs.append((masked - lse).exp() @ values)
                 lses.append(lse)
-    return torch.stack(outs).reshape(b, h, t, v.shape[-1]).transpose(1, 2), torch.stack(lses).reshape(b, h, t)
+    out = rearrange(torch.stack(outs), "(b h t) e -> b t h e", b=b, h=h)
+    return out, rearrange(torch.stack(lses), "(b h t) -> b h t", b=b, h=h)
 
 
 def gated_shift(
@@ -84,7 +86,7 @@ def gated_shift(
                     log_z1 = query[n, head, i] @ gate_weight[head] + gate_bias[head]
                     row = row + vector[head] / (1 + (log_z2 - log_z1).exp())
                 rows.append(row)
-    return torch.stack(rows).reshape(attn_out.shape)
+    return rearrange(torch.stack(rows), "(b t h) e -> b t h e", b=b, t=t)
 
 
 def shifted_attention(

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -142,7 +143,7 @@ class DigitPrompter:
         """A batch of prompts with equally many demonstrations."""
         batch = collate(prompts, self._device, left)
         pixels = torch.stack([images().pixels[list(prompt.images)] for prompt in prompts]).to(self._device)
-        batch.inputs["pixel_values"] = pixels if self._many_per_sample else pixels.flatten(0, 1)
+        batch.inputs["pixel_values"] = pixels if self._many_per_sample else rearrange(pixels, "b n ... -> (b n) ...")
         return batch
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
@@ -79,14 +80,14 @@ def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, band: Band, softcap:
 
 def _by_key_head(x: Tensor, k: Tensor) -> Tensor:
     """Attention heads grouped by the key head they share."""
-    return x.unflatten(1, (k.shape[1], -1))
+    return rearrange(x, "b (g n) ... -> b g n ...", g=k.shape[1])
 
 
 class _ChunkedLSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, mask: Mask, scale: float, band: Band, softcap: float | None) -> Tensor:
-        parts = [_scores(q, k, mask, scale, band, softcap, rows).logsumexp(-1).flatten(1, 2) for rows in _chunks(q, k)]
-        lse = torch.cat(parts, dim=2)
+        parts = [_scores(q, k, mask, scale, band, softcap, rows).logsumexp(-1) for rows in _chunks(q, k)]
+        lse = rearrange(torch.cat(parts, dim=3), "b g n t -> b (g n) t")
         ctx.save_for_backward(q, k, lse, mask)
         ctx.options = scale, band, softcap
         return lse
@@ -106,13 +107,13 @@ class _ChunkedLSE(torch.autograd.Function):
         for rows in _chunks(q, k):
             scores = _scores(q, k, mask, scale, band, softcap, rows)
             # d lse / d logits is the softmax. A row of -inf alone passes nothing on.
-            row_lse = lse[:, :, rows].reshape(*scores.shape[:-1], 1)
+            row_lse = rearrange(lse[:, :, rows], "b (g n) t -> b g n t 1", g=k.shape[1])
             weights = torch.exp(scores - row_lse.masked_fill(row_lse == -torch.inf, 0.0))
-            weights = weights * (grad[:, :, rows].reshape(*scores.shape[:-1], 1) * scale)
+            weights = weights * (rearrange(grad[:, :, rows], "b (g n) t -> b g n t 1", g=k.shape[1]) * scale)
             if softcap is not None:
                 # The tanh again: what comes after it, the mask, is without consequence where a weight is not zero.
                 capped = _scores(q, k, None, scale, _EVERYWHERE, softcap, rows) / softcap
                 weights = weights * (1 - capped * capped)
-            dq[:, :, rows] = (weights @ wide(k)[:, :, None]).flatten(1, 2)
-            dk += (weights.mT @ wide(_by_key_head(q[:, :, rows], k))).sum(2)
+            dq[:, :, rows] = rearrange(weights @ wide(k)[:, :, None], "b g n t d -> b (g n) t d")
+            dk += reduce(weights.mT @ wide(_by_key_head(q[:, :, rows], k)), "b g n s d -> b g s d", "sum")
         return dq.to(q.dtype), dk.to(k.dtype), None, None, None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -19,7 +20,7 @@ def logits(
     softcap: float | None = None,
 ) -> Float[Tensor, "b h t s"]:
     """Attention logits, scaled, capped and masked."""
-    keys = wide(k).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    keys = repeat(wide(k), "b g s d -> b (g n) s d", n=q.shape[1] // k.shape[1])
     scores = wide(q) @ keys.mT * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -40,8 +41,8 @@ def attention_with_lse(
 ) -> tuple[Float[Tensor, "b t h e"], Float[Tensor, "b h t"]]:
     scores = logits(q, k, mask, scale, is_causal)
     weights = _without_empty_rows(scores).softmax(-1).masked_fill(scores == -torch.inf, 0.0)
-    out = weights @ wide(v).repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    return out.transpose(1, 2).to(q.dtype), _lse(scores, rows_that_attend(mask))
+    out = weights @ repeat(wide(v), "b g s e -> b (g n) s e", n=q.shape[1] // v.shape[1])
+    return rearrange(out, "b h t e -> b t h e").to(q.dtype), _lse(scores, rows_that_attend(mask))
 
 
 def attention_lse(
@@ -78,7 +79,7 @@ def gate_logit(
 ) -> Float[Tensor, "b h t"]:
     """query . weight + bias, per attention head: the learned guess of log Z1."""
     q = wide(query)
-    return (q @ weight.to(q.dtype)[:, :, None]).squeeze(-1) + bias.to(q.dtype)[:, None]
+    return einsum(q, weight.to(q.dtype), "b h t d, h d -> b h t") + rearrange(bias.to(q.dtype), "h -> h 1")
 
 
 def gated_shift(
@@ -89,8 +90,8 @@ def gated_shift(
     gate_weight: Float[Tensor, "h d"],
     gate_bias: Float[Tensor, " h"],
 ) -> Float[Tensor, "b t h e"]:
-    mu = gate(gate_logit(query, gate_weight, gate_bias), lse).transpose(1, 2)
-    return (wide(attn_out) + mu[..., None] * vector.to(mu.dtype)).to(attn_out.dtype)
+    mu = rearrange(gate(gate_logit(query, gate_weight, gate_bias), lse), "b h t -> b t h 1")
+    return (wide(attn_out) + mu * vector.to(mu.dtype)).to(attn_out.dtype)
 
 
 def norm_preserving_add(

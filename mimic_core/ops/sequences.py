@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def sequences_lse(
         for (t0, t1), (s0, s1) in zip(pairwise(ends_q), pairwise(ends_k), strict=True):
             later = 0 if sequences.is_causal else sequences.window
             band = Band(s1 - s0 - (t1 - t0), sequences.window, later)
-            of_q, of_k = (x.transpose(0, 1)[None] for x in (q[t0:t1], k[s0:s1]))
+            of_q, of_k = (rearrange(x, "t h d -> 1 h t d") for x in (q[t0:t1], k[s0:s1]))
             parts.append(attention_lse(of_q, of_k, None, scale, False, softcap, band)[0])
     return torch.nn.functional.pad(torch.cat(parts, dim=1), (0, q.shape[0] - ends_q[-1]), value=-torch.inf)
 
@@ -87,7 +88,7 @@ class _FlashLSE(torch.autograd.Function):
         # and whose `out`, so delta, is taken as zero.
         unit, through = torch.zeros_like(k), torch.zeros_like(q)
         unit[..., 0] = 1.0
-        through[..., 0] = grads[0].transpose(0, 1)
+        through[..., 0] = rearrange(grads[0], "h t -> t h")
         dq, dk, _ = torch.ops.aten._flash_attention_backward(
             through, q, k, unit, torch.zeros_like(q), lse, *sequences[:4], 0.0, sequences.is_causal, seed, offset,
             scale=ctx.scale, **_window(sequences),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 # Arguments that change the logits in a way this attention does not follow.
@@ -154,10 +155,10 @@ def plain_attention(
     h, t = query.shape[1], query.shape[2]
     exact = torch.float32 if query.device.type == "mps" else torch.float64
     q = query.to(exact)
-    k, v = (x.to(exact).repeat_interleave(h // x.shape[1], dim=1) for x in (key, value))
+    k, v = (repeat(x.to(exact), "b g s d -> b (g n) s d", n=h // x.shape[1]) for x in (key, value))
     s = k.shape[2]
     scale = options.get("scaling")
-    logits = torch.einsum("bhtd,bhsd->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    logits = einsum(q, k, "b h t d, b h s d -> b h t s") * (q.shape[-1] ** -0.5 if scale is None else scale)
     softcap = options.get("softcap") if reading.extras else None
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -168,7 +169,7 @@ def plain_attention(
     some = attends.any(-1)
     sinks = options.get("s_aux") if reading.extras else None
     if sinks is not None:
-        column = sinks.to(exact).reshape(1, -1, 1, 1).expand(logits.shape[0], h, t, 1)
+        column = repeat(sinks.to(exact), "h -> b h t 1", b=logits.shape[0], t=t)
         logits = torch.cat([logits, column], dim=-1)
     # A row without a key would be 0/0; whatever it is given, nobody reads it.
     safe = logits.masked_fill(~some[..., None], 0.0)
@@ -221,11 +222,11 @@ def mimic_edit(vector: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | N
         if seen.lse is None:
             raise ValueError("this attention has no log-sum-exp here")
         lse = seen.lse
-        log_z1 = torch.einsum("bhtd,hd->bht", seen.query.to(lse.dtype), gate_weight.to(lse.dtype))
+        log_z1 = einsum(seen.query.to(lse.dtype), gate_weight.to(lse.dtype), "b h t d, h d -> b h t")
         log_z1 = log_z1 + gate_bias.to(lse.dtype)[:, None]
         attends = lse > -torch.inf
         mu = torch.sigmoid(log_z1 - lse.masked_fill(~attends, 0.0)) * attends
-        return out + (mu.transpose(1, 2)[..., None] * vector.to(lse.dtype)).to(out.dtype)
+        return out + (rearrange(mu, "b h t -> b t h 1") * vector.to(lse.dtype)).to(out.dtype)
 
     return edit
 
