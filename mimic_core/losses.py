@@ -110,8 +110,9 @@ def logits_kl(
     Both logits are divided by `temperature` and the result multiplied by its square. The teacher gets no gradient.
 
     Args:
-        student_where, teacher_where: True at the positions whose distributions are compared, sample by sample in
-            order. The logits at a position predict the token after it.
+        student_where: True at the positions whose distributions are compared, sample by sample in order. The logits at
+            a position predict the token after it.
+        teacher_where: The same positions in the teacher's text.
 
     Raises:
         ShapeError: a mask does not fit its logits, or the two choose different numbers of positions.

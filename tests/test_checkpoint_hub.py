@@ -168,7 +168,7 @@ def test_nothing_is_pushed_unasked_or_half_saved(calls: Calls, tmp_path: Path, m
     def disk_full(*args: Any, **kwargs: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("mimic_core.checkpoint.save_file", disk_full)
+    monkeypatch.setattr("pathlib.Path.write_bytes", disk_full)
     with pytest.raises(OSError, match="disk full"):
         mc.save_shifts(shifts, tmp_path, push_to_hub="user/shifts")
     assert calls == []

@@ -154,9 +154,9 @@ def touches_the_embedding(monkeypatch: Break) -> None:
 
 
 def saves_halves(monkeypatch: Break) -> None:
-    save = checkpoint.save_file
+    save = checkpoint.in_bytes
     monkeypatch.setattr(
-        checkpoint, "save_file", lambda tensors, *a, **k: save({n: x / 2 for n, x in tensors.items()}, *a, **k)
+        checkpoint, "in_bytes", lambda tensors, *a, **k: save({n: x / 2 for n, x in tensors.items()}, *a, **k)
     )
 
 

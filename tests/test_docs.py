@@ -205,3 +205,18 @@ def test_the_map_of_the_code_names_what_is_there() -> None:
     assert len(paths) > 10
     folders = (ROOT, ROOT / "mimic_core")
     assert [path for path in paths if not any(list(folder.glob(path)) for folder in folders)] == []
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text()
+    shown = {name for path in re.findall(r"^::: mimic_core\.(\S+)$", text, re.MULTILINE) for name in path.split(".")}
+    named = [getattr(mc, name) for name in mc.__all__]
+    errors = {found.__name__ for found in named if isinstance(found, type) and issubclass(found, Exception)}
+    assert len(errors) > 3
+    assert set(mc.__all__) - errors <= shown
+    assert "errors" in shown
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
