@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -82,18 +81,19 @@ class MimICHead(ShiftHead):
     def forward(self, value: Float[Tensor, "b t h e"], at: At) -> Float[Tensor, "b t h e"]:
         vector = self.vector.to(value.device)
         if self.config.shared:
-            vector = rearrange(vector, "(h e) -> h e", h=self.layer.heads)
+            # Not einops: with it torch.compile made another graph for a third length.
+            vector = vector.unflatten(0, (self.layer.heads, -1))
         if not self.config.gate:
             return (value + vector).to(value.dtype)
         log_z2 = at.lse if self.config.log_z2 == "attended" else at.lse_all_keys
         if not self.config.shared:
             return ops.gated_shift(value, at.query, log_z2, *self.gated_shift(value))
         weight, bias = self.gate_weight.to(value.device), self.gate_bias.to(value.device)
-        query = rearrange(at.query, "b h t d -> b t (h d)").to(log_z2.dtype)
+        query = at.query.transpose(1, 2).flatten(2).to(log_z2.dtype)
         # Not a matrix product, which autocast would take in bf16.
         log_z1 = (query * weight).sum(-1) + bias
-        mu = ops.gate(log_z1, reduce(log_z2, "b h t -> b t", "mean"))
-        return (value + rearrange(mu, "b t -> b t 1 1") * vector).to(value.dtype)
+        mu = ops.gate(log_z1, log_z2.mean(1))
+        return (value + mu[..., None, None] * vector).to(value.dtype)
 
     def gated_shift(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         vector, weight, bias = self.own("vector"), self.own("gate_weight"), self.own("gate_bias")
