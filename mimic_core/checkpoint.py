@@ -110,6 +110,11 @@ def load_shifts(source: str | os.PathLike[str], model: nn.Module, revision: str 
     return place(stack, inner)
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those with a number that is NaN or infinite."""
+    return [name for name, x in tensors.items() if not torch.isfinite(x.float()).all()]
+
+
 def _check_untied(shifts: ShiftStack) -> None:
     """A file holds each tensor on its own: what is one tensor here would be two when it is loaded."""
     names: dict[int, str] = {}
@@ -169,7 +174,7 @@ def _fill(stack: ShiftStack, tensors: Mapping[str, Tensor], where: str) -> None:
         for name, x in own.items()
         if name in tensors and tensors[name].shape != x.shape
     ]
-    problems += [f"{name} holds NaN or infinity" for name, x in tensors.items() if not torch.isfinite(x.float()).all()]
+    problems += [f"{name} holds NaN or infinity" for name in not_finite(tensors)]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise CheckpointError(f"{where} does not fit its description: {'; '.join(problems[:4])}{more}")

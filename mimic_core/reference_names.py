@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .build import build_shifts
+from .checkpoint import not_finite
 from .errors import CheckpointError
 from .heads import HeadConfig, LIVEConfig, MimICConfig, ShiftStack
 
@@ -34,7 +34,7 @@ def shifts_from_reference(state_dict: Mapping[str, Tensor], model: nn.Module, lo
         UnsupportedModelError: no adapter fits the model.
     """
     config = _variant(state_dict, log_z2)
-    if broken := [name for name, x in state_dict.items() if not torch.isfinite(x.float()).all()]:
+    if broken := not_finite(state_dict):
         raise CheckpointError(f"this state dict holds NaN or infinity in {', '.join(broken)}")
     stack = build_shifts(model, config)
     for index, head in enumerate(stack):

@@ -82,12 +82,7 @@ class Entry:
             at = At(edit.layer, edit.site, module, attention, forward, value)
         result = edit.run(value, at)  # pyright: ignore[reportArgumentType]
         owner.reached(edit.layer, edit.site)
-        if result is None:
-            return value
-        fits = result.__class__ is Tensor and result.shape == value.shape and result.dtype == value.dtype
-        if fits and result.device == value.device and edit.site not in READ_ONLY_SITES:
-            return result
-        return self._checked(result, value)
+        return value if result is None else self._checked(result, value)
 
     def _checked(self, result: Tensor, value: Tensor) -> Tensor:
         site, layer = self.edit.site, self.edit.layer
