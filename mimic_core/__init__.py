@@ -10,7 +10,7 @@ from . import losses, ops
 from .adapters import AttentionAdapter, PathAdapter, adapter_for, register_adapter
 from .build import build_shifts
 from .capture import Capture, capture
-from .checkpoint import load_shifts, save_shifts
+from .checkpoint import load_shifts, save_shifts, shifts_from_reference
 from .describe import describe
 from .errors import (
     BackendUnavailableError,
@@ -32,7 +32,6 @@ from .heads import (
     register_head,
 )
 from .patch import Handle, hook, patch
-from .reference_names import shifts_from_reference
 from .types import At, LayerSpec, ModelSpec
 
 if TYPE_CHECKING:

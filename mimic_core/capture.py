@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .adapters import Installation, SiteEdit
+from .adapters import locate
+from .edits import Installation, SiteEdit
 from .errors import PatchStateError, ShapeError, UnknownNameError
 from .patch import choose_layers
 from .types import At, Site, check_site
@@ -42,15 +43,15 @@ class Capture:
         self._where = where
         self._grad = grad
         self._taken: dict[Site, dict[int, Tensor]] = {name: {} for name in names}
-        chosen = choose_layers(model, names, layers)
+        self._found = locate(model)
+        chosen = choose_layers(self._found, names, layers)
         self._edits = [SiteEdit(layer, name, partial(self._take, name)) for name in names for layer in chosen]
-        self._model = model
         self._installation: Installation | None = None
 
     def __enter__(self) -> Capture:
         if self._installation is not None or any(self._taken.values()):
             raise PatchStateError("a capture is entered once; make a new one with mimic_core.capture(...)")
-        self._installation = Installation(self._model, self._edits)
+        self._installation = Installation(self._found, self._edits)
         return self
 
     def __exit__(self, *exception: object) -> None:

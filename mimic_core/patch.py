@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from .adapters import Installation, SiteEdit, locate
-from .adapters.install import installed
+from .adapters import locate
+from .edits import Installation, SiteEdit, installed
 from .errors import PatchStateError, ShapeError
 from .heads import ShiftStack
-from .types import At, check_site
+from .types import At, Located, check_site
 
 
 class Handle:
@@ -65,10 +65,10 @@ def patch(model: nn.Module, shifts: ShiftStack) -> Handle:
         PatchStateError: this very stack is already in this model. Also raised by a later forward that never reaches one
             of the sites.
     """
-    inner, _, spec = locate(model)
-    if misfit := shifts.spec.misfit(spec):
-        raise ShapeError(f"these shifts don't fit {type(inner).__name__}: they were built for {misfit}")
-    if any(i.key is shifts for i in installed(model)):
+    found = locate(model)
+    if misfit := shifts.spec.misfit(found.spec):
+        raise ShapeError(f"these shifts don't fit {type(found.model).__name__}: they were built for {misfit}")
+    if any(i.key is shifts for i in installed(found.model)):
         raise PatchStateError(
             "these shifts are already in this model; remove their handle first, or build another stack"
         )
@@ -87,7 +87,7 @@ def patch(model: nn.Module, shifts: ShiftStack) -> Handle:
         for head in shifts
         for site, run in head.edits().items()
     ]
-    return Handle(Installation(model, edits, key=shifts))
+    return Handle(Installation(found, edits, key=shifts))
 
 
 def hook(
@@ -113,14 +113,15 @@ def hook(
     value at `lse`, which can only be read, or if a site is never reached.
     """
     name = check_site(site)
-    chosen = choose_layers(model, (name,), layers)
+    found = locate(model)
+    chosen = choose_layers(found, (name,), layers)
     edits = [SiteEdit(layer, name, fn, needs_prompt_end=True) for layer in chosen]
-    return Handle(Installation(model, edits))
+    return Handle(Installation(found, edits))
 
 
-def choose_layers(model: nn.Module, sites: Iterable[str], layers: Iterable[int] | None) -> list[int]:
+def choose_layers(found: Located, sites: Iterable[str], layers: Iterable[int] | None) -> list[int]:
     """The layers asked for, or every one that has all the sites."""
     if layers is not None:
         return list(layers)
     wanted = set(sites)
-    return [layer.index for layer in locate(model).spec.layers if wanted <= set(layer.sites)]
+    return [layer.index for layer in found.spec.layers if wanted <= set(layer.sites)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .errors import PatchStateError, UnknownNameError
+from .errors import PatchStateError, UnknownNameError, UnsupportedModelError
 
 Site = Literal["query", "key", "value", "lse", "attn_heads", "attn_out", "mlp_out", "layer_out"]
 """A named place in a decoder layer. Shapes, with `b` batch, `t` query positions, `s` key positions,
@@ -98,6 +98,57 @@ class ModelSpec:
                         f"{getattr(theirs, size)} ({other.model_type})"
                     )
         return None
+
+
+@runtime_checkable
+class AttentionAdapter(Protocol):
+    """Maps a model family to its sites and sizes. Stateless; any class with these methods will do.
+
+    An attention site (`query`, `key`, `value`, `lse`, `attn_heads`) is reached through transformers' attention
+    interface, so its module must be the one that interface is handed. The other sites are the output of their module
+    (the first element, where that is a tuple).
+    """
+
+    def spec(self, model: nn.Module) -> ModelSpec:
+        """Sizes and sites of every decoder layer.
+
+        Raises:
+            UnsupportedModelError: the model is not laid out as the adapter expects.
+        """
+        ...
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """The module whose forward runs all decoder layers once."""
+        ...
+
+    def module(self, model: nn.Module, layer: int, site: Site) -> nn.Module:
+        """The module a site belongs to."""
+        ...
+
+
+class Located(NamedTuple):
+    """A model without its wrappers, its adapter, and what the adapter says of it: asked once, then handed on."""
+
+    model: nn.Module
+    adapter: AttentionAdapter
+    spec: ModelSpec
+
+    def module(self, layer: int, site: Site) -> nn.Module:
+        """The module a site belongs to.
+
+        Raises:
+            UnsupportedModelError: there is no such layer, or it lacks the site.
+        """
+        layers = self.spec.layers
+        if not 0 <= layer < len(layers):
+            raise UnsupportedModelError(
+                f"layer {layer} was asked for; {type(self.model).__name__} has decoder layers 0 to {len(layers) - 1}"
+            )
+        if site not in layers[layer].sites:
+            raise UnsupportedModelError(
+                f"site {site!r} was asked for; layer {layer} ({layers[layer].path}) has {layers[layer].offer()}"
+            )
+        return self.adapter.module(self.model, layer, site)
 
 
 class AttentionView(ABC):

@@ -17,8 +17,8 @@ from transformers import AutoModel, LlamaConfig, LlamaForSequenceClassification
 
 import mimic_core as mc
 from mimic_core import adapters
-from mimic_core.adapters.edited import below_edits
-from mimic_core.adapters.interface import SLOT
+from mimic_core.edits.interface import SLOT
+from mimic_core.edits.outputs import below_edits
 
 BY_NAME = {case.name: case for case in CASES}
 LLAMA = BY_NAME["llama"]

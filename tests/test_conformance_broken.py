@@ -13,11 +13,12 @@ from test_conformance import LAWS, LLAMA, SITES, failed, functions_made_in_funct
 from torch import Tensor, nn
 
 import mimic_core as mc
-from mimic_core import checkpoint
-from mimic_core.adapters.call import AttentionCall
-from mimic_core.adapters.edits import Entry
-from mimic_core.adapters.install import Installation
+from mimic_core.checkpoint import files
+from mimic_core.edits.call import AttentionCall
+from mimic_core.edits.entry import Entry
+from mimic_core.edits.install import Installation
 from mimic_core.heads import LIVEHead, MimICHead
+from mimic_core.types import Located
 
 pytestmark = pytest.mark.usefixtures("no_shape_checks", "functions_made_in_functions_unchecked")
 Break = pytest.MonkeyPatch
@@ -146,27 +147,27 @@ def silent_about_missed_sites(monkeypatch: Break) -> None:
 def touches_the_embedding(monkeypatch: Break) -> None:
     init = Installation.__init__
 
-    def reaches_out(self: Installation, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        init(self, model, *args, **kwargs)
-        self._hooks.append(model.get_input_embeddings().register_forward_hook(lambda m, args, out: None))
+    def reaches_out(self: Installation, found: Located, *args: Any, **kwargs: Any) -> None:
+        init(self, found, *args, **kwargs)
+        self._hooks.append(found.model.get_input_embeddings().register_forward_hook(lambda m, args, out: None))
 
     monkeypatch.setattr(Installation, "__init__", reaches_out)
 
 
 def saves_halves(monkeypatch: Break) -> None:
-    save = checkpoint.in_bytes
+    save = files.in_bytes
     monkeypatch.setattr(
-        checkpoint, "in_bytes", lambda tensors, *a, **k: save({n: x / 2 for n, x in tensors.items()}, *a, **k)
+        files, "in_bytes", lambda tensors, *a, **k: save({n: x / 2 for n, x in tensors.items()}, *a, **k)
     )
 
 
 def writes_into_the_config(monkeypatch: Break) -> None:
     init, remove = Installation.__init__, Installation.remove
 
-    def marks(self: Installation, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        init(self, model, *args, **kwargs)
-        model.config.shifted = True
-        self.config = model.config
+    def marks(self: Installation, found: Located, *args: Any, **kwargs: Any) -> None:
+        init(self, found, *args, **kwargs)
+        found.model.config.shifted = True
+        self.config = found.model.config
 
     def unmarks(self: Installation) -> None:
         remove(self)

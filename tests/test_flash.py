@@ -30,7 +30,7 @@ from transformers import (
 from transformers.integrations import flash_attention
 
 import mimic_core as mc
-from mimic_core.adapters import flash
+from mimic_core.edits import flash
 from mimic_core.ops import _lse, sequences
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

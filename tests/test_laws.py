@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 import mimic_core as mc
-from mimic_core.adapters.interface import SLOT
+from mimic_core.edits.interface import SLOT
 
 over_cases = pytest.mark.parametrize("case", CASES, ids=str)
 over_heads = pytest.mark.parametrize("head", HEADS)
@@ -100,7 +100,7 @@ def test_removal_leaves_nothing(case: Case, head: str, attention: str) -> None:
 @over_cases
 @over_heads
 def test_an_error_midway_leaves_the_model_as_it_was(case: Case, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mimic_core.adapters.install import Installation
+    from mimic_core.edits.install import Installation
 
     model = model_of(case)
     state, shifts, calls = snapshot(model), random_shifts(model, head), []

@@ -144,8 +144,8 @@ def test_where_it_is_not_there(no_shape_checks: None) -> None:
 
 def decoder_forward(model: nn.Module, mask: Tensor) -> dict[str, Any]:
     """Arguments for one layer, with the state of a forward whose decoder was given `mask`."""
-    from mimic_core.adapters.forward import Forward
-    from mimic_core.adapters.install import installed
+    from mimic_core.edits.forward import Forward
+    from mimic_core.edits.install import installed
 
     state = installed(model)[0]._state
     state.depth, state.forward = 1, Forward(mask=mask)

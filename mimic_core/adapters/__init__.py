@@ -1,8 +1,8 @@
-"""Adapters: where a model's sites are, and how an edit gets there."""
+"""Adapters: where a model's sites are."""
 
-from .base import AttentionAdapter, PathAdapter, register_adapter, unwrap
+from ..types import AttentionAdapter
+from .base import PathAdapter, register_adapter, unwrap
 from .generic import GenericAdapter
-from .install import Installation, SiteEdit
 from .locate import adapter_for, locate
 from .named import Idefics2Adapter, IdeficsAdapter, LlamaAdapter, LlavaAdapter
 from .probe import probe
@@ -12,11 +12,9 @@ __all__ = [
     "GenericAdapter",
     "Idefics2Adapter",
     "IdeficsAdapter",
-    "Installation",
     "LlamaAdapter",
     "LlavaAdapter",
     "PathAdapter",
-    "SiteEdit",
     "adapter_for",
     "locate",
     "probe",

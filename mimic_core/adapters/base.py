@@ -1,44 +1,17 @@
-"""Where the sites of a model are: the adapter protocol, the registry, and adapters that are paths alone."""
+"""Where the sites of a model are: the registry of adapters, and adapters that are paths alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..registry import Registry
-from ..types import ATTENTION_SITES, SITES, LayerSpec, ModelSpec, Site
+from ..types import ATTENTION_SITES, SITES, AttentionAdapter, LayerSpec, ModelSpec, Site
 from .probe import Probe, probe
-
-
-@runtime_checkable
-class AttentionAdapter(Protocol):
-    """Maps a model family to its sites and sizes. Stateless; any class with these methods will do.
-
-    An attention site (`query`, `key`, `value`, `lse`, `attn_heads`) is reached through transformers' attention
-    interface, so its module must be the one that interface is handed. The other sites are the output of their module
-    (the first element, where that is a tuple).
-    """
-
-    def spec(self, model: nn.Module) -> ModelSpec:
-        """Sizes and sites of every decoder layer.
-
-        Raises:
-            UnsupportedModelError: the model is not laid out as the adapter expects.
-        """
-        ...
-
-    def decoder(self, model: nn.Module) -> nn.Module:
-        """The module whose forward runs all decoder layers once."""
-        ...
-
-    def module(self, model: nn.Module, layer: int, site: Site) -> nn.Module:
-        """The module a site belongs to."""
-        ...
-
 
 ADAPTERS: Registry[type[AttentionAdapter]] = Registry("adapter", group="mimic_core.adapters")
 A = TypeVar("A", bound="type[AttentionAdapter]")

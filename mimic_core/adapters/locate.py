@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..types import ModelSpec
-from .base import ADAPTERS, AttentionAdapter, unwrap
+from ..types import AttentionAdapter, Located
+from .base import ADAPTERS, unwrap
 from .generic import GenericAdapter
-
-
-class Located(NamedTuple):
-    """A model without its wrappers, its adapter, and what the adapter says of it."""
-
-    model: nn.Module
-    adapter: AttentionAdapter
-    spec: ModelSpec
 
 
 def adapter_for(model: nn.Module) -> AttentionAdapter:

@@ -13,10 +13,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..edits.entry import Entry, SiteEdit
+from ..edits.interface import SLOT, AttentionSlot
 from ..errors import UnsupportedModelError
 from ..types import At, Site
-from .edits import Entry, SiteEdit
-from .interface import SLOT, AttentionSlot
 
 TOKENS = 4
 """How long the text of a probe is: more than one, so that it is no decoding step."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.interface import SLOT
+from ..edits.interface import SLOT
 
 # The dicts in which a module keeps its hooks, parameters and submodules, by key of its `__dict__`.
 _DICTS = frozenset(key for key, value in vars(nn.Module()).items() if isinstance(value, dict))

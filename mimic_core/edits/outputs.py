@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from .edits import Entry
+from .entry import Entry
 
 _FORWARD, _KEY = "forward", "_mimic_core_forward"
 

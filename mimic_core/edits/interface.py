@@ -19,7 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..errors import UnsupportedModelError
 from .call import UNUSUAL, AttentionCall, Plan, shifted
-from .edits import Entry
+from .entry import Entry
 
 SLOT = "_mimic_core_sites"
 """Key of a module's slot in its `__dict__`: travels with deepcopy and pickle, is no submodule, leaves no state."""

@@ -1,4 +1,4 @@
-"""What torch.compile wants of edits that come and go; `edited.py` says how its graphs notice them."""
+"""What torch.compile wants of edits that come and go; `outputs.py` says how its graphs notice them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .edited import below_edits
+from .outputs import below_edits
 
 
 def asked_about(attention: nn.Module) -> list[nn.Module]:

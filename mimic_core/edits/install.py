@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import PatchStateError, ShapeError, UnsupportedModelError
-from ..types import ATTENTION_SITES, LayerSpec, ModelSpec, Site
-from .base import AttentionAdapter, unwrap
+from ..errors import PatchStateError, ShapeError
+from ..types import ATTENTION_SITES, Located, Site
 from .compiled import asked_about, runs_compiled, with_lasting_key
-from .edited import EditedForward
-from .edits import Entry, SiteEdit
+from .entry import Entry, SiteEdit
 from .forward import AGAIN, Forward
 from .interface import SLOT, AttentionSlot
-from .locate import locate
+from .outputs import EditedForward
 from .scope import LayerScope
 
 # What a decoder's tokens are called, the likelier first.
@@ -54,15 +52,15 @@ class Installation:
         active: Whether the edits run.
 
     Args:
-        model: The model, possibly wrapped (see `adapter_for`).
+        found: The model, and where its sites are.
         edits: What goes where.
         key: What they belong to; see `installed`.
 
     Raises:
-        UnsupportedModelError: no adapter fits, or a layer lacks a site. The model is left as it was.
+        UnsupportedModelError: a layer lacks a site. The model is left as it was.
     """
 
-    def __init__(self, model: nn.Module, edits: Iterable[SiteEdit], key: object = None) -> None:
+    def __init__(self, found: Located, edits: Iterable[SiteEdit], key: object = None) -> None:
         self.key = key
         self.active = True
         self._off = 0
@@ -70,31 +68,28 @@ class Installation:
         self._hooks: list[RemovableHandle] = []
         self._edited: list[nn.Module] = []
         self._forwards: list[EditedForward] = []
-        inner, adapter, spec = locate(model)
-        self._model = inner
+        self._model = model = found.model
         edits = list(edits)
         self._looks = any(edit.needs_prompt_end for edit in edits)
         self._wants_sizes = any(edit.site not in ATTENTION_SITES for edit in edits)
         self._places = frozenset((edit.layer, edit.site) for edit in edits)
-        for edit in edits:
-            _check_place(inner, spec.layers, edit)
         self._entries: list[Entry] = []
-        shared = _shared_modules(inner, adapter, spec, {edit.site for edit in edits})
-        places = [adapter.module(inner, edit.layer, edit.site) for edit in edits]
+        places = [found.module(edit.layer, edit.site) for edit in edits]
+        shared = _shared_modules(found, {edit.site for edit in edits})
         try:
             for edit, module in zip(edits, places, strict=True):
                 scope = None
                 if (module, edit.site) in shared:
                     scope = LayerScope()
-                    self._tell(scope, adapter.module(inner, edit.layer, "layer_out"))
+                    self._tell(scope, found.adapter.module(model, edit.layer, "layer_out"))
                 entry = Entry(edit, self, scope)
                 self._entries.append(entry)
                 self._attach(entry, module)
-            decoder = adapter.decoder(inner)
+            decoder = found.adapter.decoder(model)
             self._hooks.append(decoder.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._hooks.append(with_lasting_key(decoder.register_forward_hook(self._leave, always_call=True), decoder))
-            if decoder is not inner:
-                self._hooks.append(inner.register_forward_hook(self._ended))
+            if decoder is not model:
+                self._hooks.append(model.register_forward_hook(self._ended))
         except BaseException:
             self.remove()
             raise
@@ -251,33 +246,16 @@ def _sizes_of_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int
     return None
 
 
-def _check_place(model: nn.Module, layers: Sequence[LayerSpec], edit: SiteEdit) -> None:
-    if not 0 <= edit.layer < len(layers):
-        raise UnsupportedModelError(
-            f"layer {edit.layer} was asked for; {type(model).__name__} has decoder layers 0 to {len(layers) - 1}"
-        )
-    layer = layers[edit.layer]
-    if edit.site not in layer.sites:
-        raise UnsupportedModelError(
-            f"site {edit.site!r} was asked for; layer {edit.layer} ({layer.path}) has {layer.offer()}"
-        )
-
-
-def _shared_modules(
-    model: nn.Module, adapter: AttentionAdapter, spec: ModelSpec, sites: Iterable[Site]
-) -> set[tuple[nn.Module, Site]]:
+def _shared_modules(found: Located, sites: Iterable[Site]) -> set[tuple[nn.Module, Site]]:
     """The modules that are the same one in several layers."""
     places: Counter[tuple[nn.Module, Site]] = Counter(
-        (adapter.module(model, layer.index, site), site)
-        for site in sites
-        for layer in spec.layers
-        if site in layer.sites
+        (found.module(layer.index, site), site) for site in sites for layer in found.spec.layers if site in layer.sites
     )
     return {place for place, layers in places.items() if layers > 1}
 
 
 def installed(model: nn.Module) -> list[Installation]:
-    """The installations alive in a model, in the order they were made."""
-    hooks = unwrap(model)._forward_hooks.values()
+    """The installations alive in a model without wrappers, in the order they were made."""
+    hooks = model._forward_hooks.values()
     owners = [getattr(hook, "__self__", None) for hook in hooks]
     return [owner for owner in owners if isinstance(owner, Installation)]

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as in_bytes
 from torch import Tensor, nn
 
-from .adapters import locate
-from .build import place
-from .errors import CheckpointError, MimicError
-from .heads import ShiftStack, head_class
-from .types import LayerSpec, ModelSpec
+from ..adapters import locate
+from ..build import place
+from ..errors import CheckpointError, MimicError
+from ..heads import ShiftStack, head_class
+from ..types import LayerSpec, ModelSpec
 
 # The base class of whatever HTTP client huggingface_hub is built on: httpx in 1.x, httpx2 in 2.x.
 _HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .build import build_shifts
-from .checkpoint import not_finite
-from .errors import CheckpointError
-from .heads import HeadConfig, LIVEConfig, MimICConfig, ShiftStack
+from ..build import build_shifts
+from ..errors import CheckpointError
+from ..heads import HeadConfig, LIVEConfig, MimICConfig, ShiftStack
+from .files import not_finite
 
 _GATE = re.compile(r"log_Z1_lin\.(\d+)\.(weight|bias)")
 

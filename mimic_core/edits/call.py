@@ -14,7 +14,7 @@ from .. import ops
 from ..errors import UnsupportedModelError
 from ..ops import like_sdpa
 from ..types import At, AttentionView
-from .edits import Entry
+from .entry import Entry
 from .flash import flash_lse, why_not
 
 # Arguments of attention functions that change the logits: those the LSE follows (where an implementation heeds them),

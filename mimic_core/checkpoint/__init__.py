@@ -1,0 +1,6 @@
+"""Stacks in files: our own format, and state dicts of the published code."""
+
+from .files import load_shifts, save_shifts
+from .published import shifts_from_reference
+
+__all__ = ["load_shifts", "save_shifts", "shifts_from_reference"]
