@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -15,8 +16,11 @@ from .errors import PatchStateError, ShapeError, UnknownNameError
 from .patch import choose_layers
 from .types import At, Site, check_site
 
-# The axis of each site's tensor that runs over tokens.
-_TOKEN_AXIS: dict[str, int] = {"query": 2, "key": 2, "value": 2, "lse": 2}
+# Sites whose tensors hold the attention heads before the tokens.
+_TOKENS_FIRST: dict[str, str] = {
+    **dict.fromkeys(("query", "key", "value"), "b h t d -> b t h d"),
+    "lse": "b h t -> b t h",
+}
 
 
 class Capture:
@@ -112,7 +116,7 @@ class Capture:
     def _select(self, site: Site, value: Tensor, at: At) -> Tensor:
         if self._where is None:
             return value
-        tokens_first = value.movedim(_TOKEN_AXIS.get(site, 1), 1)
+        tokens_first = rearrange(value, _TOKENS_FIRST[site]) if site in _TOKENS_FIRST else value
         if tokens_first.shape[:2] != self._where.shape:
             raise ShapeError(
                 f"where is [b t] = {list(self._where.shape)}, site {site!r} of layer {at.layer} holds "

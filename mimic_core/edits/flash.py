@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import modeling_flash_attention_utils as flash
@@ -39,20 +40,20 @@ def flash_lse(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options:
     before = window - 1 if window is not None and s > window else None
     scale, softcap = options.get("scaling"), options.get("softcap")
     scale = d**-0.5 if scale is None else scale
-    by_token = query.transpose(1, 2), key.transpose(1, 2)
+    q, k = rearrange(query, "b h t d -> b t h d"), rearrange(key, "b g s d -> b s g d")
     if mask is not None:
         real_k, real_q = _real(mask, t, s)
         starts_q, starts_k = (F.pad(x.sum(1).cumsum(0), (1, 0)).int() for x in (real_q, real_k))
         sequences = Sequences(starts_q, starts_k, t, real_k.shape[1], causal, before)
-        found = sequences_lse(by_token[0][real_q], by_token[1][:, : real_k.shape[1]][real_k], sequences, scale, softcap)
+        found = sequences_lse(q[real_q], k[:, : real_k.shape[1]][real_k], sequences, scale, softcap)
         empty = torch.full((b, t, h), -torch.inf, dtype=found.dtype, device=found.device)
-        lse = empty.index_put((real_q.nonzero()[:, 0], real_q.nonzero()[:, 1]), found.transpose(0, 1))
+        lse = empty.index_put((real_q.nonzero()[:, 0], real_q.nonzero()[:, 1]), rearrange(found, "h n -> n h"))
     else:
         starts = _starts(b, t, s, query.device, options)
         sequences = Sequences(*starts, is_causal=causal, window=before)
-        lse = sequences_lse(by_token[0].flatten(0, 1), by_token[1].flatten(0, 1), sequences, scale, softcap)
-        lse = lse.transpose(0, 1).unflatten(0, (b, t))
-    return with_sinks(lse.transpose(1, 2), options.get("s_aux"))
+        q, k = rearrange(q, "b t h d -> (b t) h d"), rearrange(k, "b s g d -> (b s) g d")
+        lse = rearrange(sequences_lse(q, k, sequences, scale, softcap), "h (b t) -> b t h", b=b)
+    return with_sinks(rearrange(lse, "b t h -> b h t"), options.get("s_aux"))
 
 
 def why_not(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> str | None:
