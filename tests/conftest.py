@@ -18,6 +18,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-shape-checks", action="store_true", help="import the package as a user does")
+    parser.addoption("--one-case-in", type=int, default=1, metavar="N", help="of each test's cases, one in N")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,7 +27,11 @@ def pytest_configure(config: pytest.Config) -> None:
         install_import_hook("mimic_core", "beartype.beartype")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (share := config.getoption("--one-case-in")) > 1:
+        chosen = {item for cases in cases_of_tests(items) for item in cases[: -(-len(cases) // share)]}
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
     for item in items:
         if item.get_closest_marker("newest") or item.get_closest_marker("exhaustive"):
             item.add_marker("slow")
@@ -37,14 +42,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         (slow if item.get_closest_marker("slow") else quick).append(item)
     half = (len(items) + 1) // 2 - (len(slow) + 1) // 2
     items[:] = [*slow[::2], *quick[:half], *slow[1::2], *quick[half:]]
-    # `-m "not slow"` is every quick test with one of its cases, whichever the hash says.
+    # `-m "not slow"` is every quick test with one of its cases.
+    for cases in cases_of_tests([item for item in items if not item.get_closest_marker("slow")]):
+        for item in cases[1:]:
+            item.add_marker("slow")
+
+
+def cases_of_tests(items: list[pytest.Item]) -> list[list[pytest.Item]]:
+    """The cases of each test, in the order of a hash: which comes first is nobody's choice, and lasts."""
     tests: dict[tuple[Path, str], list[pytest.Item]] = {}
     for item in items:
-        if not item.get_closest_marker("slow"):
-            tests.setdefault((item.path, item.location[2].partition("[")[0]), []).append(item)
-    for cases in tests.values():
-        for item in sorted(cases, key=lambda item: crc32(item.nodeid.encode()))[1:]:
-            item.add_marker("slow")
+        tests.setdefault((item.path, item.location[2].partition("[")[0]), []).append(item)
+    return [sorted(cases, key=lambda item: crc32(item.nodeid.encode())) for cases in tests.values()]
 
 
 @pytest.fixture
