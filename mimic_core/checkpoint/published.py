@@ -19,7 +19,7 @@ _GATE = re.compile(r"log_Z1_lin\.(\d+)\.(weight|bias)")
 def shifts_from_reference(state_dict: Mapping[str, Tensor], model: nn.Module, log_z2: Any = "all_keys") -> ShiftStack:
     """A stack with the numbers of a state dict made by the published code.
 
-    Which variant it is follows from names and shapes: `attn_shift` [l h d] (per head) or [l c] (shared), with
+    Which variant it is follows from names and shapes: `attn_shift` [l h d] (per head) or [l h*d] (shared), with
     `log_Z1_lin.<l>.weight`, `.bias` if it has gates and `ffn_shift` [l c] if it also shifts the MLP output; LIVE's
     `ffn_shift` and `ffn_shift_scale` [l]; or `attn_shift` [l c] and `attn_shift_scale` [l] (a norm-preserving vector on
     the attention output, its scale fixed).
