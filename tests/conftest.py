@@ -55,6 +55,12 @@ def no_shape_checks() -> Iterator[None]:
     jaxtyping_config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def functions_made_in_functions_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checker of shapes would compile each anew whenever it is made: at every call of attention."""
+    monkeypatch.setattr("jaxtyping.jaxtyped", lambda **options: lambda function: function)
+
+
 @pytest.fixture(autouse=True)
 def _shape_checks_in_a_fourth_of_the_cases(request: pytest.FixtureRequest) -> None:
     """And in every test without cases. They are a third of the time of the laws, and see the same functions in each."""

@@ -17,10 +17,21 @@ import mimic_core as mc
 from mimic_core import adapters
 from mimic_core.adapters.edited import below_edits
 from mimic_core.adapters.interface import SLOT
-from tests.edits.test_laws import over_cases, over_heads, snapshot
-from tests.support.cases import CASES, TEXT, Case, fresh_model, logits_of, model_of, random_shifts, zero_vectors
+from tests.support.cases import (
+    BY_NAME,
+    CASES,
+    TEXT,
+    Case,
+    fresh_model,
+    logits_of,
+    model_of,
+    over_cases,
+    over_heads,
+    random_shifts,
+    zero_vectors,
+)
+from tests.support.snapshot import snapshot
 
-BY_NAME = {case.name: case for case in CASES}
 LLAMA = BY_NAME["llama"]
 ATTENTION_SITES = ("query", "key", "value", "lse", "attn_heads")
 ALL_SITES = (*ATTENTION_SITES, "attn_out", "mlp_out", "layer_out")

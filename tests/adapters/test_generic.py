@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING
 
 import mimic_core as mc
 from mimic_core.adapters import GenericAdapter
-from tests.edits.test_laws import snapshot
+from tests.support.snapshot import snapshot
 from tests.zoo.tiny import tiny
 
 ALL = mc.types.SITES

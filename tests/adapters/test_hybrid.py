@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import mimic_core as mc
-from tests.edits.test_laws import snapshot
 from tests.support.cases import CASES, HEADS, fresh_model, logits_of, random_shifts, zero_vectors
+from tests.support.snapshot import snapshot
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 OTHER_SITES = ("attn_out", "mlp_out", "layer_out")

@@ -15,8 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 
 import mimic_core as mc
-from tests.checkpoint.test_checkpoint import LLAMA, NAMES, all_random, assert_same
 from tests.support.cases import HEADS, model_of, random_shifts
+from tests.support.checkpoints import LLAMA, NAMES, all_random, assert_same
 
 COMMITS = ("0123456789abcdef0123456789abcdef01234567", "fedcba9876543210fedcba9876543210fedcba98")
 

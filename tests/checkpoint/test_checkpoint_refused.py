@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mimic_core as mc
-from tests.checkpoint.test_checkpoint import DESCRIPTION, LLAMA
 from tests.support.cases import TEXT, model_of, random_shifts
+from tests.support.checkpoints import DESCRIPTION, LLAMA
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import mimic_core as mc
-from tests.edits.test_laws import snapshot
 from tests.support.cases import CASES, logits_of, model_of
 from tests.support.golden_data import golden_names, load_golden, load_model
+from tests.support.snapshot import snapshot
 
 State = dict[str, Tensor]
 golden_model = lru_cache(maxsize=8)(load_model)

@@ -12,19 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import StaticCache
 
 import mimic_core as mc
-from tests.support.cases import CASES, TEXT, Case, fresh_model, model_of, random_shifts
-
-
-def llama(layers: int) -> Case:
-    return Case("llama", lambda: LlamaForCausalLM(LlamaConfig(**TEXT | {"num_hidden_layers": layers}, head_dim=24)))
-
-
-# Tracing takes most of the time, and its time is that of the layers: two are as good as many, and where another test of
-# the kind has two, one is enough.
-LLAMA, SHALLOW = llama(2), llama(1)
+from tests.support.cases import CASES, Case, fresh_model, model_of, random_shifts
+from tests.support.compilable import LLAMA, SHALLOW, text
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +24,6 @@ def _no_earlier_compilation() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def text(length: int, batch: int = 2) -> dict[str, Tensor]:
-    return {"input_ids": torch.randint(3, 60, (batch, length), generator=torch.Generator().manual_seed(length))}
 
 
 def grads_of(model: Any, shifts: mc.ShiftStack, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:

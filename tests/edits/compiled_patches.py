@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import mimic_core as mc
-from tests.edits.compiled import LLAMA, SHALLOW, text
 from tests.support.cases import fresh_model, random_shifts
+from tests.support.compilable import LLAMA, SHALLOW, text
 
 HEADS = ["mimic", "live", "mimic-shared", "mimic-and-mlp"]
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 import mimic_core as mc
-from tests.edits.test_laws import over_cases, snapshot
-from tests.support.cases import CASES, Case, fresh_model, logits_of, random_shifts, zero_vectors
+from tests.support.cases import CASES, Case, fresh_model, logits_of, over_cases, random_shifts, zero_vectors
+from tests.support.snapshot import snapshot
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 UNWRAPPED = AttentionInterface.get_interface

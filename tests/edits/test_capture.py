@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import mimic_core as mc
 from mimic_core.types import SITES
-from tests.edits.test_laws import over_attention, over_cases, snapshot
-from tests.support.cases import CASES, Case, fresh_model, logits_of, model_of, random_shifts
+from tests.support.cases import CASES, Case, fresh_model, logits_of, model_of, over_attention, over_cases, random_shifts
+from tests.support.snapshot import snapshot
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 TOKEN_AXIS = {"query": 2, "key": 2, "value": 2, "lse": 2}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import mimic_core as mc
 from mimic_core.types import ATTENTION_SITES, SITES
-from tests.edits.test_laws import over_cases, snapshot
-from tests.support.cases import CASES, Case, fresh_model, logits_of, random_shifts
+from tests.support.cases import CASES, Case, fresh_model, logits_of, over_cases, random_shifts
+from tests.support.snapshot import snapshot
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 OUTPUTS = [site for site in SITES if site not in ATTENTION_SITES]

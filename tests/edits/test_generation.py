@@ -10,9 +10,8 @@ import transformers
 from torch import Tensor, nn
 
 import mimic_core as mc
-from tests.support.cases import CASES, Case, fresh_model, logits_of, model_of, random_shifts
+from tests.support.cases import BY_NAME, Case, fresh_model, logits_of, model_of, random_shifts
 
-BY_NAME = {case.name: case for case in CASES}
 FAMILIES = [BY_NAME[name] for name in ("idefics2", "llava", "llama", "mistral", "qwen2")]  # mistral's window is 5
 TOKENS = 6
 over_families = pytest.mark.parametrize("case", FAMILIES, ids=str)

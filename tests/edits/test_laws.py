@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 import mimic_core as mc
 from mimic_core.adapters.interface import SLOT
 from tests.support.cases import (
-    ATTENTION,
     CASES,
     HEADS,
     PROMPT_HEADS,
@@ -23,28 +21,18 @@ from tests.support.cases import (
     fresh_model,
     logits_of,
     model_of,
+    over_attention,
+    over_cases,
+    over_heads,
     random_shifts,
     zero_vectors,
 )
 from tests.support.oracle_model import shifted
+from tests.support.snapshot import snapshot
 
-over_cases = pytest.mark.parametrize("case", CASES, ids=str)
-over_heads = pytest.mark.parametrize("head", HEADS)
-over_attention = pytest.mark.parametrize("attention", ATTENTION)
 EXACT_HEADS = [head for head in HEADS if head != "mimic-all-keys"]
 CACHED_HEADS = [head for head in EXACT_HEADS if head not in PROMPT_HEADS]
 CLOSE = {"atol": 3e-5, "rtol": 1e-4}
-
-
-def snapshot(model: nn.Module) -> Any:
-    """All that patching could leave behind: attributes, hooks, config, state-dict keys, the attention interface."""
-    hook_dicts = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_backward_hooks")
-    modules = {
-        name: (sorted(m.__dict__), type(m), [len(m.__dict__[h]) for h in hook_dicts])
-        for name, m in model.named_modules()
-    }
-    config = model.config.to_json_string()
-    return modules, config, list(model.state_dict()), AttentionInterface.get_interface
 
 
 def generate(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> Tensor:

@@ -13,8 +13,19 @@ from torch import Tensor
 
 import mimic_core as mc
 from mimic_core.types import ATTENTION_SITES, SITES
-from tests.edits.test_laws import over_attention, over_cases, snapshot
-from tests.support.cases import ATTENTION, CASES, Case, fresh_model, logits_of, model_of, random_shifts, zero_vectors
+from tests.support.cases import (
+    ATTENTION,
+    CASES,
+    Case,
+    fresh_model,
+    logits_of,
+    model_of,
+    over_attention,
+    over_cases,
+    random_shifts,
+    zero_vectors,
+)
+from tests.support.snapshot import snapshot
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 EDITABLE = [site for site in SITES if site != "lse"]

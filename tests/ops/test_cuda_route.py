@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,7 +19,7 @@ from torch.torch_version import TorchVersion
 from mimic_core import BackendUnavailableError, ops
 from mimic_core.ops.plain import cuda
 from tests.support import stand_ins
-from tests.support.op_cases import CASES, HALF_CASES, Case, Results, attending_inputs, check, inputs_of, results
+from tests.support.op_cases import CASES, HALF_CASES, Case, attending_inputs, check, inputs_of, on_gpu, results
 from tests.support.stand_ins import KINDS
 
 pytestmark = pytest.mark.plain
@@ -149,14 +148,3 @@ def test_a_plan_that_others_made_is_not_ours(op: str) -> None:
         out = F.scaled_dot_product_attention(q, k, v)
         out.backward(torch.randn_like(out))
     check(op, case, on_gpu(op, _ops_of("cudnn"), case))
-
-
-def on_gpu(op: str, source: Any, case: Case) -> Results:
-    """Results of a case whose tensors are moved there, and back."""
-    inputs = attending_inputs(case)
-
-    def moved(tensors: dict[str, Any]) -> dict[str, Any]:
-        return {name: x.cuda() if isinstance(x, Tensor) else x for name, x in tensors.items()}
-
-    got = results(op, source, inputs._replace(**{name: moved(part) for name, part in inputs._asdict().items()}))
-    return Results(*({name: x.cpu() for name, x in part.items()} for part in got))

@@ -12,9 +12,9 @@ from torch.nn.attention import sdpa_kernel
 from mimic_core import ops
 from mimic_core.ops import native
 from mimic_core.ops.sequences import Sequences, sequences_lse
-from tests.ops.test_cuda_route import KINDS, on_gpu
 from tests.support import oracles
-from tests.support.op_cases import Case, check, leaves_of
+from tests.support.op_cases import Case, check, leaves_of, on_gpu
+from tests.support.stand_ins import KINDS
 
 pytestmark = pytest.mark.gpu
 

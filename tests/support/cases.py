@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -157,6 +158,7 @@ CASES = [
     Case("mistral", lambda: MistralForCausalLM(MistralConfig(**TEXT, sliding_window=5))),
     Case("qwen2", lambda: Qwen2ForCausalLM(Qwen2Config(**TEXT | {"num_key_value_heads": 4}))),
 ]
+BY_NAME = {case.name: case for case in CASES}
 ATTENTION = ("sdpa", "eager")
 
 
@@ -219,3 +221,8 @@ def as_dtype(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 
 def logits_of(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> Tensor:
     return model(**inputs, use_cache=False, **options).logits
+
+
+over_cases = pytest.mark.parametrize("case", CASES, ids=str)
+over_heads = pytest.mark.parametrize("head", HEADS)
+over_attention = pytest.mark.parametrize("attention", ATTENTION)

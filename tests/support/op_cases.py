@@ -350,3 +350,14 @@ def plain_sdpa_errors(case: Case) -> dict[str, float]:
 def leaves_of(case: Case, op: str = "shifted") -> list[Tensor]:
     """The tensors an op has gradients in, as leaves."""
     return [attending_inputs(case).tensors[name].detach().requires_grad_() for name in LEAVES[op]]
+
+
+def on_gpu(op: str, source: Any, case: Case) -> Results:
+    """Results of a case whose tensors are moved there, and back."""
+    inputs = attending_inputs(case)
+
+    def moved(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {name: x.cuda() if isinstance(x, Tensor) else x for name, x in tensors.items()}
+
+    got = results(op, source, inputs._replace(**{name: moved(part) for name, part in inputs._asdict().items()}))
+    return Results(*({name: x.cpu() for name, x in part.items()} for part in got))

@@ -16,51 +16,14 @@ import mimic_core as mc
 import mimic_core.testing
 from mimic_core.adapters import LlamaAdapter, LlavaAdapter
 from mimic_core.adapters.base import ADAPTERS
-from tests.support.cases import ATTENTION, CASES, Case, fresh_model
+from tests.support.cases import ATTENTION, BY_NAME, CASES, Case, fresh_model
+from tests.support.conformance import LAWS, LLAMA, failed, report_of
 
 check_adapter = mimic_core.testing.check_adapter
-LAWS = [law.name for law in mimic_core.testing.LAWS]
-BY_NAME = {case.name: case for case in CASES}
-LLAMA, LLAVA = BY_NAME["llama"], BY_NAME["llava"]
-SITES = ["query", "key", "value", "attn_heads", "attn_out", "mlp_out", "layer_out"]
+LLAVA = BY_NAME["llava"]
 Break = pytest.MonkeyPatch
-
-
-def report_of(case: Case, attention: str = "sdpa", model: nn.Module | None = None) -> mimic_core.testing.Report:
-    model = fresh_model(case, attention) if model is None else model
-    before = state_of(model)
-    report = check_adapter(model, case.inputs(), name=case.name)
-    after = state_of(model)
-    assert {key for key in {**before, **after} if before.get(key) != after.get(key)} == set()
-    return report
-
-
-def state_of(model: nn.Module) -> dict[str, Any]:
-    state: dict[str, Any] = {
-        f"{name}.{key}": list(x) if isinstance(x, dict) else id(x)
-        for name, m in model.named_modules()
-        for key, x in vars(m).items()
-    }
-    return state | {
-        "requires_grad": [p.requires_grad for p in model.parameters()],
-        "config": model.config.to_json_string(),
-        "interface": AttentionInterface.get_interface,
-        "random": torch.random.get_rng_state().tolist(),
-    }
-
-
-def failed(report: mimic_core.testing.Report) -> set[str]:
-    return {row.law for row in report.failures}
-
-
 # The kit calls small functions by the ten thousand, so checking their annotations takes longer than the laws do.
 pytestmark = pytest.mark.usefixtures("no_shape_checks", "functions_made_in_functions_unchecked")
-
-
-@pytest.fixture
-def functions_made_in_functions_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checker would compile each anew whenever it is made: at every call of attention."""
-    monkeypatch.setattr("jaxtyping.jaxtyped", lambda **options: lambda function: function)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)

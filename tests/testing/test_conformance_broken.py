@@ -17,11 +17,10 @@ from mimic_core.adapters.edits import Entry
 from mimic_core.adapters.install import Installation
 from mimic_core.heads import LIVEHead, MimICHead
 from tests.support.cases import fresh_model
-from tests.testing.test_conformance import LAWS, LLAMA, SITES, failed, functions_made_in_functions_unchecked, report_of
+from tests.support.conformance import LAWS, LLAMA, SITES, failed, report_of
 
 pytestmark = pytest.mark.usefixtures("no_shape_checks", "functions_made_in_functions_unchecked")
 Break = pytest.MonkeyPatch
-__all__ = ["functions_made_in_functions_unchecked"]
 
 
 IDLE: list[tuple[set[str], set[str]]] = [
