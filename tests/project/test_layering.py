@@ -16,6 +16,7 @@ import mimic_core
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mimic_core"
+TESTS = ROOT / "tests"
 
 # An import points to a lower layer, or to a neighbour in the same one.
 LAYERS = {
@@ -45,6 +46,8 @@ MAY_READ = {"ops/native/build.py": {"CXX"}}
 # A model nobody has seen may raise anything; what it raised is told.
 RUN_FOREIGN_CODE = {"adapters/probe.py", "testing/verdicts.py"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+# The folders of tests/ that hold no tests: what the tests may import.
+HELPERS = ("support", "zoo")
 
 
 def module_name(path: Path) -> tuple[str, ...]:
@@ -159,6 +162,31 @@ def test_no_broad_except(path: Path) -> None:
             if names & {"Exception", "BaseException"}:
                 raises_again = [n for n in node.body if isinstance(n, ast.Raise) and n.exc is None]
                 assert raises_again, f"{path.name}:{node.lineno} catches everything"
+
+
+def test_tests_and_their_helpers_import_no_test() -> None:
+    """What two test files need is a helper."""
+    found = {path: {name for name in imports(path) if name[0] == "tests"} for path in sorted(TESTS.rglob("*.py"))}
+    assert sum(map(len, found.values())) > 50, "the rule sees the imports"
+    tests = {
+        (str(path.relative_to(ROOT)), ".".join(name))
+        for path, names in found.items()
+        for name in names
+        if len(name) < 2 or name[1] not in HELPERS
+    }
+    assert tests == set()
+
+
+def test_helpers_hold_no_test() -> None:
+    sources = [path for folder in HELPERS for path in sorted((TESTS / folder).rglob("*.py"))]
+    assert len(sources) > 10
+    names = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    assert names == []
 
 
 def text_files() -> list[Path]:
