@@ -28,7 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if (share := config.getoption("--one-case-in")) > 1:
+    share: int = config.getoption("--one-case-in")
+    if share > 1:
         chosen = {item for cases in cases_of_tests(items) for item in cases[: -(-len(cases) // share)]}
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = [item for item in items if item in chosen]
@@ -62,6 +63,12 @@ def no_shape_checks() -> Iterator[None]:
     jaxtyping_config.update("jaxtyping_disable", True)
     yield
     jaxtyping_config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def functions_made_in_functions_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checker of shapes would compile each anew whenever it is made: at every call of attention."""
+    monkeypatch.setattr("jaxtyping.jaxtyped", lambda **options: lambda function: function)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,176 @@
+"""When a forward of a model begins and ends, in which thread, and which sites it has reached."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import PatchStateError
+from ..types import Site
+from .forward import AGAIN, Forward
+
+# What a decoder's tokens are called, the likelier first.
+_TOKENS = ("inputs_embeds", "input_ids", "decoder_inputs_embeds", "decoder_input_ids", "hidden_states")
+
+
+class Around(Protocol):
+    """What is told when a module's forward begins and ends, in whatever way it ends.
+
+    Attributes:
+        owner: Whose edits it serves.
+    """
+
+    owner: object
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
+
+    def leave(self, raised: bool) -> None: ...
+
+
+class _State(threading.local):
+    """Where this thread is in a forward of the model."""
+
+    depth = 0
+    ran = False  # the decoder, since the model last began
+    grad_enabled = False
+    tokens: tuple[int, int] = (0, 0)  # b and t
+    forward: Forward | None = None
+
+    def __init__(self) -> None:
+        self.reached: set[tuple[int, Site]] = set()
+
+
+class ForwardWatch:
+    """The forwards of a decoder, thread by thread. A copy or a loaded pickle starts outside of any.
+
+    Args:
+        looks: Whether an edit needs to know where the prompt ends.
+        wants_sizes: Whether an edit may be handed tokens without their batch.
+    """
+
+    def __init__(self, looks: bool, wants_sizes: bool) -> None:
+        self._looks, self._wants_sizes = looks, wants_sizes
+        self._start_outside()
+
+    def _start_outside(self) -> None:
+        self._state = _State()
+        # The threads inside a forward, and those that have switched the edits off, as often as they have.
+        self._inside: set[int] = set()
+        self._off: list[int] = []
+        self.ended_by: int | None = None
+        self._lock = threading.Lock()  # between what other threads do and what is done for it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_looks": self._looks, "_wants_sizes": self._wants_sizes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_outside()
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward of the decoder begins.
+
+        Raises:
+            PatchStateError: another thread has switched the edits off.
+        """
+        state, here = self._state, threading.get_ident()
+        if state.depth == 0:
+            with self._lock:
+                if self._off and here not in self._off:
+                    raise PatchStateError(
+                        "another thread is inside `handle.disabled()`, so this forward would run without its edits: "
+                        "call `handle.disabled()` in the thread that runs the model, wait for the other one, or give "
+                        "each thread a copy of the model"
+                    )
+                self._inside.add(here)
+            state.reached.clear()
+            state.grad_enabled = torch.is_grad_enabled()
+        state.depth += 1
+        state.ran = True
+        if self._wants_sizes:
+            state.tokens = _sizes_of_tokens(args, kwargs) or state.tokens
+        if self._looks:
+            # The decoder's own, which comes last: an encoder has another mask.
+            state.forward = Forward.of(kwargs)
+
+    def end(self) -> set[tuple[int, Site]] | None:
+        """It ends, however. Returns what it has reached, where it is the outermost."""
+        state = self._state
+        state.depth -= 1
+        if state.depth:
+            return None
+        state.forward = None
+        self._inside.discard(threading.get_ident())
+        return state.reached
+
+    def model_begins(self) -> None:
+        self._state.ran = False
+
+    @property
+    def decoder_ran(self) -> bool:
+        """Whether the decoder has, in this thread, since the model began."""
+        return self._state.ran
+
+    def switch_off(self) -> None:
+        """This thread wants the model without the edits.
+
+        Raises:
+            PatchStateError: another thread is in the middle of a forward with them.
+        """
+        here = threading.get_ident()
+        with self._lock:
+            if not self._off and self._inside - {here}:
+                raise PatchStateError(
+                    "another thread is in a forward of this model, which `handle.disabled()` would change half-way: "
+                    "wait for it, or give each thread a copy of the model"
+                )
+            self._off.append(here)
+
+    def switch_on(self) -> None:
+        here = threading.get_ident()
+        with self._lock:
+            self._off.remove(here if here in self._off else self._off[-1])
+
+    @property
+    def is_off(self) -> bool:
+        """Whether any thread has switched the edits off."""
+        return bool(self._off)
+
+    @property
+    def was_cut_short(self) -> bool:
+        """Whether another thread has taken the edits out."""
+        return self.ended_by is not None and self.ended_by != threading.get_ident()
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether this thread is inside a forward of the model: not so while a checkpoint recomputes one."""
+        return self._state.depth > 0
+
+    @property
+    def forward_has_grad(self) -> bool:
+        """Whether the forward this thread is in was started with gradients on."""
+        return self._state.grad_enabled
+
+    @property
+    def forward(self) -> Forward | None:
+        """What is known of the forward this thread is in, where an edit needs it."""
+        return self._state.forward if self.in_forward else AGAIN
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Batch and length of the last forward's tokens in this thread: a checkpoint's second run is of the first's."""
+        return self._state.tokens
+
+    def reached(self, layer: int, site: Site) -> None:
+        self._state.reached.add((layer, site))
+
+
+def _sizes_of_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """Batch and length of a decoder's tokens."""
+    for x in (*args[:1], *map(kwargs.get, _TOKENS)):
+        if isinstance(x, Tensor):
+            return (x.shape[0], x.shape[1]) if x.ndim > 1 else None
+    return None

@@ -1,0 +1,39 @@
+"""Runs compiled.py and its neighbour in processes without shape checks: torch.compile can't trace those."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    ("marked", "files"),
+    [
+        ("not newest and not exhaustive", ["compiled.py"]),
+        ("not newest and not exhaustive", ["compiled_patches.py"]),
+        ("newest", ["compiled.py"]),
+        pytest.param("exhaustive", ["compiled.py", "compiled_patches.py"], marks=pytest.mark.exhaustive),
+    ],
+    ids=["compiled", "patches", "inductor", "exhaustive"],
+)
+def test_compiled(marked: str, files: list[str]) -> None:
+    options = ["-q", "--no-shape-checks", "--show-capture=no", "-pno:cacheprovider", "-ptests.support.compilable"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-m", marked, *(str(HERE / file) for file in files)],
+        env={name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")} | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    # Where torch can't compile the unpatched model, all of a part may be skipped; not so the ops.
+    assert " passed" in done.stdout or (marked == "newest" and " skipped" in done.stdout)
