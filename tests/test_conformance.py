@@ -252,6 +252,21 @@ def test_a_model_that_is_never_the_same_twice() -> None:
     assert "may be random" in report["forward"].detail
 
 
+def test_a_model_that_writes_into_its_inputs() -> None:
+    """As XGLM of transformers 5.1 does: each forward on the same `position_ids` would have others."""
+    model, inputs = fresh_model(LLAMA), LLAMA.inputs()
+
+    def count_on(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        kwargs["position_ids"] += 2
+
+    model.model.rotary_emb.register_forward_pre_hook(count_on, with_kwargs=True)
+    report = check_adapter(model, inputs)
+    report.raise_for_failures()
+    # Newer transformers' generate counts on from the positions that the model has written to.
+    assert {row.law for row in report.rows if row.verdict != "passed"} <= {"cached decoding"}
+    assert torch.equal(inputs["position_ids"], LLAMA.inputs()["position_ids"])
+
+
 def test_an_lse_that_is_refused() -> None:
     from transformers.models.llama import modeling_llama
 

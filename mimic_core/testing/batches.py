@@ -140,6 +140,14 @@ class Batches:
         return batch
 
 
+def copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with tensors of their own, for one forward: some models write into what they are given.
+
+    XGLM of transformers 5.1 adds 2 to `position_ids` in place, so a second forward on the same tensor has other logits.
+    """
+    return {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+
+
 def _by_sample(x: Any, inputs: Mapping[str, Any]) -> bool:
     return isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == inputs["input_ids"].shape[0]
 

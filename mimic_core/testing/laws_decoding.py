@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..heads import ShiftStack
+from .batches import copied
 from .laws_values import oracle_of
 from .oracle import Oracle, Seen
 from .subject import Gap, Subject
@@ -87,7 +88,7 @@ def _generate(s: Subject, prompt: Mapping[str, Any]) -> Generated:
     model: Any = s.model
     with torch.no_grad():
         out = model.generate(
-            **prompt,
+            **copied(prompt),
             max_new_tokens=_STEPS,
             do_sample=False,
             num_beams=1,

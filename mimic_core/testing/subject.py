@@ -18,7 +18,7 @@ from ..errors import UnsupportedModelError
 from ..heads import LIVEConfig, MimICConfig, ShiftStack
 from ..patch import hook, patch
 from ..types import SITES, At, LayerSpec, ModelSpec, Site
-from .batches import Batches
+from .batches import Batches, copied
 from .oracle import READINGS, Edit, Oracle, Place, Reading, Seen
 from .verdicts import NotApplicable, Raised, attempt
 
@@ -125,7 +125,8 @@ class Subject:
         """Logits of a forward without cache (hidden states, where the model has no head). Gradients as they are set."""
         torch.manual_seed(0)
         options = {"use_cache": False} if self.batches.accepts("use_cache") else {}
-        output = (self.model if model is None else model)(**(self.inputs if inputs is None else inputs), **options)
+        given = copied(self.inputs if inputs is None else inputs)
+        output = (self.model if model is None else model)(**given, **options)
         for name in ("logits", "last_hidden_state"):
             if isinstance(found := getattr(output, name, None), Tensor):
                 return found
