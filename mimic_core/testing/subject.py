@@ -28,8 +28,8 @@ EDITED_SITES: tuple[Site, ...] = tuple(site for site in SITES if site != "lse")
 # that is put up with where the model itself is less exact than that.
 _EXACT = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _MOST = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
-# A model of more parameters is not copied into fp64.
-_COPIED = 200_000_000
+COPIED = 200_000_000
+"""A model of more parameters is not copied: into fp64, or from a GPU."""
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ class Subject:
         Raises:
             NotApplicable: it is too large, or can't be copied or run so.
         """
-        if sum(p.numel() for p in self.inner.parameters()) > _COPIED:
+        if sum(p.numel() for p in self.inner.parameters()) > COPIED:
             raise NotApplicable("the model is too large to be copied into fp64")
         if any(p.device.type in ("meta", "mps") for p in self.inner.parameters()):
             raise NotApplicable("its device has no fp64")
