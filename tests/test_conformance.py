@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ import mimic_core as mc
 import mimic_core.testing
 from mimic_core.adapters import LlamaAdapter, LlavaAdapter
 from mimic_core.adapters.base import ADAPTERS
+from mimic_core.testing.state import Snapshot
 
 check_adapter = mimic_core.testing.check_adapter
 LAWS = [law.name for law in mimic_core.testing.LAWS]
@@ -296,6 +298,23 @@ def test_an_lse_of_logits_that_were_not_used(monkeypatch: Break) -> None:
     assert failed(report) == {"lse"}
     assert "is not the softmax of scaled, masked logits" in report["lse"].detail
     assert report["MimIC"].verdict == "not applicable"
+
+
+def test_another_patched_model_may_be_collected_meanwhile() -> None:
+    unwrapped = AttentionInterface.get_interface
+    gc.disable()
+    try:
+        mc.patch(other := fresh_model(LLAMA), mc.build_shifts(other, "mimic"))
+        del other
+        before = Snapshot(fresh_model(LLAMA))
+        assert AttentionInterface.get_interface is not unwrapped
+        gc.collect()
+        assert AttentionInterface.get_interface is unwrapped
+        assert before.differences() == []
+        before.restore()
+        assert AttentionInterface.get_interface is unwrapped
+    finally:
+        gc.enable()
 
 
 def test_report() -> None:
