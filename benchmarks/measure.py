@@ -218,7 +218,9 @@ def _cuda_peak(call: Call, device: torch.device) -> int:
 def _cpu_peak(call: Call) -> int:
     with torch.autograd.profiler.profile(profile_memory=True) as profiler:
         result = call()
-    del result
+        # Freed inside. torch keeps the size of what a profile saw come and not go, by address, for all later profiles:
+        # when memory of before lies at that address in one of them and is freed, it would count as this call's.
+        del result
     counted = getattr(profiler, "kineto_results", None)
     if counted is None:
         raise BenchmarkError("torch's profiler returned nothing, so the memory of a call can't be counted")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 _SPECIAL = re.compile(r"_ids?$|_index$|_token$")
+_TO_IMAGES = re.compile(r"^(cross|image)_attention_mask$")
 _WINDOW = re.compile(r"window|chunk_size|topk$")
 _LENGTH = 12
 _LONGEST = 96
@@ -102,7 +103,7 @@ class Batches:
         if not _by_sample(x, inputs):
             return x
         row = x[i : i + 1]
-        return row[:, keep] if _by_token(x, inputs) else row
+        return row[:, keep] if _by_token(name, x, inputs) else row
 
     def together(self, samples: list[dict[str, Any]], side: str, positions: bool) -> dict[str, Any]:
         """The samples in one batch, padded on a side; `positions` counts each sample's from its first token."""
@@ -112,7 +113,7 @@ class Batches:
         for name, x in first.items():
             if not _by_sample(x, first):
                 batch[name] = x
-            elif _by_token(x, first):
+            elif _by_token(name, x, first):
                 fill = self.padding if name == "input_ids" else 0
                 batch[name] = torch.cat([_pad(s[name], longest, side, fill) for s in samples])
             else:
@@ -133,19 +134,29 @@ class Batches:
                 batch[name] = torch.cat([x, new], dim=1)
             elif name == "attention_mask" and isinstance(x, Tensor) and x.ndim == 2:
                 batch[name] = torch.cat([x, torch.ones_like(new, dtype=x.dtype)], dim=1)
-            elif _by_token(x, inputs):
+            elif _by_token(name, x, inputs):
                 batch[name] = torch.cat([x, x[:, -1:].expand(-1, new.shape[1], *x.shape[2:])], dim=1)
             else:
                 batch[name] = x
         return batch
 
 
+def copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with tensors of their own, for one forward: some models write into what they are given.
+
+    XGLM of transformers 5.1 adds 2 to `position_ids` in place, so a second forward on the same tensor has other logits.
+    """
+    return {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+
+
 def _by_sample(x: Any, inputs: Mapping[str, Any]) -> bool:
     return isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == inputs["input_ids"].shape[0]
 
 
-def _by_token(x: Any, inputs: Mapping[str, Any]) -> bool:
-    return _by_sample(x, inputs) and x.ndim > 1 and x.shape[1] == inputs["input_ids"].shape[1] and x.ndim < 4
+def _by_token(name: str, x: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether x is [b t ...]. Of four axes only masks from text to images: other tensors of four are the images."""
+    most = 4 if _TO_IMAGES.search(name) else 3
+    return _by_sample(x, inputs) and 1 < x.ndim <= most and x.shape[1] == inputs["input_ids"].shape[1]
 
 
 def _pad(x: Tensor, length: int, side: str, fill: int) -> Tensor:

@@ -17,7 +17,7 @@ from . import laws_decoding, laws_patch, laws_sites, laws_values
 from .report import Report, Row, Verdict
 from .state import as_it_was
 from .subject import EDITED_SITES, Subject
-from .verdicts import NotApplicable, Raised, attempt
+from .verdicts import DeviceEnded, NotApplicable, Raised, attempt
 
 Inputs = Mapping[str, Any]
 
@@ -133,7 +133,11 @@ def _judge(law: Law, subject: Subject) -> tuple[Verdict, str]:
         return "not applicable", missing
     if law is _FORWARD and isinstance(attempt(lambda: subject.spec), Raised):
         return "not applicable", "there is no adapter"
-    found = attempt(partial(_checked, law, subject))
+    try:
+        found = attempt(partial(_checked, law, subject))
+    except DeviceEnded as error:
+        subject.kept["missing"] = f"the device is of no more use in this process since the law {law.name!r}: {error}"
+        return "failed", str(error)
     if not isinstance(found, Raised):
         return "passed", found
     if isinstance(found.error, NotApplicable):

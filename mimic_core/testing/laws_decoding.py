@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..heads import ShiftStack
+from .batches import copied
 from .laws_values import oracle_of
 from .oracle import Oracle, Seen
+from .rehearsal import rehearse
 from .subject import Gap, Subject
 from .verdicts import BrokenLaw, NotApplicable, Raised, attempt
 
@@ -72,7 +74,7 @@ def _first_that_generates(s: Subject) -> Generated | str:
     prompts += [s.batches.samples(inputs)[0] for inputs in (s.inputs, s.batches.text())]
     for prompt in prompts:
         asked = {name: x for name, x in prompt.items() if name != "position_ids"}
-        found = attempt(lambda asked=asked: _generate(s, asked))
+        found = attempt(lambda asked=asked: rehearse(s, asked) or _generate(s, asked))
         if not isinstance(found, Raised):
             return found
         errors.append(str(found))
@@ -87,7 +89,7 @@ def _generate(s: Subject, prompt: Mapping[str, Any]) -> Generated:
     model: Any = s.model
     with torch.no_grad():
         out = model.generate(
-            **prompt,
+            **copied(prompt),
             max_new_tokens=_STEPS,
             do_sample=False,
             num_beams=1,
@@ -167,13 +169,16 @@ def _own_agreement(s: Subject, plain: Generated) -> tuple[Agreement, bool]:
     with Oracle() as decoding:
         generated(s, fresh=True)
     found: dict[bool, Agreement] = {}
+    gap: Gap | Raised | None = None
     for positions in (True, False) if s.batches.accepts("position_ids") else (False,):
-        with Oracle() as full:
-            gap = attempt(partial(_cached_gap, s, plain, positions))
-        if not isinstance(gap, Raised) and gap.error == gap.error:
-            found[positions] = Agreement(gap.error, _queries_apart(s, decoding.seen, full.seen))
+        gap = attempt(lambda positions=positions: rehearse(s, _whole(s, plain, positions)))
+        if gap is None:
+            with Oracle() as full:
+                gap = attempt(partial(_cached_gap, s, plain, positions))
+            if not isinstance(gap, Raised) and gap.error == gap.error:
+                found[positions] = Agreement(gap.error, _queries_apart(s, decoding.seen, full.seen))
     if not found:
-        raise NotApplicable("the unpatched model does not run on what it generated")
+        raise NotApplicable(f"the unpatched model does not run on what it generated: {gap}")
     best = min(found, key=lambda positions: found[positions].rank)
     return found[best], best
 
@@ -195,10 +200,14 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def _full(s: Subject, decoded: Generated, positions: bool) -> Tensor:
+    return s.run(_whole(s, decoded, positions))[:, -len(decoded.logits) :]
+
+
+def _whole(s: Subject, decoded: Generated, positions: bool) -> dict[str, Any]:
     inputs = s.batches.longer(decoded.prompt, decoded.tokens[:, :-1])
     if positions and "attention_mask" in inputs:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    return s.run(inputs)[:, -len(decoded.logits) :]
+    return inputs
 
 
 def _cached_gap(s: Subject, decoded: Generated, positions: bool) -> Gap:
@@ -259,6 +268,7 @@ def _find_padded(s: Subject) -> Padded | str:
 def _pad(s: Subject, inputs: Mapping[str, Any], positions: bool) -> Padded:
     alone = s.batches.samples(inputs)
     left, right = (s.batches.together(alone, side, positions) for side in ("left", "right"))
+    rehearse(s, *alone, left, right)
     return Padded(alone, left, right, _padding_agreement(s, alone, left, right))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,7 +54,8 @@ class Snapshot:
         found += [
             f"the config {type(config).__name__} changed" for config, before in self._configs if vars(config) != before
         ]
-        if self._interface.get_interface is not self._get_interface:
+        # The wrap of another patched model may go meanwhile, when that model is collected.
+        if self._interface.get_interface is not self._get_interface and not _wraps(self._get_interface):
             found.append("AttentionInterface.get_interface is another function")
         if self._interface._global_mapping != self._implementations:
             found.append("the attention implementations registered with AttentionInterface changed")
@@ -73,11 +74,16 @@ class Snapshot:
                 vars(config).update(before)
         now = self._interface.get_interface
         # The library's own wrap goes when its last slot is released; while another model has one, it is needed.
-        if now is not self._get_interface and not now.__module__.startswith("mimic_core.adapters"):
+        if now is not self._get_interface and not _wraps(now) and not _wraps(self._get_interface):
             self._interface.get_interface = self._get_interface
         if self._interface._global_mapping != self._implementations:
             self._interface._global_mapping.clear()
             self._interface._global_mapping.update(self._implementations)
+
+
+def _wraps(get_interface: Callable[..., Any]) -> bool:
+    """Whether it is the library's."""
+    return get_interface.__module__.startswith("mimic_core.adapters")
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..errors import UnsupportedModelError
 from ..heads import LIVEConfig, MimICConfig, ShiftStack
 from ..patch import hook, patch
 from ..types import SITES, At, LayerSpec, ModelSpec, Site
-from .batches import Batches
+from .batches import Batches, copied
 from .oracle import READINGS, Edit, Oracle, Place, Reading, Seen
 from .verdicts import NotApplicable, Raised, attempt
 
@@ -28,8 +28,8 @@ EDITED_SITES: tuple[Site, ...] = tuple(site for site in SITES if site != "lse")
 # that is put up with where the model itself is less exact than that.
 _EXACT = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _MOST = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
-# A model of more parameters is not copied into fp64.
-_COPIED = 200_000_000
+COPIED = 200_000_000
+"""A model of more parameters is not copied: into fp64, or from a GPU."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ class Subject:
         """Logits of a forward without cache (hidden states, where the model has no head). Gradients as they are set."""
         torch.manual_seed(0)
         options = {"use_cache": False} if self.batches.accepts("use_cache") else {}
-        output = (self.model if model is None else model)(**(self.inputs if inputs is None else inputs), **options)
+        given = copied(self.inputs if inputs is None else inputs)
+        output = (self.model if model is None else model)(**given, **options)
         for name in ("logits", "last_hidden_state"):
             if isinstance(found := getattr(output, name, None), Tensor):
                 return found
@@ -346,7 +347,7 @@ class Subject:
         Raises:
             NotApplicable: it is too large, or can't be copied or run so.
         """
-        if sum(p.numel() for p in self.inner.parameters()) > _COPIED:
+        if sum(p.numel() for p in self.inner.parameters()) > COPIED:
             raise NotApplicable("the model is too large to be copied into fp64")
         if any(p.device.type in ("meta", "mps") for p in self.inner.parameters()):
             raise NotApplicable("its device has no fp64")

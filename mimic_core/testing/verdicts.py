@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,6 +18,13 @@ class BrokenLaw(AssertionError):  # noqa: N818 - it is a finding
     """The law does not hold; the message says what was seen."""
 
 
+class DeviceEnded(RuntimeError):  # noqa: N818 - it is the end of every later law too
+    """A GPU met an error after which no call of the process works; the message is its."""
+
+
+_ENDS_A_DEVICE = re.compile("device-side assert|illegal memory access")
+
+
 @dataclass(frozen=True)
 class Raised:
     """An exception that came out of a foreign model or adapter, in words."""
@@ -30,8 +38,16 @@ class Raised:
 
 
 def attempt(action: Callable[[], T]) -> T | Raised:
-    """What `action` returns, or what it raises: a foreign model or adapter may fail in any way: a finding."""
+    """What `action` returns, or what it raises: a foreign model or adapter may fail in any way: a finding.
+
+    Raises:
+        DeviceEnded: the GPU is of no more use, so nothing that could be tried instead would run.
+    """
     try:
         return action()
+    except DeviceEnded:
+        raise
     except Exception as error:
+        if _ENDS_A_DEVICE.search(str(error)):
+            raise DeviceEnded(str(Raised(error))) from error
         return Raised(error)

@@ -259,6 +259,21 @@ def test_peak_memory_of_known_patterns() -> None:
     assert kept >= 3 * 4 * size
 
 
+def test_peak_memory_knows_nothing_of_earlier_calls() -> None:
+    """What was there before often lies where an earlier call's result lay. Its end is no part of the next call."""
+    size = 1 << 20
+    outside: list[Tensor] = []
+
+    def frees_what_was_there() -> Tensor:
+        outside.clear()
+        return torch.empty(size, dtype=torch.int8)
+
+    for _ in range(20):
+        assert measure.peak_memory(lambda: torch.empty(4 * size, dtype=torch.int8), CPU) == 4 * size
+        outside.append(torch.empty(size))
+        assert measure.peak_memory(frees_what_was_there, CPU) == size
+
+
 def test_contestants_take_turns() -> None:
     ran: list[str] = []
     entered: list[str] = []

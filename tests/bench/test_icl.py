@@ -13,6 +13,7 @@ from torch import Tensor
 
 import mimic_core as mc
 from benchmarks import records
+from benchmarks.icl import __main__ as command
 from benchmarks.icl import latency, plan
 from benchmarks.icl.__main__ import main, measure
 from benchmarks.icl.fit import Samples, fit
@@ -226,6 +227,28 @@ def test_a_job_gives_the_same_rows_again() -> None:
 def test_nothing_to_report_is_said_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="there is nothing to report in"):
         main(["--report", "--out", str(tmp_path)])
+
+
+def test_a_run_and_a_later_report_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured numbers have more digits than the file: at both times the pictures and pages are of the file's."""
+    pytest.importorskip("matplotlib")
+
+    def measured(jobs: Any, rows: list[Row], path: Path, processes: int) -> list[Row]:
+        seen = Row(what="distance", world="llava", task="t", seed=0, method="mimic", samples=100)
+        found = [replace(seen, layer=layer, value=layer + 1.0000049) for layer in range(3)]
+        found += [replace(row, value=(row.value or 0.0) / 3 + 1e-7) for row in accuracies()]
+        records.write(path, found, Row)
+        return found
+
+    accuracies = rows
+    monkeypatch.setattr(command, "measure", measured)
+    monkeypatch.setattr(command, "time_queries", lambda worlds, rows, path, quick: rows)
+    written = []
+    for asked in ("--quick", "--report"):
+        main([asked, "--out", str(tmp_path)])
+        written.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    assert set(written[0]) == {"icl.csv", "README.md", "distance.png"}
+    assert [name for name, content in written[0].items() if written[1][name] != content] == []
 
 
 RESULTS = records.ROOT / "docs" / "results"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from typing import Any
@@ -83,6 +84,21 @@ def test_removal_leaves_nothing(case: Case, head: str, attention: str) -> None:
     handle.remove()
     assert snapshot(model) == state
     assert torch.equal(logits_of(model, inputs), before)
+
+
+def test_a_patched_model_of_an_earlier_test_goes_before_the_law(let_go_of_patched_models: Callable[[], None]) -> None:
+    gc.disable()
+    try:
+        mc.patch(model := fresh_model(CASES[3]), random_shifts(model, "mimic"))
+        del model
+        state = snapshot(model_of(CASES[3]))
+        let_go_of_patched_models()
+        assert snapshot(model_of(CASES[3])) != state, "the wrap went with the other model: so it must not go in a law"
+        state = snapshot(model_of(CASES[3]))
+        gc.collect()
+        assert snapshot(model_of(CASES[3])) == state
+    finally:
+        gc.enable()
 
 
 @over_cases

@@ -189,7 +189,7 @@ def _peak_of(hold: bool, leaves: list[Tensor], grad: Tensor) -> int:
         del out
     with torch.autograd.profiler.profile(profile_memory=True) as profiler:
         found = gradients_through(edge, leaves, grad)
-    del found
+        del found  # inside: see benchmarks.measure
     held = peak = 0
     events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ import mimic_core as mc
 import mimic_core.testing
 from mimic_core.adapters import LlamaAdapter, LlavaAdapter
 from mimic_core.adapters.base import ADAPTERS
+from mimic_core.testing.state import Snapshot
 from tests.support.cases import ATTENTION, BY_NAME, CASES, Case, fresh_model
 from tests.support.conformance import LAWS, LLAMA, failed, report_of
 
@@ -215,6 +217,21 @@ def test_a_model_that_is_never_the_same_twice() -> None:
     assert "may be random" in report["forward"].detail
 
 
+def test_a_model_that_writes_into_its_inputs() -> None:
+    """As XGLM of transformers 5.1 does: each forward on the same `position_ids` would have others."""
+    model, inputs = fresh_model(LLAMA), LLAMA.inputs()
+
+    def count_on(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        kwargs["position_ids"] += 2
+
+    model.model.rotary_emb.register_forward_pre_hook(count_on, with_kwargs=True)
+    report = check_adapter(model, inputs)
+    report.raise_for_failures()
+    # Newer transformers' generate counts on from the positions that the model has written to.
+    assert {row.law for row in report.rows if row.verdict != "passed"} <= {"cached decoding"}
+    assert torch.equal(inputs["position_ids"], LLAMA.inputs()["position_ids"])
+
+
 def test_an_lse_that_is_refused() -> None:
     from transformers.models.llama import modeling_llama
 
@@ -244,6 +261,23 @@ def test_an_lse_of_logits_that_were_not_used(monkeypatch: Break) -> None:
     assert failed(report) == {"lse"}
     assert "is not the softmax of scaled, masked logits" in report["lse"].detail
     assert report["MimIC"].verdict == "not applicable"
+
+
+def test_another_patched_model_may_be_collected_meanwhile() -> None:
+    unwrapped = AttentionInterface.get_interface
+    gc.disable()
+    try:
+        mc.patch(other := fresh_model(LLAMA), mc.build_shifts(other, "mimic"))
+        del other
+        before = Snapshot(fresh_model(LLAMA))
+        assert AttentionInterface.get_interface is not unwrapped
+        gc.collect()
+        assert AttentionInterface.get_interface is unwrapped
+        assert before.differences() == []
+        before.restore()
+        assert AttentionInterface.get_interface is unwrapped
+    finally:
+        gc.enable()
 
 
 def test_report() -> None:
