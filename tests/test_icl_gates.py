@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 import mimic_core as mc
 from benchmarks import records
-from benchmarks.icl import gate_report, gates
+from benchmarks.icl import gate_figures, gate_report, gates
 from benchmarks.icl.fit import fit
 from benchmarks.icl.gate_reading import of_demonstrations, of_shifts
 from benchmarks.icl.gate_report import GateRow
 from benchmarks.icl.methods import TRAINED
 from benchmarks.icl.worlds import World, world
+from benchmarks.report import with_results
 
 # transformers' eager attention takes the softmax in fp32 in every model.
 FP32 = {"rtol": 1e-5, "atol": 1e-6}
@@ -185,3 +186,14 @@ def test_tables_say_what_the_rows_say() -> None:
 def test_nothing_to_report_is_said_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="there is nothing to report in"):
         gates.main(["--report", "--out", str(tmp_path)])
+
+
+def test_the_results_are_whole_and_the_page_says_them(tmp_path: Path) -> None:
+    """Every run has its rows, and nobody has edited what is written from them."""
+    found = records.read(gates.IMAGES / "gates.csv", GateRow)
+    assert list(gate_report.by_run(found)) == list(gates.RUNS)
+    drawn = gate_figures.draw(found, tmp_path)
+    assert all((gates.IMAGES / path.name).is_file() for path in drawn)
+    page = gates.PAGE.read_text()
+    assert all(f"(images/{path.name})" in page for path in drawn)
+    assert with_results(page, gate_report.tables(found), gates.BEGIN, gates.END) == page

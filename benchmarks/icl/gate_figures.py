@@ -46,7 +46,7 @@ def _map(axes: Any, values: Tensor, title: str) -> None:
     axes.set_title(title, fontsize=9)
     axes.set_xlabel("attention head", fontsize=9)
     axes.tick_params(labelsize=8)
-    axes.imshow(values, cmap=COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.imshow(values.numpy(), cmap=COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
 
 
 def _scale(figure: Any, axes: Any) -> None:
@@ -107,7 +107,7 @@ def _picture(axes: Any, index: int | None) -> None:
     """The image a line is about, cut into its patches."""
     axes.set_axis_off()
     if index is not None:
-        axes.imshow(images().pixels[index, 0], cmap="gray_r", vmin=-1, vmax=1)
+        axes.imshow(images().pixels[index, 0].numpy(), cmap="gray_r", vmin=-1, vmax=1)
         axes.axhline(3.5, color="#D55E00", linewidth=1.5)
         axes.axvline(3.5, color="#D55E00", linewidth=1.5)
         axes.set_title("its image,\nin four patches", fontsize=9)
@@ -117,7 +117,7 @@ def _rule(runs: Sequence[Sequence[GateRow]]) -> Any:
     of = [row for rows in runs for row in rows if row.what == "rule"]
     if not of:
         return None
-    figure = _figure(10, 4.4, "Gate where the prompt ends, by what the question is about")
+    figure = _figure(10, 4.6, f"Share of attention for demonstrations, where the prompt ends, by question\n{title(of)}")
     asked = list(dict.fromkeys(row.text for row in of))
     places = list(dict.fromkeys((row.layer, row.head) for row in of))
     panels = figure.subplots(1, 2, sharey=True)
@@ -140,7 +140,7 @@ def _sizes(runs: Sequence[Sequence[GateRow]]) -> Any:
     }
     for axes, rows in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
         for who, (label, colour, marker) in style.items():
-            values = grid(rows, who, "size")
+            values = grid(rows, who, "size").tolist()
             axes.plot(range(len(values)), values, label=label, color=colour, marker=marker, markersize=5, linewidth=1.6)
         axes.set_title(title(rows), fontsize=10)
         axes.set_ylim(bottom=0)
