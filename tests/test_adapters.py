@@ -285,7 +285,9 @@ def test_cross_attention_is_refused() -> None:
     paths = {"layers": "model.gated_cross_attn_layers", "attention": "cross_attn"}
     mc.register_adapter("crossed")(type("Crossed", (mc.PathAdapter,), paths))
     model = model_of_type("crossed", BY_NAME["idefics"])
-    message = r"model\.gated_cross_attn_layers\.0\.cross_attn is cross-attention; shifts go into self-attention only"
+    message = (
+        r"model\.gated_cross_attn_layers\.0\.cross_attn is cross-attention, but shifts are only for self-attention"
+    )
     with pytest.raises(mc.UnsupportedModelError, match=message):
         mc.adapter_for(model)
 
