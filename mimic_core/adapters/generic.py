@@ -134,8 +134,6 @@ def _layer_list(
 
 
 class _Layer:
-    """One member of the list of layers, with the results of the probe."""
-
     def __init__(
         self,
         layer: nn.Module,
@@ -243,7 +241,6 @@ class _Layer:
         return "no attention"
 
     def _other_attention(self) -> str | None:
-        """An attention module that does not go through the interface."""
         named = (path for path in self._inside() if _ATTENTION_CLASS.search(type(self.module(path)).__name__))
         return next((path for path in named if self._ran(path)), None)
 

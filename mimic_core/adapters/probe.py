@@ -26,13 +26,7 @@ _OF_OTHERS = ("key_value_states", "encoder_hidden_states", "cross_attention_stat
 
 @dataclass(frozen=True)
 class AttentionSeen:
-    """One call of the attention interface.
-
-    Attributes:
-        heads, kv_heads, head_dim, value_dim: Sizes of the tensors.
-        tokens: b and t of the queries.
-        logits: What the logits depend on besides the scaled product and the mask.
-    """
+    """One call of the attention interface. `tokens` is b and t of the queries, `logits` as in `At`."""
 
     heads: int
     kv_heads: int

@@ -133,7 +133,6 @@ class AttentionCall(AttentionView):
         return self.base is flash_attention_forward
 
     def run(self, plan: Plan) -> tuple[Tensor, Any]:
-        """Attention with all edits of this call."""
         if self.implementation.startswith("paged|") and any(e.edit.site != "query" for e in plan.before):
             raise UnsupportedModelError(
                 f"attention implementation {self.implementation!r} gets only the keys and values of new tokens, before "
@@ -195,7 +194,6 @@ _PACKS_GROUPS = hasattr(sdpa_attention, "pack_gqa")
 
 
 def _is_causal(module: nn.Module, mask: Any, options: dict[str, Any]) -> bool:
-    """Whether transformers' sdpa function is causal for several queries."""
     if mask is not None:
         return False
     asked = options.get("is_causal")

@@ -70,11 +70,9 @@ class Entry:
 
     @property
     def active(self) -> bool:
-        """Whether the edit should run now."""
         return self.owner.active and (self.scope is None or self.scope.runs(self.owner.in_forward))
 
     def apply(self, value: Tensor, module: nn.Module, attention: AttentionView | None = None) -> Tensor:
-        """Run the edit on a value and check the result."""
         edit, owner = self.edit, self.owner
         at = None
         if edit.needs_at:

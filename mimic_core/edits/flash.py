@@ -57,7 +57,7 @@ def flash_lse(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options:
 
 
 def why_not(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> str | None:
-    """Why the logits of a call are not known. None means that they are known."""
+    """Why the logits of a call are not known, or None."""
     if found := [name for name in _PAGED if options.get(name) is not None]:
         return f"its flash attention works on a paged cache ({', '.join(found)})"
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):

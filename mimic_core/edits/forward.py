@@ -49,7 +49,6 @@ class Forward(ForwardView):
         return real & (real.flip(1).cumsum(1).flip(1) == 1)
 
     def _real(self, b: int, t: int) -> Tensor:
-        """Which tokens are not padding, [b t]."""
         mask = self._mask
         if mask is None:
             return torch.ones(b, t, dtype=torch.bool)

@@ -158,7 +158,6 @@ class Installation:
 
     @property
     def forward(self) -> Forward | None:
-        """The forward of this thread, if an edit needs it."""
         return self._state.forward if self.in_forward else AGAIN
 
     def reached(self, layer: int, site: Site) -> None:
@@ -240,7 +239,6 @@ class Installation:
 
 
 def _sizes_of_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    """Batch size and length of the decoder's tokens."""
     for x in (*args[:1], *map(kwargs.get, _TOKENS)):
         if isinstance(x, Tensor):
             return (x.shape[0], x.shape[1]) if x.ndim > 1 else None
@@ -248,7 +246,6 @@ def _sizes_of_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int
 
 
 def _shared_modules(found: Located, sites: Iterable[Site]) -> set[tuple[nn.Module, Site]]:
-    """The modules that several layers share."""
     places: Counter[tuple[nn.Module, Site]] = Counter(
         (found.module(layer.index, site), site) for site in sites for layer in found.spec.layers if site in layer.sites
     )

@@ -40,7 +40,6 @@ class AttentionSlot:
         self._release = _retain(self)
 
     def hold(self, entries: tuple[Entry, ...]) -> None:
-        """Replace the edits."""
         self.entries = entries
         self.refresh()
 

@@ -59,7 +59,6 @@ class EditedForward:
         self._on = tuple(entry for entry in self._entries if entry.owner.active)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward with the edits."""
         module, below = self.module, self.below
         # Not a stored bound method, which cannot be pickled with its module.
         output = type(module).forward(module, *args, **kwargs) if below is None else below(*args, **kwargs)

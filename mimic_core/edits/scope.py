@@ -30,11 +30,9 @@ class LayerScope:
         return self._here.depth > 0
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        """Forward pre-hook of the layer."""
         self._here.depth += 1
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the layer."""
         self._here.depth = max(0, self._here.depth - 1)  # installed during a forward, it sees only the end
 
 

@@ -79,7 +79,6 @@ def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, band: Band, softcap:
 
 
 def _by_key_head(x: Tensor, k: Tensor) -> Tensor:
-    """Attention heads grouped by their key head."""
     return rearrange(x, "b (g n) ... -> b g n ...", g=k.shape[1])
 
 

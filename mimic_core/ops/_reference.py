@@ -107,5 +107,4 @@ def norm_preserving_add(
 
 
 def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Bool[Tensor, ...] | None) -> str | None:
-    """Why this backend cannot run the call. None means that it can."""
     return None

@@ -12,7 +12,6 @@ __all__ = ["attention_lse", "attention_with_lse", "unavailable"]
 
 
 def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> str | None:
-    """Why this backend cannot run the call. None means that it can."""
     if mask is not None and mask.requires_grad:
         return "the mask requires a gradient and the chunked LSE passes none to it"
     return None

@@ -34,12 +34,10 @@ class Batches:
         self.given = self.text() if given is None else {k: x for k, x in given.items() if k != "labels"}
 
     def accepts(self, name: str) -> bool:
-        """Whether the model's forward has this argument."""
         return name in self._names or (self._anything and name != "position_ids")
 
     @property
     def vocabulary(self) -> int:
-        """The number of token ids of the model."""
         try:
             weight = self._model.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
         except (AttributeError, NotImplementedError):
@@ -76,7 +74,6 @@ class Batches:
 
     @property
     def padding(self) -> int:
-        """The id of the padding token, or 0."""
         found = [x for key, x in _entries(self._config) if key == "pad_token_id" and isinstance(x, int)]
         return found[0] if found and 0 <= found[0] < self.vocabulary else 0
 

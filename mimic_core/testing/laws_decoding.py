@@ -25,10 +25,7 @@ _STEPS = 4
 class Generated:
     """Greedy decoding of a few tokens.
 
-    Attributes:
-        prompt: The arguments of generate.
-        tokens: The new tokens [b n].
-        logits: The logits of each step [b vocabulary].
+    `prompt` has the arguments of generate, `tokens` [b n] the new tokens, `logits` those [b vocabulary] of each step.
     """
 
     prompt: dict[str, Any]
@@ -144,12 +141,10 @@ class Agreement:
 
     @property
     def of_positions(self) -> bool:
-        """Whether both runs count positions in the same way."""
         return self.queries < 1e-3
 
     @property
     def rank(self) -> tuple[bool, bool, float]:
-        """A lower rank is better."""
         return not self.logits < 1e-4, not self.of_positions, self.logits
 
 
@@ -263,7 +258,6 @@ def _pad(s: Subject, inputs: Mapping[str, Any], positions: bool) -> Padded:
 
 
 def _padding_agreement(s: Subject, alone: list[dict[str, Any]], *batches: dict[str, Any]) -> Agreement:
-    """The largest differences caused by padding."""
     logits, queries = [], [0.0]
     with torch.no_grad():
         together = [(batch["attention_mask"].bool(), *_watched(s, batch)) for batch in batches]
@@ -279,7 +273,6 @@ def _padding_agreement(s: Subject, alone: list[dict[str, Any]], *batches: dict[s
 
 
 def _watched(s: Subject, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[nn.Module, Tensor]]:
-    """Logits, and the query of each module's attention."""
     with Oracle() as oracle:
         logits = s.run(inputs)
     return logits, {call.module: call.query for call in oracle.seen}
@@ -376,7 +369,6 @@ def _gradients(s: Subject, stacks: Mapping[str, ShiftStack]) -> tuple[Tensor, di
 
 @contextmanager
 def _counting(layers: list[nn.Module]) -> Iterator[Counter[nn.Module]]:
-    """Count how often each module inside the layers runs."""
     calls: Counter[nn.Module] = Counter()
 
     def count(module: nn.Module, args: Any) -> None:

@@ -227,7 +227,6 @@ def _some(stacks: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _furthest(s: Subject, stacks: Mapping[str, Any], inputs: Mapping[str, Any], plain: Tensor) -> str:
-    """Which of the stacks changes the logits, and by how much."""
     words = []
     for name, stack in stacks.items():
         with torch.no_grad(), s.patched({name: stack}):

@@ -22,10 +22,8 @@ class Ground:
     """The model for the comparison: a copy in fp64, or the model itself.
 
     Attributes:
-        model: The model.
-        inputs, logits: Its inputs, and the logits of the unpatched model.
-        baseline: Its run with the oracle.
-        words: Which of the two it is, and why.
+        logits: Those of the unpatched model.
+        words: Which of the two models it is, and why.
     """
 
     model: nn.Module
@@ -73,7 +71,6 @@ def _parameters(stacks: Mapping[str, ShiftStack]) -> dict[str, nn.Parameter]:
 def _edits(
     s: Subject, model: nn.Module, stacks: Mapping[str, ShiftStack], leaves: Mapping[str, Tensor]
 ) -> dict[Place, Edit]:
-    """Edits of the oracle with the stacks' parameters, on the model or a copy of it."""
     edits: dict[Place, Edit] = {}
     for key, stack in stacks.items():
         for head in stack:

@@ -24,9 +24,7 @@ class Seen:
     """One call of the attention interface.
 
     Attributes:
-        module: The calling module.
-        query: [b h t d].
-        key, value: [b g s d], [b g s e].
+        query, key, value: [b h t d], [b g s d], [b g s e].
         lse: Log-sum-exp of the logits [b h t], -inf in a row that attends to no key. None if the model's own attention
             ran.
         out: The result of attention [b t h e], before an edit.
@@ -71,7 +69,6 @@ class Oracle:
         edits: The edits by place. `query`, `key`, `value` and `attn_heads` belong to the module that calls the
             attention interface, the other sites to the module whose output they are.
         plain: The modules whose attention is computed here. Others use the model's own attention and have no LSE.
-        reading: See `Reading`.
 
     Attributes:
         seen: The calls of the attention interface, in order.

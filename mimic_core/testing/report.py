@@ -16,7 +16,7 @@ class Row:
     Attributes:
         law: The name of the law.
         verdict: "passed", "failed" or "not applicable".
-        detail: The findings with numbers, or why it failed or is not applicable.
+        detail: The findings with numbers, or why the law is not applicable.
         says: The law in a sentence.
         seconds: How long it took.
     """

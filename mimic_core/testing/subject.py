@@ -51,7 +51,6 @@ class Baseline:
 
     Attributes:
         plain: Modules whose attention is the softmax attention of the oracle.
-        reading: See `Reading`.
         error: The difference between the oracle without edits and the model's logits.
         seen: The oracle's calls, by module.
         sizes: Root mean square of each site's values, by layer and site.
@@ -94,12 +93,10 @@ class Subject:
         return self.adapter.spec(self.inner)
 
     def module(self, layer: int, site: Site, model: nn.Module | None = None) -> nn.Module:
-        """The module of a site, in this model or in a copy."""
         return self.adapter.module(self.inner if model is None else model, layer, site)
 
     @cached_property
     def names(self) -> dict[nn.Module, str]:
-        """The path of each module."""
         return {m: name for name, m in self.inner.named_modules()}
 
     def is_cross(self, module: nn.Module) -> bool:
@@ -172,7 +169,6 @@ class Subject:
 
     @cached_property
     def calls(self) -> list[Seen]:
-        """The calls of the attention interface in an unpatched forward."""
         with Oracle() as oracle, torch.no_grad():
             self.run()
         return oracle.seen
@@ -259,7 +255,6 @@ class Subject:
 
     @cached_property
     def lse(self) -> dict[int, Tensor]:
-        """The LSE from the library, by layer."""
         return self._lse[0]
 
     @cached_property
@@ -331,7 +326,6 @@ class Subject:
 
     @contextmanager
     def patched(self, stacks: Mapping[str, ShiftStack], model: nn.Module | None = None) -> Iterator[None]:
-        """Patch all stacks into the model."""
         with ExitStack() as exit_stack:
             for stack in stacks.values():
                 exit_stack.enter_context(patch(self.model if model is None else model, stack))

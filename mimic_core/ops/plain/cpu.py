@@ -24,7 +24,6 @@ _BF16_INSTRUCTIONS = has_bf16_instructions()
 
 
 def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> str | None:
-    """Why this backend cannot run the call. None means that it can."""
     if q.device.type != "cpu":
         return f"the tensors are on {q.device}"
     if v.shape[-1] != q.shape[-1]:
@@ -37,7 +36,6 @@ def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> str | None:
 
 
 def follows_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> bool:
-    """Whether F.scaled_dot_product_attention runs this kernel for the call, and so gives the same bits."""
     if torch.compiler.is_compiling():
         return True  # compiled code rounds differently anyway, also in the model's own attention
     grouped = k.shape[1] != q.shape[1]
@@ -62,12 +60,10 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal
 
 
 def forward(p: Prepared) -> tuple[Tensor, Tensor, Saved]:
-    """See `folded.Kernel`."""
     return *_flash(p.q, p.k, p.v, 0.0, p.is_causal, attn_mask=p.mask, scale=p.scale), ()
 
 
 def backward(grad: Tensor, p: Prepared, out: Tensor, lse: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-    """See `folded.Kernel`."""
     q, k, v, mask = p.q, p.k, p.v, p.mask
     dtype = q.dtype
     if dtype == torch.float16 or (dtype == torch.bfloat16 and not _BF16_INSTRUCTIONS):

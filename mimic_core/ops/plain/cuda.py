@@ -21,7 +21,6 @@ _ALIGNMENT = 16  # in elements: the rows of a bias for the memory-efficient kern
 
 
 def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> str | None:
-    """Why this backend cannot run the call. None means that it can."""
     if q.device.type != "cuda":
         return f"the tensors are on {q.device}"
     if q.dtype == torch.float64:
@@ -38,7 +37,6 @@ def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> str | None:
 
 
 def follows_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> bool:
-    """Whether F.scaled_dot_product_attention runs this kernel for the call, and so gives the same bits."""
     return torch.compiler.is_compiling() or _choice(q, k, v, mask, scale, is_causal) in _OPS
 
 
@@ -105,8 +103,6 @@ def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
 
 
 class _Torch(ABC):
-    """One of torch's kernels."""
-
     # Whether the kernel supports grouped key/value heads if there is no mask. Otherwise they are repeated, as in
     # transformers.
     takes_groups = False

@@ -75,11 +75,7 @@ class Ops(NamedTuple):
 
 
 def ops_of(kernel: Kernel) -> Ops:
-    """Make the ops of a backend from its kernel."""
-
     class AttentionWithLSE(torch.autograd.Function):
-        """Attention and LSE, differentiable in both."""
-
         @staticmethod
         def forward(
             ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
@@ -110,8 +106,6 @@ def ops_of(kernel: Kernel) -> Ops:
             return dq, dk, dv, None, None, None
 
     class ShiftedAttention(torch.autograd.Function):
-        """Attention, gate and shift with the folded backward of this file's docstring."""
-
         @staticmethod
         def forward(
             ctx: Any,
