@@ -62,7 +62,7 @@ class Forward(ForwardView):
             mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
         if mask.shape[0] not in (1, b) or mask.shape[1] != t:
             raise ShapeError(
-                f"the decoder's attention mask is of {list(mask.shape)} tokens [b t], its hidden states of {[b, t]}"
+                f"the decoder's attention mask has [b t] = {list(mask.shape)}, but its hidden states have {[b, t]}"
             )
         return (mask != 0).expand(b, t)
 

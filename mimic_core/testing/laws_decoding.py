@@ -98,7 +98,7 @@ def _generate(s: Subject, prompt: Mapping[str, Any]) -> Generated:
 
 
 def cached_decoding(s: Subject) -> str:
-    """Decoding with a cache gives the logits of one full forward of the same tokens."""
+    """Decoding with a cache gives the same logits as a full forward of the same tokens."""
     plain = generated(s)
     own, positions = _own_agreement(s, plain)
     tolerance = s.tolerance(own.logits)
@@ -125,7 +125,7 @@ def _not_the_models_doing(error: float, tolerance: float) -> None:
         NotApplicable: it does not. A router or a top-k may choose differently after a difference in the last bit.
     """
     if not error <= tolerance:
-        raise NotApplicable(f"the model breaks it itself: shifted by other means, it is {error:.1e} apart as well")
+        raise NotApplicable(f"the model itself breaks the law: shifted by the oracle, it is also {error:.1e} apart")
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def checkpointing(s: Subject, reentrant: bool) -> str:
     """Gradient checkpointing changes neither logits nor gradients."""
     model: Any = s.inner
     if not getattr(model, "supports_gradient_checkpointing", False):
-        raise NotApplicable(f"{type(model).__name__} does not support it")
+        raise NotApplicable(f"{type(model).__name__} does not support gradient checkpointing")
     stacks = s.stacks()
     modules = [s.inner.get_submodule(layer.path) for layer in s.spec.layers]
     _switch_training(s.inner, modules)
@@ -296,9 +296,9 @@ def checkpointing(s: Subject, reentrant: bool) -> str:
     _switch_training(s.inner, modules)
     own = attempt(partial(_gradient_of_embeddings, s))
     if isinstance(own, Raised):
-        raise NotApplicable(f"the unpatched model does not train with it: {own}")
+        raise NotApplicable(f"the unpatched model does not train with checkpointing: {own}")
     if (apart := _relative(own, plain)) > 10 * s.tolerance(0.0):
-        raise NotApplicable(f"with it, the unpatched model's own gradients are {apart:.1e} apart")
+        raise NotApplicable(f"with checkpointing, the unpatched model's own gradients are {apart:.1e} apart")
     with _counting(modules) as calls:
         logits, found = _gradients(s, stacks)
     again = sum(calls.values()) - sum(plain_calls.values())

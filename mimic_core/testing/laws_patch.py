@@ -51,7 +51,7 @@ def forward(s: Subject) -> str:
 
 
 def zero_shift(s: Subject) -> str:
-    """With zero vectors, logits are those of the unpatched model to the bit."""
+    """With zero vectors, the logits equal those of the unpatched model bit for bit."""
     stacks = _some(zeroed(s.stacks()))
     batches = {"as given": s.inputs, **variants(s)}
     for name, inputs in batches.items():
@@ -71,7 +71,7 @@ def zero_shift(s: Subject) -> str:
 
 
 def zero_shift_generates(s: Subject) -> str:
-    """With zero vectors, generate gives the tokens and logits of the unpatched model to the bit."""
+    """With zero vectors, generate gives the tokens and logits of the unpatched model bit for bit."""
     stacks = _some(zeroed(s.stacks()))
     wanted = generated(s)
     with s.patched(stacks):
@@ -85,7 +85,7 @@ def zero_shift_generates(s: Subject) -> str:
 
 
 def removal(s: Subject) -> str:
-    """A patch that is removed, or disabled, leaves nothing: hooks, attributes, config, logits are as they were."""
+    """A removed or disabled patch leaves nothing: hooks, attributes, config and logits are the same as before."""
     stacks = _some(s.stacks())
     before = Snapshot(s.model)
     with s.patched(stacks):
@@ -94,7 +94,7 @@ def removal(s: Subject) -> str:
     with ExitStack() as disabled, torch.no_grad():
         handles = [patch(s.model, stack) for stack in stacks.values()]
         if same_bits(s.run(), s.logits):
-            raise BrokenLaw(f"{', '.join(stacks)} change no logit while they are in")
+            raise BrokenLaw(f"{', '.join(stacks)} change no logit while they are patched")
         for handle in handles:
             disabled.enter_context(handle.disabled())
         if not same_bits(s.run(), s.logits):
@@ -112,7 +112,7 @@ def removal(s: Subject) -> str:
 
 
 def all_or_nothing(s: Subject) -> str:
-    """A patch that fails midway leaves the model as it was."""
+    """A patch that fails midway leaves the model unchanged."""
     stacks = _some(s.stacks())
     tried = 0
     for name, stack in stacks.items():
@@ -136,7 +136,7 @@ def all_or_nothing(s: Subject) -> str:
 
 
 def exception_in_forward(s: Subject) -> str:
-    """After an exception inside a forward, patches go on working and can be removed without a trace."""
+    """After an exception inside a forward, patches still work and can be removed completely."""
     stacks = _some(zeroed(s.stacks()))
     before = Snapshot(s.model)
     sites: list[Site] = []
@@ -155,7 +155,7 @@ def exception_in_forward(s: Subject) -> str:
             except Planted:
                 pass
             else:
-                raise BrokenLaw(f"an exception at {site} of layer {layers[-1]} did not come out of the forward")
+                raise BrokenLaw(f"an exception at {site} of layer {layers[-1]} was not raised by the forward")
             if not same_bits(s.run(), s.logits):
                 raise BrokenLaw(f"after an exception at {site} zero shifts change the logits")
         _unchanged(before, f"after an exception at {site}")
@@ -193,7 +193,7 @@ def never_reached(s: Subject) -> str:
             except PatchStateError:
                 raised.append(name)
             else:
-                raise BrokenLaw(f"with {name} bypassed, {', '.join(cut_off)} did nothing there and no error said so")
+                raise BrokenLaw(f"with {name} bypassed, {', '.join(cut_off)} had no effect there, without an error")
     if not raised:
         raise NotApplicable("no site can be bypassed: each is a layer's output, or the model needs its module to run")
     return f"bypassed: {', '.join(raised)}"

@@ -19,7 +19,7 @@ from .verdicts import BrokenLaw, NotApplicable
 
 
 def own_layer(s: Subject) -> str:
-    """Each site is in the layer the spec says, the layers run in order, and no MLP or output is another's."""
+    """Each site is in its layer of the spec, the layers run in order, and no two layers share an MLP or an output."""
     events = _events(s)
     begun = [module for what, module in events if what == "begin"]
     layers = list(dict.fromkeys(s.inner.get_submodule(layer.path) for layer in s.spec.layers))
@@ -106,8 +106,8 @@ def coverage(s: Subject) -> str:
     odd = [m for m in called if m not in known and m not in excused and not s.is_cross(m)]
     if odd:
         raise BrokenLaw(
-            f"{', '.join(_name(s, m) for m in odd[:4])} attend{'s' if len(odd) == 1 else ''} inside the decoder and "
-            f"{'is' if len(odd) == 1 else 'are'} no site; no layer says why"
+            f"{', '.join(_name(s, m) for m in odd[:4])} attend{'s' if len(odd) == 1 else ''} inside the decoder but "
+            f"{'is' if len(odd) == 1 else 'are'} not in the spec, and no layer says why"
         )
     never = [m for m in known if m not in times]
     if never:
@@ -125,7 +125,7 @@ def coverage(s: Subject) -> str:
 
 
 def decoder_only(s: Subject) -> str:
-    """What runs before the layers (vision tower, connector) gives the same bits; hooks sit in the layers alone."""
+    """Modules that run before the layers (vision tower, connector) give the same bits; hooks are only in the layers."""
     stacks = s.stacks()
     blocks = [s.inner.get_submodule(layer.path) for layer in s.spec.layers]
     layers = {m for block in blocks for m in block.modules()}
@@ -156,9 +156,9 @@ def decoder_only(s: Subject) -> str:
         shifted = record()
     stray = [m for m in touched if m not in layers and m not in (s.inner, s.adapter.decoder(s.inner))]
     if stray:
-        raise BrokenLaw(f"{_name(s, stray[0])} was touched, which is in no layer of the spec")
+        raise BrokenLaw(f"{_name(s, stray[0])} was changed, but it is in no layer of the spec")
     if len(plain) != len(shifted) or not all(same_bits(a, b) for a, b in zip(plain, shifted, strict=True)):
-        raise BrokenLaw("what runs before the layers gives other values in a patched forward")
+        raise BrokenLaw("modules that run before the layers give other values in a patched forward")
     return f"{len(plain)} outputs before the layers, {len(touched)} modules touched"
 
 
@@ -171,7 +171,7 @@ def _marks(model: nn.Module) -> dict[nn.Module, tuple[Any, ...]]:
 
 
 def shapes(s: Subject) -> str:
-    """A capture at each site has the shape the spec says."""
+    """A capture at each site has the shape of the spec."""
     refused = s.refused
     count = 0
     for site in _all_sites(s):
@@ -241,7 +241,7 @@ def site_law(site: Site) -> Callable[[Subject], str]:
             raise BrokenLaw(f"the edits have almost no effect: {gap.words(tolerance)}")
         return f"{len(layers)} layers, {gap.words(tolerance)}"
 
-    check.__doc__ = f"An edit at {site} changes the logits as the oracle says, and at each layer alone it changes them."
+    check.__doc__ = f"Edits at {site} change the logits as in the oracle, and an edit at any single layer changes them."
     return check
 
 
@@ -265,7 +265,7 @@ def _why_not(s: Subject) -> str:
 
 
 def lse(s: Subject) -> str:
-    """The LSE is the log-sum-exp of the logits attention used, or is refused."""
+    """The LSE is the log-sum-exp of the logits that attention used, or is refused."""
     layers = s.layers_with("lse")
     if not layers:
         raise NotApplicable(_why_not(s))

@@ -112,7 +112,7 @@ def stack_law(kind: str) -> Callable[[Subject], str]:
         if not gap.error <= tolerance:
             raise BrokenLaw(f"{ground.words}: logits {gap.words(tolerance)}")
         if not gap.effect > 10 * tolerance:
-            raise BrokenLaw(f"{ground.words}: the shifts hardly matter: {gap.words(tolerance)}")
+            raise BrokenLaw(f"{ground.words}: the shifts have almost no effect: {gap.words(tolerance)}")
         worst, name = max(((error, name) for name, error in gradients.items()), default=(0.0, ""))
         if not worst <= slack:
             raise BrokenLaw(f"{ground.words}: the gradient of {name} is {worst:.1e} off (tolerance {slack:.0e})")
@@ -120,7 +120,7 @@ def stack_law(kind: str) -> Callable[[Subject], str]:
         words += f"; {len(gradients)} gradients {worst:.1e} (tolerance {slack:.0e})"
         return words + _refusals(s, kind)
 
-    check.__doc__ = f"{kind} gives the logits and gradients of its formula, computed another way."
+    check.__doc__ = f"{kind} gives the logits and gradients of its formula in a second implementation."
     return check
 
 
