@@ -13,12 +13,9 @@ from ..types import ForwardView
 
 
 class Forward(ForwardView):
-    """One forward of the decoder.
+    """One forward of the decoder: its attention mask, and the number of tokens in its cache before (`held`).
 
-    Args:
-        unknown: Why the end of the prompt is not known. Empty if it is known.
-        mask: The attention mask that the decoder gets, in any form.
-        held: The number of tokens in its cache before the forward.
+    `unknown` says why the end of the prompt is not known. It is empty if the end is known.
     """
 
     def __init__(self, unknown: str = "", mask: Any = None, held: int | Tensor = 0) -> None:

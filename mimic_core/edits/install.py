@@ -168,9 +168,6 @@ class Installation:
         """Reshape [b*t c] to [b t c], for modules that get their tokens flattened.
 
         b and t are those of the last forward in this thread. They are also right when checkpointing runs it again.
-
-        Raises:
-            ShapeError: they do not fit.
         """
         b, t = self._state.tokens
         if b * t != states.shape[0]:

@@ -17,11 +17,9 @@ _LONGEST = 96
 
 
 class Batches:
-    """Inputs of a model.
+    """Inputs of a model without wrappers.
 
-    Args:
-        model: The model, without wrappers.
-        given: The caller's inputs. None means two samples of random text; the second is shorter, padded on the right.
+    Without `given`, there are two samples of random text. The second is shorter and is padded on the right.
     """
 
     def __init__(self, model: nn.Module, given: Mapping[str, Any] | None) -> None:

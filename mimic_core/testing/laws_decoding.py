@@ -44,11 +44,7 @@ class Padded:
 
 
 def generated(s: Subject, fresh: bool = False) -> Generated:
-    """The result of generate by the unpatched model, computed once. With `fresh`, by the model in its present state.
-
-    Raises:
-        NotApplicable: the model does not generate.
-    """
+    """The result of generate by the unpatched model, computed once. With `fresh`, by the model in its present state."""
     if "generated" not in s.kept:
         s.kept["generated"] = _first_that_generates(s)
     found: Generated | str = s.kept["generated"]
@@ -119,10 +115,9 @@ def cached_decoding(s: Subject) -> str:
 
 
 def _not_the_models_doing(error: float, tolerance: float) -> None:
-    """Check that the model also keeps the law if the oracle shifts it.
+    """Raise NotApplicable if the model also breaks the law when the oracle shifts it.
 
-    Raises:
-        NotApplicable: it does not. A router or a top-k may choose differently after a difference in the last bit.
+    A router or a top-k may choose differently after a difference in the last bit.
     """
     if not error <= tolerance:
         raise NotApplicable(f"the model itself breaks the law: shifted by the oracle, it is also {error:.1e} apart")

@@ -34,8 +34,7 @@ class Snapshot:
     def differences(self, attributes: bool = False) -> list[str]:
         """List what has changed: hooks, attributes, parameters, configs, the attention interface.
 
-        Args:
-            attributes: Also compare the values of plain attributes. A forward can change those itself.
+        With `attributes`, also compare the values of plain attributes, which a forward itself can change.
         """
         found = []
         now = dict(self._model.named_modules())

@@ -64,12 +64,7 @@ class Baseline:
 
 
 class Subject:
-    """A frozen model in eval mode, with inputs. Nothing here changes the model.
-
-    Args:
-        model: The model, perhaps with wrappers; see `mimic_core.adapter_for`.
-        inputs: The arguments of its forward. None means random text.
-    """
+    """A frozen model in eval mode, with inputs (None means random text). Nothing here changes the model."""
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any] | None) -> None:
         self.model = model
@@ -142,11 +137,7 @@ class Subject:
         return self.logits.dtype
 
     def tolerance(self, own_error: float, dtype: torch.dtype | None = None) -> float:
-        """The tolerance for a comparison in which the unpatched model has the difference `own_error`.
-
-        Raises:
-            NotApplicable: the unpatched model is too inexact for a comparison.
-        """
+        """The tolerance for a model with the error `own_error`. Raises NotApplicable if that is too large."""
         dtype = self.dtype if dtype is None else dtype
         wanted = max(_EXACT.get(dtype, 1e-5), 30 * own_error)
         if not wanted <= _MOST.get(dtype, 1e-3):
@@ -335,11 +326,7 @@ class Subject:
 
     @cached_property
     def wide(self) -> nn.Module:
-        """A copy of the model in fp64.
-
-        Raises:
-            NotApplicable: the model is too large, or its device has no fp64.
-        """
+        """A copy of the model in fp64. Raises NotApplicable if it is too large or its device has no fp64."""
         if sum(p.numel() for p in self.inner.parameters()) > _COPIED:
             raise NotApplicable("the model is too large to be copied into fp64")
         if any(p.device.type in ("meta", "mps") for p in self.inner.parameters()):

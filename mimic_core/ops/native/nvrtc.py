@@ -83,11 +83,7 @@ def _check(nvrtc: ctypes.CDLL, result: int) -> None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """NVRTC from the wheels that torch depends on, from torch's own folder, or from the system.
-
-    Raises:
-        BackendUnavailableError: it was not found.
-    """
+    """NVRTC from the wheels that torch depends on, from torch's own folder, or from the system."""
     if torch.version.cuda is None:
         raise BackendUnavailableError("this torch was built without CUDA, so there is no NVRTC")
     name = f"libnvrtc.so.{torch.version.cuda.split('.')[0]}"
