@@ -248,17 +248,17 @@ def test_an_adapter_may_name_fewer_sites() -> None:
     [
         (
             {"layers": "model.blocks"},
-            r"a module at 'model\.blocks' of LlamaForCausalLM .* children are model, lm_head$",
+            r"a module at 'model\.blocks' of LlamaForCausalLM, .* children are model, lm_head$",
         ),
         (
             {"layers": "decoder.layers"},
-            r"a module at 'decoder\.layers' of LlamaForCausalLM .* children are model, lm_head$",
+            r"a module at 'decoder\.layers' of LlamaForCausalLM, .* children are model, lm_head$",
         ),
         (
             {"attention": "attn"},
-            r"a module at 'attn' of LlamaDecoderLayer .* children are self_attn, mlp, input_layernorm, post_",
+            r"a module at 'attn' of LlamaDecoderLayer, .* children are self_attn, mlp, input_layernorm, post_",
         ),
-        ({"mlp": "feed_forward"}, r"a module at 'feed_forward' of LlamaDecoderLayer .* children are self_attn, mlp, "),
+        ({"mlp": "feed_forward"}, r"a module at 'feed_forward' of LlamaDecoderLayer, .* children are self_attn, mlp, "),
         ({"layers": "model.norm"}, r"a non-empty ModuleList at 'model\.norm' of LlamaForCausalLM, found LlamaRMSNorm$"),
         ({"layers": "model"}, r"a non-empty ModuleList at 'model' of LlamaForCausalLM, found LlamaModel$"),
     ],
