@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure, write rows that describe themselves, draw them, and put them into the docs."""
+"""`python -m benchmarks`: measure speed and memory, write a CSV file, draw pictures, and update the docs."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ BENCHES = {"host": bench_host.tasks, "shift": bench_shift.tasks, "patch": bench_
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; what was refused ends the program with a message and status 1."""
+    """Run the command line. If a contestant was refused, the program ends with a message and status 1."""
     options = parse(arguments)
-    # transformers 5.24 renames an argument that 5.1 knows by no other name.
+    # transformers 5.24 has renamed this argument, but 5.1 has only the old name.
     warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     try:
         refused = run(options)
@@ -41,9 +41,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="a few cases, a few rounds: to see that it works")
-    parser.add_argument("--only", choices=list(BENCHES), help="calls of tiny tensors, attention level, or whole models")
-    parser.add_argument("--cases", default="*", help="only cases whose name matches, as 'd64-*' (a shell pattern)")
+    parser.add_argument("--quick", action="store_true", help="a few cases and rounds, to try the command")
+    parser.add_argument(
+        "--only", choices=list(BENCHES), help="host: calls with tiny tensors; shift: attention; patch: whole models"
+    )
+    parser.add_argument("--cases", default="*", help="only cases with names of this shell pattern, such as 'd64-*'")
     parser.add_argument(
         "--out", type=Path, help="folder for the CSV and the pictures (default: benchmarks/results and docs/images)"
     )
@@ -51,27 +53,27 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> list[BenchmarkError]:
-    """Measure what was asked for, write and show it; returns what was refused."""
+    """Measure, write and print the results. Return the errors of refused contestants."""
     device = torch.device(options.device)
     machine = records.this_machine(device)
     benches = [options.only] if options.only else list(BENCHES)
     tasks = [(name, task) for name in benches for task in BENCHES[name](device, options.quick)]
     tasks = [(name, task) for name, task in tasks if fnmatch(task.name, options.cases)]
     if not tasks:
-        raise BenchmarkError(f"no case matches {options.cases!r}")
-    # A part of the cases is not a result: it goes where it overwrites none.
+        raise BenchmarkError(f"no case matches {options.cases!r}; without --cases all cases run")
+    # Results of only some cases must not overwrite the complete results.
     whole = not options.quick and options.cases == "*"
     folder = options.out or records.RESULTS
     path = folder / f"{'' if whole else 'part-'}{records.file_name(device)}"
     rows = [row for row in records.read(path) if row.bench not in benches] if path.is_file() else []
     refused: list[BenchmarkError] = []
-    gc.freeze()  # what is imported is never garbage, and looking through it takes longer than many a measurement
+    gc.freeze()  # imported objects are never garbage, and checking them takes longer than some measurements
     try:
         with tqdm(tasks, unit="case", file=sys.stderr) as bar:
             for _, task in bar:
                 bar.set_description(task.name)
                 rows += measured(task, machine, refused)
-                records.write(path, rows)  # each time: a long run that is stopped leaves what it has
+                records.write(path, rows)  # after each case, so that a stopped run keeps its rows
     finally:
         gc.unfreeze()
     print(report.everything(rows))
@@ -86,7 +88,7 @@ def run(options: argparse.Namespace) -> list[BenchmarkError]:
 
 
 def measured(task: Task, machine: Machine, refused: list[BenchmarkError]) -> list[Row]:
-    """The rows of a task, on as many threads as it wants."""
+    """The rows of a task, measured with its number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(task.threads or before)
     try:

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.card`: all that only a GPU can show, in a few minutes: build, tests, and the rows that matter.
+"""`python -m benchmarks.card`: build, test and measure on a GPU in a few minutes.
 
-Writes into one folder: `tests.txt` (what `pytest -m gpu` said), the CSV, and `page.md`, the tables made of it.
+It writes into one folder: `tests.txt` (the output of `pytest -m gpu`), the CSV file, and `page.md` with its tables.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .__main__ import measured
 from .bench_shift import Task
 from .errors import BenchmarkError
 
-# By name, what matters most first: what is left when the time is over is not measured.
+# Patterns of case names, the most important first. When the time limit is reached, the rest is not measured.
 CASES = (
     *("host call eager", "host live call eager", "host tiny_llama eager", "host smollm2 eager", "host smollm2 graphs"),
     *("d64-t1024-bf16-causal", "d64-t4096-bf16-causal", "d128-t1024-bf16-causal", "d128-t4096-bf16-causal"),
@@ -36,15 +36,17 @@ _TESTS = Path(__file__).parents[1] / "tests"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; failing tests and refused cases end it with status 1."""
+    """Run the command line. It ends with status 1 if a test failed or a case was refused."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.card", description=__doc__)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="cpu: to see that the script works")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it")
-    parser.add_argument("--out", type=Path, default=Path("card"), help="folder for what is written")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="use cpu to try the script")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit for everything together (default: 8)")
+    parser.add_argument("--out", type=Path, default=Path("card"), help="output folder (default: card)")
     options = parser.parse_args(arguments)
     end = time.monotonic() + 60 * options.minutes
     if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("benchmarks.card: needs a GPU, and torch.cuda.is_available() is False; --device cpu tries the script")
+        sys.exit(
+            "benchmarks.card needs a GPU, and torch.cuda.is_available() is False; to try the script, use --device cpu"
+        )
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     options.out.mkdir(parents=True, exist_ok=True)
     print(f"built: {mc.ops.build_native()}\nruns: {_chosen(device)}", flush=True)
@@ -80,7 +82,7 @@ def _rows(device: torch.device, out: Path, end: float) -> list[BenchmarkError]:
     machine = records.this_machine(device)
     for task in _ordered(device):
         if time.monotonic() > end - 20:
-            print("the time is over", flush=True)
+            print("the time limit is reached; the remaining cases are not measured", flush=True)
             break
         print(task.name, flush=True)
         rows += measured(task, machine, refused)

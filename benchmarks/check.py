@@ -24,7 +24,7 @@ Results = dict[str, Tensor]
 
 
 class Error(NamedTuple):
-    """How far a tensor is from the one wanted: by its largest entry, and by its length."""
+    """The difference between two tensors: its largest entry, and its norm."""
 
     largest: float
     length: float

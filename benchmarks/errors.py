@@ -1,7 +1,7 @@
-"""What a benchmark refuses."""
+"""The error of the benchmarks."""
 
 from __future__ import annotations
 
 
 class BenchmarkError(RuntimeError):
-    """A contestant computes something else than the reference, or a measurement can't be made."""
+    """A contestant gives another result than the reference, or a measurement is not possible."""

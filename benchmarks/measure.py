@@ -223,7 +223,7 @@ def _cpu_peak(call: Call) -> int:
         del result
     counted = getattr(profiler, "kineto_results", None)
     if counted is None:
-        raise BenchmarkError("torch's profiler returned nothing, so the memory of a call can't be counted")
+        raise BenchmarkError("torch's profiler returned no events, so the memory of a call can't be measured")
     held = peak = 0
     events: list[Any] = [e for e in counted.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -1,4 +1,4 @@
-"""The pictures of a CSV: `python -m benchmarks.plots benchmarks/results/cpu.csv` draws them again."""
+"""Draw the pictures of a CSV file: `python -m benchmarks.plots benchmarks/results/cpu.csv`."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def _plot(axes: Any, line: Sequence[Row], contestant: str, kind: str) -> None:
 def main() -> None:
     """Draw the pictures of one CSV."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
-    parser.add_argument("csv", type=Path)
-    parser.add_argument("--out", type=Path, default=IMAGES, help="folder of the pictures (default: docs/images)")
+    parser.add_argument("csv", type=Path, help="file that `python -m benchmarks` has written")
+    parser.add_argument("--out", type=Path, default=IMAGES, help="folder for the pictures (default: docs/images)")
     options = parser.parse_args()
     for path in draw(read(options.csv), options.out, options.csv.stem):
         print(path)

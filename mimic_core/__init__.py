@@ -1,6 +1,7 @@
-"""Shift heads for frozen vision-language models: the effect of demonstrations, without the demonstrations.
+"""Shift heads for frozen vision-language models.
 
-An adapter says where, a head says what, `patch` joins them, `capture` reads, `ops` computes.
+An adapter says where the sites of a model are. A shift head says how a site is changed. `patch` puts heads into a
+model, `capture` reads activations, `ops` has the tensor functions.
 """
 
 from importlib import import_module
@@ -79,6 +80,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "testing":  # for those who write adapters; a program that runs has no use for it
+    if name == "testing":  # imported lazily: only authors of adapters need it
         return import_module(".testing", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

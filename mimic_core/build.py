@@ -1,4 +1,4 @@
-"""Make the shift heads that fit a model."""
+"""Build the shift heads for a model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from .heads import HeadConfig, ShiftStack, head_class, head_for_config
 
 
 def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: Any) -> ShiftStack:
-    """Shift heads for a model's decoder layers, at the initial values of their paper.
+    """Build shift heads for the decoder layers of a model, with the initial values of their paper.
 
     Args:
-        model: A supported model. It is only read; freezing it is the caller's.
+        model: A supported model. It is not changed, so freeze it yourself.
         head: The name of a registered head, or its config.
-        options: Fields of the head's config, where `head` is a name: `layers=(0, 1)`, `gate=False`, ...
+        options: Fields of the head's config, if `head` is a name: `layers=(0, 1)`, `gate=False`.
 
     Returns:
-        A module holding only the shifts' parameters, each head on its layer's device, in fp32. Random initial values
-        come from torch's global generator.
+        A module that holds only the parameters of the shifts, in fp32. Each head is on the device of its layer. Random
+        initial values come from torch's global generator.
 
     Raises:
-        UnsupportedModelError: no adapter fits the model, or a chosen layer lacks the head's site.
-        UnknownNameError: no such head or option.
-        ShapeError: `layers` names a layer the model doesn't have.
+        UnsupportedModelError: no adapter fits the model, or a chosen layer lacks a site of the head.
+        UnknownNameError: there is no such head or option.
+        ShapeError: `layers` names a layer that the model does not have.
     """
     inner, _, spec = locate(model)
     if isinstance(head, str):
@@ -41,12 +41,14 @@ def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: 
     else:
         kind, config = head_for_config(head), head
         if options:
-            raise UnknownNameError(f"options go into the config or beside a name, not both; found {', '.join(options)}")
+            raise UnknownNameError(
+                f"options were given together with a config: {', '.join(options)}; put them into the config"
+            )
     return place(ShiftStack(kind, config, spec), inner)
 
 
 def place(stack: ShiftStack, model: nn.Module) -> ShiftStack:
-    """Move each head to the device of its layer's weights; where those are offloaded (meta), leave it on the CPU."""
+    """Move each head to the device of its layer's weights. If those are offloaded (meta), it stays on the CPU."""
     for head in stack:
         weights = next(model.get_submodule(head.layer.path).parameters(), None)
         if weights is not None and weights.device.type != "meta":

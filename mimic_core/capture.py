@@ -1,4 +1,4 @@
-"""Read what passes a site, keeping only the tokens that are wanted."""
+"""Record the activations at sites, for all tokens or only some."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .errors import PatchStateError, ShapeError, UnknownNameError
 from .patch import choose_layers
 from .types import At, Site, check_site
 
-# Sites whose tensors hold the attention heads before the tokens.
+# Sites whose tensors have the axis of attention heads before that of the tokens.
 _TOKENS_FIRST: dict[str, str] = {
     **dict.fromkeys(("query", "key", "value"), "b h t d -> b t h d"),
     "lse": "b h t -> b t h",
@@ -24,9 +24,9 @@ _TOKENS_FIRST: dict[str, str] = {
 
 
 class Capture:
-    """The activations of one forward. `capture["mlp_out"][5]` is layer 5's; see `mimic_core.capture`.
+    """The activations of one forward: `capture["mlp_out"][5]` is that of layer 5. See `mimic_core.capture`.
 
-    With one site, `states` maps layers to tokens directly, as the layer-wise losses take it.
+    A capture of one site also has `states`, and the layer-wise losses take it directly.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Capture:
             raise UnknownNameError(f"capture needs distinct sites, at least one; found {names}")
         if where is not None and (where.dtype != torch.bool or where.ndim != 2):
             raise ShapeError(
-                f"where should be a bool mask [b t] of the tokens wanted, found {list(where.shape)} {where.dtype}"
+                f"where should be a bool mask [b t] of the tokens to keep, found {list(where.shape)} {where.dtype}"
             )
         self._where = where
         self._grad = grad
@@ -54,7 +54,7 @@ class Capture:
 
     def __enter__(self) -> Capture:
         if self._installation is not None or any(self._taken.values()):
-            raise PatchStateError("a capture is entered once; make a new one with mimic_core.capture(...)")
+            raise PatchStateError("a capture can be entered only once; make a new one with mimic_core.capture(...)")
         self._installation = Installation(self._found, self._edits)
         return self
 
@@ -63,42 +63,42 @@ class Capture:
             self._installation.remove()
 
     def __getitem__(self, site: str) -> Mapping[int, Float[Tensor, ...]]:
-        """A site's activations by layer.
+        """The activations of a site, by layer.
 
         Raises:
-            UnknownNameError: the site was not asked for.
+            UnknownNameError: the capture does not record this site.
             PatchStateError: no forward has run.
         """
         if site not in self._taken:
-            raise UnknownNameError(f"this capture holds {', '.join(self._taken)}; found {site!r}")
+            raise UnknownNameError(f"this capture holds {', '.join(self._taken)}, not {site!r}")
         taken = self._taken[check_site(site)]
         if not taken:
             raise PatchStateError(
-                f"nothing was captured at {site!r}: run the model inside the `with`; code made by torch.compile is not "
-                f"captured"
+                f"nothing was captured at {site!r}: run the model inside the `with`, and uncompiled, because code made "
+                f"by torch.compile is not captured"
             )
         return taken
 
     @property
     def states(self) -> Mapping[int, Float[Tensor, ...]]:
-        """The one site's activations by layer.
+        """The activations of a capture of one site, by layer.
 
         Raises:
             PatchStateError: the capture holds several sites, or no forward has run.
         """
         if len(self._taken) > 1:
-            raise PatchStateError(f"this capture holds {', '.join(self._taken)}; take one with capture[site]")
+            raise PatchStateError(f"this capture holds {', '.join(self._taken)}; choose one with capture[site]")
         return self[next(iter(self._taken))]
 
     @property
     def samples(self) -> Int[Tensor, " n"] | None:
-        """Which sample of the batch each captured token came from; None where no `where` was given."""
+        """The index of the sample each captured token comes from; None without `where`."""
         return None if self._where is None else self._where.nonzero()[:, 0]
 
     def _take(self, site: Site, value: Tensor, at: At) -> None:
         installation = self._installation
         if installation is None or not installation.in_forward:
-            return  # gradient checkpointing runs the layer a second time, for its backward
+            return  # gradient checkpointing runs the layer a second time, in its backward
         taken = self._taken[site]
         if at.layer in taken:
             raise PatchStateError(
@@ -107,8 +107,8 @@ class Capture:
             )
         if self._grad and installation.forward_has_grad and not torch.is_grad_enabled():
             raise PatchStateError(
-                f"the forward runs with gradients, layer {at.layer} without: reentrant gradient checkpointing "
-                f"would cut the capture off from its gradient; use gradient_checkpointing_kwargs="
+                f"the forward runs with gradients, layer {at.layer} without: with reentrant gradient checkpointing "
+                f"the capture would have no gradient; use gradient_checkpointing_kwargs="
                 f"{{'use_reentrant': False}}, or capture(..., grad=False)"
             )
         taken[at.layer] = self._select(site, value if self._grad else value.detach(), at)
@@ -122,8 +122,8 @@ class Capture:
                 f"where is [b t] = {list(self._where.shape)}, site {site!r} of layer {at.layer} holds "
                 f"{list(tokens_first.shape[:2])} tokens"
             )
-        # Inside a checkpointed layer, saved tensors are dropped and counted again when it is recomputed; what the
-        # selection saves is the capture's own and stays out of that.
+        # Gradient checkpointing counts the tensors that a layer saves, and the second run has no capture. So these
+        # hooks hide from it what the selection saves.
         with torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
             return tokens_first[self._where.to(value.device)]
 
@@ -139,24 +139,24 @@ def capture(
     layers: Iterable[int] | None = None,
     grad: bool = True,
 ) -> Capture:
-    """Record what passes one or more sites during one forward, as a context manager.
+    """Record the activations of one or more sites during one forward, as a context manager.
 
         with mimic_core.capture(model, "mlp_out", where=query_tokens) as seen:
             model(**inputs)
-        seen["mlp_out"][0]      # [n c], n the tokens chosen by `where`
+        seen["mlp_out"][0]      # [n c] of layer 0, for the n tokens chosen by `where`
 
-    It sees the value as it stands after the edits installed before the capture was opened.
+    The capture holds the value after the edits that were installed before it was opened.
 
     Args:
-        sites: A site or several of `mimic_core.types.SITES`.
-        where: The tokens to keep. Only they are copied, token axis first and samples in order: `mlp_out` [n c],
-            `attn_heads` and `query` [n h d], `lse` [n h]. None keeps the site's tensor whole.
-        layers: Which decoder layers; None is all that have the sites.
-        grad: False detaches. With True a capture carries gradient if the forward does.
+        sites: One or several of `mimic_core.types.SITES`.
+        where: The tokens to keep. Only these are copied. The token axis comes first, with the samples in order:
+            `mlp_out` [n c], `attn_heads` and `query` [n h d], `lse` [n h]. None keeps the whole tensor of the site.
+        layers: Which decoder layers; None means all that have the sites.
+        grad: False detaches the tensors. With True they carry gradient if the forward does.
 
     Raises:
         UnknownNameError: there is no such site.
-        ShapeError: `where` is not a bool [b t] mask; inside the forward, that it does not fit the tokens.
+        ShapeError: `where` is not a bool mask [b t]. The forward raises it if `where` does not fit the tokens.
         UnsupportedModelError: no adapter fits, or a layer lacks a site.
 
     A second forward inside the same capture raises PatchStateError.

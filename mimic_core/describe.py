@@ -1,4 +1,4 @@
-"""What the library sees in a model, as a table."""
+"""A table of the layers and sites of a model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _HEADER = ("layer", "path", "hidden", "heads", "kv", "head_dim", "sites", "in th
 
 
 def describe(model: nn.Module) -> None:
-    """Print a table of a model's decoder layers: sizes, sites, what enters the attention logits, what is missing.
+    """Print a table of a model's decoder layers: sizes, sites, what is in the attention logits, what is missing.
 
-    The text decoder is run once on four tokens to see what enters the logits.
+    To find what is in the logits, the text decoder runs once on four tokens.
 
     Raises:
         UnsupportedModelError: no adapter fits the model.
@@ -23,12 +23,12 @@ def describe(model: nn.Module) -> None:
 
 
 def description(model: nn.Module) -> str:
-    """The text `describe` prints."""
+    """The text that `describe` prints."""
     inner, adapter, spec = locate(model)
     try:
         logits, note = _logits(inner, adapter, spec), ""
     except UnsupportedModelError as error:
-        logits, note = {}, f"\nwhat enters the logits was not looked at: {error}"
+        logits, note = {}, f"\nwhat is in the logits is not known: {error}"
     rows = [_HEADER, *(_row(layer, logits) for layer in spec.layers)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,24 +1,24 @@
-"""Errors raised by mimic_core. Each also inherits the builtin a caller would expect to catch."""
+"""Errors raised by mimic_core. Each one is also a matching builtin exception."""
 
 
 class MimicError(Exception):
-    """Base of every error mimic_core raises on purpose."""
+    """Base class of all errors of mimic_core."""
 
-    # KeyError's and LookupError's repr-like formatting would quote the message; keep it plain.
+    # The formatting of KeyError would put the message in quotes.
     def __str__(self) -> str:
         return str(self.args[0]) if len(self.args) == 1 else super().__str__()
 
 
 class UnsupportedModelError(MimicError, LookupError):
-    """No adapter fits the model, or the model lacks the site that was asked for."""
+    """No adapter fits the model, or the model lacks a site."""
 
 
 class UnknownNameError(MimicError, LookupError):
-    """A site, head, adapter, backend or recipe name that does not exist."""
+    """There is no site, head, adapter, backend or recipe of this name."""
 
 
 class ShapeError(MimicError, ValueError):
-    """The shape, dtype or device of a tensor does not fit the others of the call."""
+    """The shape, dtype or device of a tensor does not fit the other arguments."""
 
 
 class PatchStateError(MimicError, RuntimeError):
@@ -26,8 +26,8 @@ class PatchStateError(MimicError, RuntimeError):
 
 
 class BackendUnavailableError(MimicError, RuntimeError):
-    """A kernel backend asked for by name cannot run this call."""
+    """A backend that was named cannot run this call."""
 
 
 class CheckpointError(MimicError, ValueError):
-    """A checkpoint is damaged, foreign, or does not fit the model."""
+    """A checkpoint is damaged, has another format, or does not fit the model."""

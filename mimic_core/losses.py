@@ -1,6 +1,6 @@
-"""Losses of the shift-head papers. Pure functions of tensors and of layer-wise hidden states.
+"""Losses of the shift-head papers, as pure functions of tensors and of layer-wise hidden states.
 
-Teacher and student are compared token by token: each must hold the same number of tokens of every sample.
+Teacher and student are compared token by token. Both must hold the same number of tokens of every sample.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ __all__ = ["Recipe", "layer_cosine", "layer_mse", "lm", "logits_kl", "recipe"]
 
 
 def layer_mse(student: LayerStates, teacher: LayerStates) -> Float[Tensor, ""]:
-    """Mean squared difference of hidden states: over layers, tokens and channels, then over samples.
+    """Mean squared difference of hidden states: the mean over layers, tokens and channels, then over samples.
 
-    Samples weigh the same whatever their length. The teacher gets no gradient.
+    All samples have the same weight, whatever their length. The teacher gets no gradient.
 
     Args:
-        student: A capture of one site, patched run without demonstrations.
-        teacher: The same site and layers, unpatched run with them.
+        student: A capture of one site, from the patched run without demonstrations.
+        teacher: The same site and layers, from the unpatched run with demonstrations.
 
     Raises:
         ShapeError: the two differ in layers, samples, or in the number of tokens of a sample.
 
-    Source: MimIC, arXiv:2504.08851, eq. 6 (mean instead of sum over tokens, as its published numbers).
+    Source: MimIC, arXiv:2504.08851, eq. 6. This is the mean over tokens instead of the sum, as in the published
+    numbers.
     """
     return _layer_wise(student, teacher, lambda s, t: (s - t).square().mean(-1))
 
 
 def layer_cosine(student: LayerStates, teacher: LayerStates) -> Float[Tensor, ""]:
-    """1 - cosine similarity of hidden states: mean over layers and tokens, then over samples.
+    """1 - cosine similarity of hidden states: the mean over layers and tokens, then over samples.
 
-    Arguments and errors as `layer_mse`.
+    Arguments and errors are those of `layer_mse`.
     """
     return _layer_wise(student, teacher, lambda s, t: 1 - F.cosine_similarity(s, t, dim=-1))
 
@@ -77,11 +78,11 @@ def _samples(side: LayerStates) -> Tensor:
 
 
 def _check_samples(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples renumbered without gaps, and how many tokens each has."""
+    """Return the samples, renumbered without gaps, and the number of tokens of each."""
     if not torch.equal(student, teacher.to(student.device)):
         raise ShapeError(_mismatch(student, teacher))
     if student.numel() == 0:
-        raise ShapeError("student and teacher selected no token at all; `where` must choose at least one")
+        raise ShapeError("student and teacher selected no tokens; `where` must choose at least one")
     _, numbered, counts = student.unique(return_inverse=True, return_counts=True)
     return numbered, counts
 
@@ -105,17 +106,17 @@ def logits_kl(
     teacher_where: Bool[Tensor, "b u"],
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """KL(teacher || student) of next-token distributions, mean over the chosen positions of the whole batch.
+    """KL(teacher || student) of next-token distributions, the mean over the chosen positions of the whole batch.
 
-    Both logits are divided by `temperature` and the result multiplied by its square. The teacher gets no gradient.
+    Both logits are divided by `temperature`, and the result is multiplied by its square. The teacher gets no gradient.
 
     Args:
-        student_where: True at the positions whose distributions are compared, sample by sample in order. The logits at
-            a position predict the token after it.
-        teacher_where: The same positions in the teacher's text.
+        student_where: True at the positions that are compared, in order, sample by sample. The logits at a position
+            predict the token after it.
+        teacher_where: The same positions in the text of the teacher.
 
     Raises:
-        ShapeError: a mask does not fit its logits, or the two choose different numbers of positions.
+        ShapeError: a mask does not fit its logits, or the masks choose different numbers of positions.
         ValueError: the temperature is not positive.
 
     Source: LIVE, arXiv:2406.13185.
@@ -126,7 +127,7 @@ def logits_kl(
     for name, logits, where in (("student", student, student_where), ("teacher", teacher, teacher_where)):
         if logits.shape[:2] != where.shape:
             raise ShapeError(
-                f"{name}_where should be [b t] = {list(logits.shape[:2])} as the logits, found {list(where.shape)}"
+                f"{name}_where should be [b t] = {list(logits.shape[:2])} like the logits, found {list(where.shape)}"
             )
         chosen.append(where.to(logits.device).nonzero()[:, 0])
     _check_samples(*chosen)
@@ -139,31 +140,31 @@ def logits_kl(
 def lm(
     logits: Float[Tensor, "b t n"], input_ids: Int[Tensor, "b t"], label_mask: Bool[Tensor, "b t"]
 ) -> Float[Tensor, ""]:
-    """Next-token cross-entropy over the tokens chosen as labels, in nats, mean over all of the batch.
+    """Next-token cross-entropy in nats, the mean over the label tokens of the whole batch.
+
+    It does not depend on how a version of transformers treats `labels`.
 
     Args:
-        label_mask: True at the tokens to be predicted (each from the logits one position before it); the first
-            position can't be, and counts for nothing.
+        label_mask: True at the tokens to predict. Each is predicted from the logits one position before it, so the
+            first position is ignored.
 
     Raises:
-        ShapeError: the shapes disagree, or no label is left.
-
-    Independent of how a transformers version treats `labels`.
+        ShapeError: the shapes do not fit each other, or there is no label.
     """
     if not logits.shape[:2] == input_ids.shape == label_mask.shape:
         raise ShapeError(
-            f"logits [b t n], input_ids [b t] and label_mask [b t] disagree: {list(logits.shape)}, "
+            f"logits [b t n], input_ids [b t] and label_mask [b t] do not fit each other: {list(logits.shape)}, "
             f"{list(input_ids.shape)}, {list(label_mask.shape)}"
         )
     chosen = label_mask[:, 1:].to(logits.device)
     if not chosen.any():
-        raise ShapeError("label_mask chooses no token after the first position; there is nothing to predict")
+        raise ShapeError("label_mask chooses no token after the first position, so there is nothing to predict")
     return F.cross_entropy(wide(logits[:, :-1][chosen]), input_ids[:, 1:].to(logits.device)[chosen])
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The weights a paper gives the terms of its loss.
+    """The weights of the terms of a loss.
 
     Attributes:
         align: Weight of the layer-wise alignment (`layer_mse` or `layer_cosine`).
@@ -176,27 +177,27 @@ class Recipe:
     lm: float = 0.0
 
     def __call__(self, **terms: Tensor) -> Float[Tensor, ""]:
-        """The weighted sum of `align=`, `kl=` and `lm=`: exactly the terms this recipe weighs.
+        """The weighted sum of the terms `align=`, `kl=` and `lm=` that have a weight in this recipe.
 
         Raises:
-            ValueError: a term with a weight is missing, or one without is given.
+            ValueError: a term with a weight is missing, or a term without a weight is given.
         """
         weights = {name: w for name, w in vars(self).items() if w}
         if set(terms) != set(weights):
-            raise ValueError(f"this recipe weighs {sorted(weights)}; the terms given are {sorted(terms)}")
+            raise ValueError(f"this recipe has weights for {sorted(weights)}; the terms given are {sorted(terms)}")
         parts = [terms[name] * weight for name, weight in weights.items()]
         return torch.stack(parts).sum()
 
 
 _RECIPES = {
     "mimic": Recipe(align=1.0, lm=0.5),  # arXiv:2504.08851
-    "live": Recipe(kl=1.0, lm=0.5),  # LIVE as compared in arXiv:2504.08851
+    "live": Recipe(kl=1.0, lm=0.5),  # LIVE in the comparison of arXiv:2504.08851
     "lm": Recipe(lm=1.0),
 }
 
 
 def recipe(name: str) -> Recipe:
-    """A published weighting: "mimic" (alignment + 0.5 LM), "live" (KL + 0.5 LM) or "lm" (LM alone).
+    """The published weights of a method: "mimic" (alignment + 0.5 LM), "live" (KL + 0.5 LM) or "lm" (only LM).
 
     Raises:
         UnknownNameError: there is no recipe of that name.

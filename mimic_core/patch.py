@@ -1,4 +1,4 @@
-"""Put shifts, or plain functions, into a model, reversibly."""
+"""Put shift heads or functions into a model, and remove them again."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .types import At, Located, check_site
 
 
 class Handle:
-    """What undoes a patch or hook. As a context manager it removes at the end, whatever happened inside."""
+    """Removes a patch or hook. As a context manager it removes it at the end of the `with`, also after an exception."""
 
     def __init__(self, installation: Installation) -> None:
         self._installation = installation
 
     @property
     def installed(self) -> bool:
-        """False after `remove`."""
+        """Whether the patch is in the model: False after `remove`."""
         return self._installation.installed
 
     def remove(self) -> None:
-        """Leave the model exactly as it was. Handles can be removed in any order; twice is once."""
+        """Restore the model exactly. Handles can be removed in any order. A second call does nothing."""
         self._installation.remove()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The model as if not patched, inside the `with`; every attention runs its own kernel. All threads see it."""
+        """Switch the patch off inside the `with`, in all threads. Attention then runs the model's own kernel."""
         self._installation.switch_off()
         try:
             yield
@@ -50,24 +50,24 @@ class Handle:
 def patch(model: nn.Module, shifts: ShiftStack) -> Handle:
     """Put a stack of shift heads into a model.
 
-    At once: the model is shifted until the handle is removed. All or nothing: on an error the model is as it was.
-    Several stacks can be in one model; at a shared site they act in the order they were patched in. The model's
-    parameters, config and state dict don't change, and the shifts are no part of the model. A deep copy or pickle of a
-    patched model is patched too, with shifts of its own.
+    The shifts act from now on, until the handle is removed. If this raises an error, the model is unchanged. A model
+    can have several stacks; at the same site they act in the order in which they were patched. The model's parameters,
+    config and state dict do not change, and the shifts are not part of the model. A deep copy or pickle of a patched
+    model is also patched, with its own copy of the shifts.
 
-    What torch.compile has made of this model is made anew when a patch comes, and is there again when it goes; a stack
-    of the same form put in its place runs the same graphs. Other models' graphs stay. `handle.disabled()` costs one
-    more graph.
+    With torch.compile, the patched model is compiled again. When the patch is removed, the graphs from before are used
+    again. Another stack of the same form uses the same graphs. Graphs of other models are not affected.
+    `handle.disabled()` needs one more graph.
 
     Raises:
         UnsupportedModelError: no adapter fits the model.
         ShapeError: the stack was built for a model of other sizes.
-        PatchStateError: this very stack is already in this model. Also raised by a later forward that never reaches one
-            of the sites.
+        PatchStateError: this stack is already in this model. A later forward also raises it if it does not reach one of
+            the sites.
     """
     found = locate(model)
     if misfit := shifts.spec.misfit(found.spec):
-        raise ShapeError(f"these shifts don't fit {type(found.model).__name__}: they were built for {misfit}")
+        raise ShapeError(f"these shifts do not fit {type(found.model).__name__}: they were built for {misfit}")
     if any(i.key is shifts for i in installed(found.model)):
         raise PatchStateError(
             "these shifts are already in this model; remove their handle first, or build another stack"
@@ -76,7 +76,7 @@ def patch(model: nn.Module, shifts: ShiftStack) -> Handle:
         SiteEdit(
             layer=head.layer.index,
             site=site,
-            # Called as a module, a head costs as much again: torch looks for hooks that nobody hangs on it.
+            # Calling the module instead of its forward takes twice as long, because torch looks for hooks.
             run=head.forward if run is head else run,
             shift=head.gated_shift if site == "attn_heads" and head.is_gated_shift else None,
             fused=head.fused if site == "attn_heads" else None,
@@ -96,21 +96,21 @@ def hook(
     fn: Callable[[Tensor, At], Tensor | None],
     layers: Iterable[int] | None = None,
 ) -> Handle:
-    """Edit or watch a site with a plain function.
+    """Edit or read a site with a function.
 
     Args:
-        site: One of `mimic_core.types.SITES`; its docstring has the shapes.
-        fn: Called with the site's value and an `At` (`at.layer`, `at.module`, `at.prompt_end`; at attention sites also
-            `at.query`, `at.key`, `at.value`, `at.mask`, `at.scale`, `at.lse`). Returns the new value, or None to leave
-            it.
-        layers: Which decoder layers; None is all that have the site.
+        site: One of `mimic_core.types.SITES`; see `mimic_core.types.Site` for the shapes.
+        fn: Called with the value of the site and an `At` (`at.layer`, `at.module`, `at.prompt_end`; at attention sites
+            also `at.query`, `at.key`, `at.value`, `at.mask`, `at.scale`, `at.lse`). It returns the new value, or None
+            to keep the value.
+        layers: Which decoder layers; None means all that have the site.
 
     Raises:
         UnknownNameError: there is no such site.
         UnsupportedModelError: no adapter fits, or a layer lacks the site.
 
-    A forward raises ShapeError if `fn` returns another shape, dtype or device, and PatchStateError if it returns a
-    value at `lse`, which can only be read, or if a site is never reached.
+    A later forward raises ShapeError if `fn` returns another shape, dtype or device. It raises PatchStateError if `fn`
+    returns a value at `lse`, which can only be read, or if the forward does not reach the site.
     """
     name = check_site(site)
     found = locate(model)
@@ -120,7 +120,7 @@ def hook(
 
 
 def choose_layers(found: Located, sites: Iterable[str], layers: Iterable[int] | None) -> list[int]:
-    """The layers asked for, or every one that has all the sites."""
+    """The given layers, or else every layer that has all the sites."""
     if layers is not None:
         return list(layers)
     wanted = set(sites)

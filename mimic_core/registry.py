@@ -1,4 +1,4 @@
-"""Names that stand for things, open to third-party packages through entry points."""
+"""Registries of objects by name. Other packages can add to them through entry points."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A mapping from name to object, filled by decorators and by one entry-point group.
+    """Objects by name, from decorators and from one entry-point group.
 
-    A third-party package adds to it by declaring an entry point of the group whose name is the
-    registered name; the object is loaded the first time the name is looked up.
+    The name of an entry point is the registered name. Its object is loaded when the name is first looked up.
     """
 
     def __init__(self, kind: str, group: str) -> None:
@@ -24,16 +23,16 @@ class Registry(Generic[T]):
         self._items: dict[str, T] = {}
 
     def register(self, *names: str) -> Callable[[T], T]:
-        """Decorator that puts an object under one or more names.
+        """Decorator that registers an object under one or more names.
 
         Raises:
-            ValueError: no name was given, or a name is taken by another object.
+            ValueError: no name was given, or another object has the name.
         """
         if not names:
-            raise ValueError(f"a {self.kind} needs at least one name to be registered under")
+            raise ValueError(f"a {self.kind} needs at least one name; give it to the register decorator")
 
         def add(item: T) -> T:
-            # A class defined again by a reloaded notebook cell is the same thing, not a clash.
+            # A class that is defined again, by running a notebook cell twice, replaces the old one.
             clash = [n for n in names if n in self._items and not _same_definition(self._items[n], item)]
             if clash:
                 raise ValueError(f"{self.kind} {clash[0]!r} is already registered as {self._items[clash[0]]!r}")
@@ -46,7 +45,7 @@ class Registry(Generic[T]):
         """The object registered under `name`.
 
         Raises:
-            UnknownNameError: nothing is, here or among the entry points.
+            UnknownNameError: there is none, and no entry point has the name.
         """
         if name not in self._items:
             for point in entry_points(group=self.group, name=name):

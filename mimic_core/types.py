@@ -1,4 +1,4 @@
-"""Words shared by every module: sites, specs of a model's layers, and what an edit is told."""
+"""Types that all modules share: sites, the spec of a model, and `At`, the second argument of an edit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Site = Literal["query", "key", "value", "lse", "attn_heads", "attn_out", "mlp_ou
 
 | site | shape | what |
 |---|---|---|
-| `query` | b h t d | as attention sees it: after RoPE and q norm, unscaled |
+| `query` | b h t d | the query that attention gets: after RoPE and q norm, unscaled |
 | `key`, `value` | b g s d | after RoPE, k norm and cache update, not repeated to h heads |
 | `lse` | b h t | log-sum-exp of the attention logits, natural log; read only |
 | `attn_heads` | b t h d | per attention head, before the output projection |
@@ -34,10 +34,10 @@ PROMPT_SITES: tuple[Site, ...] = ("attn_heads", "attn_out", "mlp_out", "layer_ou
 
 
 def check_site(name: object) -> Site:
-    """`name` as a site.
+    """Return `name` as a `Site`.
 
     Raises:
-        UnknownNameError: there is no such site.
+        UnknownNameError: there is no site of that name.
     """
     for site in SITES:
         if name == site:
@@ -53,12 +53,12 @@ class LayerSpec:
         index: Position in the decoder, from 0.
         path: Module path of the layer in the model it was read from.
         hidden_size: Width of the residual stream.
-        heads: Attention heads; 0 where the layer has no self-attention.
-        kv_heads: Key/value heads; divides `heads`.
+        heads: Number of attention heads; 0 if the layer has no self-attention.
+        kv_heads: Number of key/value heads; it divides `heads`.
         head_dim: Width of a query or key head.
-        value_dim: Width of a value head, so of an attention head's output.
-        sites: The sites that can be read (all but `lse` can be edited).
-        missing: Why the others can't, in words.
+        value_dim: Width of a value head and of an attention head's output.
+        sites: The sites of this layer. All can be read, and all but `lse` can be edited.
+        missing: Why the layer lacks the other sites.
     """
 
     index: int
@@ -72,7 +72,7 @@ class LayerSpec:
     missing: str = field(default="", compare=False)
 
     def offer(self) -> str:
-        """The sites there are and why the others aren't, for an error."""
+        """List the sites and why the others are missing, for an error message."""
         return f"{', '.join(self.sites) or 'no site'}{f': {self.missing}' if self.missing else ''}"
 
 
@@ -85,7 +85,7 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
 
     def misfit(self, other: ModelSpec) -> str | None:
-        """Why shift heads sized for this spec don't fit another; None: they do."""
+        """Say why shift heads built for this spec do not fit `other`. None means that they fit."""
         if len(self.layers) != len(other.layers):
             return (
                 f"{len(self.layers)} decoder layers ({self.model_type}), not {len(other.layers)} ({other.model_type})"
@@ -102,18 +102,18 @@ class ModelSpec:
 
 @runtime_checkable
 class AttentionAdapter(Protocol):
-    """Maps a model family to its sites and sizes. Stateless; any class with these methods will do.
+    """Maps a model family to its sites and sizes.
 
-    An attention site (`query`, `key`, `value`, `lse`, `attn_heads`) is reached through transformers' attention
-    interface, so its module must be the one that interface is handed. The other sites are the output of their module
-    (the first element, where that is a tuple).
+    An adapter has no state. Any class with these methods is one. At an attention site (`query`, `key`, `value`, `lse`,
+    `attn_heads`), `module` must return the module that the model passes to transformers' attention interface. At the
+    other sites, the site is the output of the module that `module` returns; if that is a tuple, its first element.
     """
 
     def spec(self, model: nn.Module) -> ModelSpec:
         """Sizes and sites of every decoder layer.
 
         Raises:
-            UnsupportedModelError: the model is not laid out as the adapter expects.
+            UnsupportedModelError: the model does not have the modules that the adapter expects.
         """
         ...
 
@@ -127,7 +127,7 @@ class AttentionAdapter(Protocol):
 
 
 class Located(NamedTuple):
-    """A model without its wrappers, its adapter, and what the adapter says of it: asked once, then handed on."""
+    """A model without its wrappers, its adapter, and the spec that the adapter found."""
 
     model: nn.Module
     adapter: AttentionAdapter
@@ -137,7 +137,7 @@ class Located(NamedTuple):
         """The module a site belongs to.
 
         Raises:
-            UnsupportedModelError: there is no such layer, or it lacks the site.
+            UnsupportedModelError: there is no such layer, or the layer lacks the site.
         """
         layers = self.spec.layers
         if not 0 <= layer < len(layers):
@@ -152,7 +152,7 @@ class Located(NamedTuple):
 
 
 class AttentionView(ABC):
-    """What attention saw in one call; reached through `At`."""
+    """The arguments of one attention call. `At` gives access to it."""
 
     query: Tensor
     key: Tensor
@@ -182,19 +182,19 @@ class AttentionView(ABC):
 
 
 class ForwardView(ABC):
-    """What is known of the forward an edit runs in; reached through `At`."""
+    """The forward in which an edit runs. `At` gives access to it."""
 
     @abstractmethod
     def prompt_end(self, value: Tensor) -> Tensor:
-        """See `At.prompt_end`; `value` is the site's, of which the sizes and the device are taken."""
+        """See `At.prompt_end`. `value` is the value of the site; the mask has its b, t and device."""
 
 
 class At:
-    """Where an edit runs: the second argument of every shift head and hook function.
+    """Where an edit runs. Every shift head and every hook function gets it as its second argument.
 
     Attributes:
         layer: Index of the decoder layer.
-        site: The site being edited.
+        site: The site that is edited.
         module: The module the site belongs to.
     """
 
@@ -220,26 +220,27 @@ class At:
         if self._attention is None:
             raise PatchStateError(
                 f"`at.{name}` was asked for at site {self.site!r} of layer {self.layer}, which is outside the "
-                f"attention call; it is there only at {', '.join(ATTENTION_SITES)}"
+                f"attention call; it is available only at {', '.join(ATTENTION_SITES)}"
             )
         return self._attention
 
     @property
     def prompt_end(self) -> Bool[Tensor, "b t"]:
-        """True at the last token of each sample's prompt, padding aside; nowhere while a cache is continued.
+        """True at the last token of each sample's prompt that is not padding.
 
-        It is there at `attn_heads`, `attn_out`, `mlp_out` and `layer_out`, for functions of `hook` and heads with
-        `needs_prompt_end`. A forward that continues a cache with tokens in it is taken for decoding.
+        It is available at `attn_heads`, `attn_out`, `mlp_out` and `layer_out`, to functions of `hook` and to heads with
+        `needs_prompt_end`. A forward that continues a cache with tokens in it counts as decoding: it is False
+        everywhere.
 
         Raises:
-            PatchStateError: asked for at another site, by a head without `needs_prompt_end`, inside torch.compile, or
-                where gradient checkpointing runs a layer again, which is outside any forward.
-            ShapeError: the attention mask given to the decoder doesn't fit its tokens.
+            PatchStateError: at another site, in a head without `needs_prompt_end`, inside torch.compile, or when
+                gradient checkpointing runs a layer again, because that is outside a forward.
+            ShapeError: the attention mask of the decoder does not fit its tokens.
         """
         if self._forward is None or self._value is None or self.site not in PROMPT_SITES:
             raise PatchStateError(
-                f"`at.prompt_end` was asked for at site {self.site!r} of layer {self.layer}; it is there at "
-                f"{', '.join(PROMPT_SITES)}, for functions of mimic_core.hook and heads with needs_prompt_end = True"
+                f"`at.prompt_end` was asked for at site {self.site!r} of layer {self.layer}; it is available at "
+                f"{', '.join(PROMPT_SITES)}, to functions of mimic_core.hook and heads with needs_prompt_end = True"
             )
         return self._forward.prompt_end(self._value)
 
@@ -260,7 +261,7 @@ class At:
 
     @property
     def mask(self) -> Any:
-        """The attention's own mask: None, bool (True = attend) or additive, broadcastable to b h t s."""
+        """The mask that attention gets: None, bool (True = attend) or additive, broadcastable to b h t s."""
         return self._seen("mask").mask
 
     @property
@@ -270,31 +271,31 @@ class At:
 
     @property
     def is_causal(self) -> bool:
-        """Whether a missing mask means causal."""
+        """Whether attention is causal if there is no mask."""
         return self._seen("is_causal").is_causal
 
     @property
     def lse(self) -> Float[Tensor, "b h t"]:
-        """Log-sum-exp of the attention logits over the attended keys, in nats; -inf where a row attends to none."""
+        """Log-sum-exp of the attention logits over the attended keys, in nats. -inf in a row that attends to no key."""
         return self._seen("lse").lse
 
     @property
     def lse_all_keys(self) -> Float[Tensor, "b h t"]:
-        """The same over all keys, masked ones included: what the published MimIC code uses."""
+        """The LSE over all keys, also masked ones. The published MimIC code uses this."""
         return self._seen("lse_all_keys").lse_all_keys
 
     @property
     def logits(self) -> tuple[str, ...]:
-        """What enters the attention logits beside scale, query and key, in words: a softcap, sinks, a window, ..."""
+        """What the attention logits depend on besides scale, query, key and mask: a softcap, sinks, a window."""
         return self._seen("logits").logits
 
 
 @runtime_checkable
 class LayerStates(Protocol):
-    """Hidden states by layer, as the layer-wise losses take them; a one-site capture is one.
+    """Hidden states by layer, the arguments of the layer-wise losses. A capture of one site has this form.
 
-    `states` maps a layer to its tokens [n c] (or [b t c] where nothing was selected); `samples`
-    [n] names the sample each token came from, None where nothing was selected.
+    `states` maps a layer to its selected tokens [n c], or to [b t c] if no tokens were selected. `samples` [n] is the
+    sample each token comes from, or None if no tokens were selected.
     """
 
     @property

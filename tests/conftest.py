@@ -30,8 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    share: int = config.getoption("--one-case-in")
-    if share > 1:
+    share = config.getoption("--one-case-in")
+    if share is not None and share > 1:
         chosen = {item for cases in cases_of_tests(items) for item in cases[: -(-len(cases) // share)]}
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = [item for item in items if item in chosen]
@@ -103,7 +103,7 @@ def let_go_of_patched_models() -> Callable[[], None]:
     """
 
     def collect() -> None:
-        interface = sys.modules.get("mimic_core.adapters.interface")
+        interface = sys.modules.get("mimic_core.edits.interface")
         if interface is not None and interface._holders:
             gc.collect()
 

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.icl`: every method on every task, then the tables and pictures of docs/results.
+"""`python -m benchmarks.icl`: measure every method on every task, then write the tables and pictures of docs/results.
 
-What is done is kept: a run that was stopped goes on where it was.
+Finished jobs are kept. If a run was stopped, the next run continues it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RESULTS = records.ROOT / "docs" / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; what can't be done ends in one sentence."""
+    """Run the command line. An error ends the program with its message."""
     options = parse(arguments)
     try:
         run(options)
@@ -42,21 +42,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.icl", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it works")
-    parser.add_argument("--worlds", nargs="+", choices=SETUPS, default=list(SETUPS), help="which models")
+    parser.add_argument("--quick", action="store_true", help="a small part of every measurement, to try the command")
+    parser.add_argument("--worlds", nargs="+", choices=SETUPS, default=list(SETUPS), help="which models (default: all)")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each (default: cores)"
+        "--jobs", type=int, default=os.cpu_count(), help="number of processes of one thread each (default: all cores)"
     )
-    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run has done")
-    parser.add_argument("--report", action="store_true", help="only the tables and pictures of what was measured")
-    parser.add_argument("--out", type=Path, help="folder (default: docs/results, or part of it with --quick)")
+    parser.add_argument("--fresh", action="store_true", help="ignore the results of earlier runs")
+    parser.add_argument("--report", action="store_true", help="measure nothing; only write the tables and pictures")
+    parser.add_argument(
+        "--out", type=Path, help="output folder (default: docs/results; icl-part with --quick or some of the models)"
+    )
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
-    """What is missing of the plan, then the report."""
+    """Run the missing jobs of the plan, then write the report."""
     whole = not options.quick and set(options.worlds) == set(SETUPS)
-    # A part of the jobs is no result: it goes where it overwrites none.
+    # Results of only some jobs must not overwrite the complete results.
     folder = options.out or (RESULTS if whole else Path("icl-part"))
     path = folder / "icl.csv"
     rows = records.read(path, Row) if path.is_file() and not options.fresh else []
@@ -68,14 +70,14 @@ def run(options: argparse.Namespace) -> None:
         records.write(path, rows, Row)
         rows = records.read(path, Row)
     if not rows:
-        raise BenchmarkError(f"there is nothing to report in {path}")
+        raise BenchmarkError(f"there is nothing to report in {path}; run without --report to measure first")
     print(report.text(rows))
     for written in report.write(rows, folder, into_readme=folder == RESULTS):
         print(written)
 
 
 def measure(jobs: Sequence[Job], rows: list[Row], path: Path, processes: int) -> list[Row]:
-    """Do the jobs that have no rows yet; each one's rows are written as soon as they are there."""
+    """Run the jobs that have no rows yet. The rows of each job are written as soon as it ends."""
     jobs = list(dict.fromkeys(jobs))
     rows = [row for row in rows if row.job in set(jobs) or row.what in latency.WHAT]
     done = {row.job for row in rows}
@@ -98,7 +100,7 @@ def measure(jobs: Sequence[Job], rows: list[Row], path: Path, processes: int) ->
 
 
 def time_queries(worlds: Sequence[str], rows: list[Row], path: Path, quick: bool) -> list[Row]:
-    """Time what has not been timed, alone on the machine."""
+    """Measure the times that are missing, one model after another, without other jobs on the machine."""
     machine = records.this_machine(torch.device("cpu"))
     missing = [name for name in worlds if not any(row.world == name and row.what in latency.WHAT for row in rows)]
     for name in tqdm(missing, desc="time of a query", unit="model", file=sys.stderr):

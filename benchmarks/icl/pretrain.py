@@ -189,8 +189,10 @@ def main() -> None:
     parser.add_argument("family", choices=DIGIT_MODELS)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder (default: where the demo has it)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch; other numbers round otherwise")
+    parser.add_argument("--out", type=Path, help="output folder (default: the folder of the demo's model)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of torch; another number gives other rounding (default: 1)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     start = time.perf_counter()

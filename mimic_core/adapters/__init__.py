@@ -1,4 +1,4 @@
-"""Adapters: where a model's sites are."""
+"""Adapters: they say where the sites of a model are."""
 
 from ..types import AttentionAdapter
 from .base import PathAdapter, register_adapter, unwrap

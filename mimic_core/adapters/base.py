@@ -1,4 +1,4 @@
-"""Where the sites of a model are: the registry of adapters, and adapters that are paths alone."""
+"""The registry of adapters, and `PathAdapter`, which consists of module paths."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ A = TypeVar("A", bound="type[AttentionAdapter]")
 
 
 def register_adapter(*model_types: str) -> Callable[[A], A]:
-    """Class decorator that makes an adapter known for one or more `config.model_type`s.
+    """Class decorator that registers an adapter for one or more `config.model_type`s.
 
-    A package can also declare an entry point in the group `mimic_core.adapters`, named after the model type.
+    A package can also declare an entry point in the group `mimic_core.adapters`, with the model type as its name.
 
     Raises:
-        ValueError: no model type is given, or one has another adapter already.
+        ValueError: no model type is given, or one already has another adapter.
     """
     return ADAPTERS.register(*model_types)  # pyright: ignore[reportReturnType]
 
@@ -42,21 +42,21 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 class PathAdapter:
-    """An adapter that is data: where the decoder's layers are, and what their attention and MLP are called.
+    """An adapter made of module paths: of the decoder's layers, and of attention and MLP in a layer.
 
-    For a model whose attention goes through transformers' attention interface nothing else is needed:
+    This is enough for a model whose attention goes through transformers' attention interface:
 
         @register_adapter("my_vlm")
         class MyVLM(PathAdapter):
             layers, attention, mlp = "model.language_model.layers", "self_attn", "mlp"
 
     Attributes:
-        layers: Path of the decoder's list of layers, from the model with its head on. The bare model without head is
-            found too.
+        layers: Path of the decoder's list of layers in the model with its language-model head. It is also found in the
+            base model without the head.
         attention: Path of the self-attention module in a layer.
         mlp: Path of the MLP module in a layer.
-        sites: The sites the family has; fewer where its attention does not go through the interface.
-        config: Path of the decoder's config in the model's, where `config.get_text_config` gives another.
+        sites: The sites of the family: fewer than all if its attention does not go through the interface.
+        config: Path of the decoder's config in the model's config, if `config.get_text_config` gives another one.
     """
 
     layers: ClassVar[str]
@@ -98,7 +98,7 @@ class PathAdapter:
         return self._resolve(block, self.mlp if site == "mlp_out" else self.attention)
 
     def _layers_path(self, model: nn.Module) -> str:
-        # The same type name covers the bare model and the one with a head on, which holds it under this prefix.
+        # The base model and the model with a head have the same type. The latter holds the former under this prefix.
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         bare = getattr(model, "base_model", None) is model
         return self.layers.removeprefix(prefix) if bare else self.layers
@@ -108,16 +108,17 @@ class PathAdapter:
         self._resolve(layer, self.mlp)
         if getattr(attention, "is_cross_attention", False):
             raise UnsupportedModelError(
-                f"{path}.{self.attention} is cross-attention; shifts go into self-attention only"
+                f"{path}.{self.attention} is cross-attention, but shifts are only for self-attention; set `attention` "
+                f"to the path of the self-attention module"
             )
         return attention
 
     def _sizes_seen(self, seen: Probe, path: str) -> _Sizes:
-        """The sizes the tensors had, where the config does not name them as transformers' own do."""
+        """The sizes of the tensors in a forward, for a config without the usual names."""
         shapes = seen.outputs.get(path, [])
         shape = shapes[0] if shapes else None
         if shape is None:
-            raise UnsupportedModelError(f"{path} returned no tensor in a forward on text alone, so its size is unknown")
+            raise UnsupportedModelError(f"{path} returned no tensor in a forward on text, so its size is unknown")
         calls = seen.attention.get(f"{path}.{self.attention}", [])
         if not calls and set(self.sites) & set(ATTENTION_SITES):
             raise UnsupportedModelError(
@@ -132,7 +133,7 @@ class PathAdapter:
             return root.get_submodule(path)
         except AttributeError as error:
             raise UnsupportedModelError(
-                f"{type(self).__name__} expects a module at {path!r} of {type(root).__name__} and there is none; "
+                f"{type(self).__name__} expects a module at {path!r} of {type(root).__name__}, but there is none; "
                 f"its children are {', '.join(name for name, _ in root.named_children())}"
             ) from error
 
@@ -149,7 +150,7 @@ def _sizes_in(config: Any, attention: nn.Module) -> _Sizes:
     hidden_size, heads_in_config = int(config.hidden_size), int(config.num_attention_heads)
     head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
     head_dim = int(head_dim or hidden_size // heads_in_config)
-    # The projections are the truth; a config may leave out what follows from the rest.
+    # The widths of the projections are reliable. A config may leave out sizes that follow from others.
     heads = _width(attention, "q_proj", heads_in_config * head_dim) // head_dim
     kv_in_config = int(getattr(config, "num_key_value_heads", None) or heads)
     kv_heads = _width(attention, "k_proj", kv_in_config * head_dim) // head_dim

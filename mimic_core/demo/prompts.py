@@ -1,4 +1,4 @@
-"""Prompts of demonstrations and a query, as padded batches that know which tokens are which."""
+"""Prompts of demonstrations and a query, and padded batches with masks of their parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tasks import DemoError, Pair
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of [BOS] demonstrations query answer, where the query and the answer begin, and the images in it."""
+    """Token ids of [BOS], demonstrations, query and answer; where query and answer begin; and the images in it."""
 
     ids: list[int]
     query_at: int
@@ -23,19 +23,19 @@ class Prompt:
 
     @property
     def question(self) -> Prompt:
-        """Without the answer: what a model is given to go on from."""
+        """The prompt without the answer, for generation."""
         return replace(self, ids=self.ids[: self.answer_at])
 
 
 class Prompter:
-    """Writes a pair as `France: Paris` and a newline; demonstrations are further such lines before it.
+    """Writes a pair as `France: Paris` and a newline, after lines of the same form for the demonstrations.
 
-    Each line is tokenised on its own, so a query and its answer are the same tokens with demonstrations and without.
+    Each line is tokenised separately, so a query and its answer have the same tokens with and without demonstrations.
     """
 
     def __init__(self, tokenizer: Any, device: torch.device) -> None:
-        # A model's first token is an attention sink, whatever else it says. It must be the same with demonstrations and
-        # without; the query's own first token in its place makes the alignment loss explode.
+        # The first token is an attention sink. It must be the same with and without demonstrations. If the first token
+        # of the query were there instead, the alignment loss would become very large.
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if bos is None:
             raise DemoError(
@@ -54,15 +54,15 @@ class Prompter:
         return Prompt(ids + line, query_at=len(ids), answer_at=len(ids) + answer)
 
     def collate(self, prompts: Sequence[Prompt], left: bool = False) -> Batch:
-        """A batch of prompts; padded on the left if something is to be generated after them."""
+        """A batch of prompts. Pad on the left for generation."""
         return collate(prompts, self._device, left)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The answer that tokens begin with."""
+        """The answer at the beginning of the tokens."""
         return self._tokenizer.decode(ids).split("\n")[0].strip()
 
     def _line(self, pair: Pair) -> tuple[list[int], int]:
-        """A line's tokens, and the index of the first that belongs to the answer."""
+        """The tokens of a line, and the index of the first token of the answer."""
         query, answer = pair
         line = self._tokenizer(f"{query}: {answer}\n", add_special_tokens=False)["input_ids"]
         alone = self._tokenizer(f"{query}:", add_special_tokens=False)["input_ids"]
@@ -74,10 +74,10 @@ class Prompter:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts of one length, padded.
+    """Prompts padded to one length.
 
     Attributes:
-        inputs: What the model takes: `input_ids` and `attention_mask`, and pixels where there are images.
+        inputs: The arguments of the model: `input_ids`, `attention_mask`, and `pixel_values` if there are images.
         context_tokens: True at the tokens of query and answer, which teacher and student share.
         answer_tokens: True at the tokens of the answer and the newline that ends it.
     """
@@ -93,13 +93,13 @@ class Batch:
 
 
 def collate(prompts: Sequence[Prompt], device: torch.device, left: bool = False) -> Batch:
-    """Pad prompts to one batch; on the left if something is to be generated after them."""
+    """Pad prompts to one batch. Pad on the left for generation."""
     longest = max(len(prompt.ids) for prompt in prompts)
     pads = [longest - len(prompt.ids) for prompt in prompts]
-    # Any token pads: it is masked in attention and chosen by no mask.
+    # Any token can be the padding: it is masked in attention, and no mask of a part includes it.
     fill = [[prompt.ids[0]] * pad for prompt, pad in zip(prompts, pads, strict=True)]
     ids = torch.tensor([f + p.ids if left else p.ids + f for p, f in zip(prompts, fill, strict=True)])
-    # The place of each token in its own prompt.
+    # The position of each token in its own prompt.
     place = torch.arange(longest) - torch.tensor(pads)[:, None] * left
     real = (place >= 0) & (place < torch.tensor([len(prompt.ids) for prompt in prompts])[:, None])
     context = real & (place >= torch.tensor([prompt.query_at for prompt in prompts])[:, None])

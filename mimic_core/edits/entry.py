@@ -1,4 +1,4 @@
-"""An edit: one function at one site of one layer, and who put it there."""
+"""An edit: one function at one site of one layer, and its owner."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class SiteEdit:
     """One function at one site of one layer.
 
     Attributes:
-        run: Given the value and an `At`, returns the new value, or None to leave it.
-        shift: At `attn_heads`: the parameters of `ops.gated_shift` where `run` is that and no more; None: it is not.
-        fused: At `attn_heads`: attention and edit in one; may return None to decline.
-        needs_lse: `run` reads `at.lse`; at site `lse` it is what it is given.
-        needs_prompt_end: `run` may read `at.prompt_end`, so the forward's mask and cache are looked at.
-        needs_at: `run` looks at its `At`; if not, it is given None in its place.
+        run: Gets the value and an `At`. Returns the new value, or None to keep it.
+        shift: At `attn_heads`: gives the parameters of `ops.gated_shift` if `run` is exactly that, else None.
+        fused: At `attn_heads`: attention and edit in one call. It returns None if it cannot run the call.
+        needs_lse: `run` reads `at.lse`. At site `lse` this is not needed.
+        needs_prompt_end: `run` may read `at.prompt_end`, so the mask and the cache of the forward are read.
+        needs_at: `run` reads its `At`. If False, it gets None.
     """
 
     layer: int
@@ -39,7 +39,7 @@ class SiteEdit:
 
 @runtime_checkable
 class Owner(Protocol):
-    """Who put an edit there: says whether it is on, and hears when it has run."""
+    """The owner of an edit: it says whether the edit is active, and is told when the edit has run."""
 
     @property
     def active(self) -> bool: ...
@@ -57,7 +57,7 @@ class Owner(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """An edit and its owner, as a slot holds it; `scope` where the module does not tell which layer runs."""
+    """An edit and its owner. It has a `scope` if several layers share the module."""
 
     edit: SiteEdit
     owner: Owner
@@ -65,16 +65,14 @@ class Entry:
 
     @property
     def is_shift_alone(self) -> bool:
-        """Whether it is a gated shift, whichever layer runs."""
+        """Whether it is a gated shift that does not depend on the layer that runs."""
         return self.edit.shift is not None and self.scope is None
 
     @property
     def active(self) -> bool:
-        """Whether the edit should run now."""
         return self.owner.active and (self.scope is None or self.scope.runs(self.owner.in_forward))
 
     def apply(self, value: Tensor, module: nn.Module, attention: AttentionView | None = None) -> Tensor:
-        """Run the edit on a value and check what comes back."""
         edit, owner = self.edit, self.owner
         at = None
         if edit.needs_at:
@@ -88,7 +86,7 @@ class Entry:
         site, layer = self.edit.site, self.edit.layer
         if site in READ_ONLY_SITES:
             raise PatchStateError(
-                f"site {site!r} can be read, not edited: the function at layer {layer} must return None"
+                f"site {site!r} can only be read, not edited: the function at layer {layer} must return None"
             )
         if not isinstance(result, Tensor):
             raise ShapeError(f"the edit at {site!r} of layer {layer} returned a {type(result).__name__}, not a tensor")

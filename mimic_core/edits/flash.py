@@ -1,4 +1,4 @@
-"""What transformers' flash attention function attends to, as it gathers it from its arguments, and the LSE of that."""
+"""The LSE of transformers' flash attention function. Its arguments say which tokens attend to which."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ..errors import UnsupportedModelError
 from ..ops import with_sinks
 from ..ops.sequences import Sequences, sequences_lse
 
-# Arguments with which the function updates a paged cache itself: the keys it is handed are not all it attends to.
+# With these arguments the function updates a paged cache itself, so it attends to more keys than it gets.
 _PAGED = ("block_table", "k_cache", "v_cache", "cache")
 
 
 def flash_lse(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
     """The LSE [b h t] of one call of `transformers.integrations.flash_attention.flash_attention_forward`.
 
-    -inf at a query that is padding: the function gives 0 there.
+    It is -inf at a query that is padding, where the function returns 0.
 
     Raises:
-        UnsupportedModelError: its logits are not known: see `why_not`.
+        UnsupportedModelError: the logits are not known; see `why_not`.
     """
     if problem := why_not(module, query, key, mask, options):
         raise UnsupportedModelError(f"the LSE of {type(module).__name__} can't be computed: {problem}")
@@ -36,7 +36,7 @@ def flash_lse(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options:
     s, window = key.shape[2], options.get("sliding_window")
     asked = options.get("is_causal")
     causal = bool(module.is_causal if asked is None else asked)
-    # The kernels' windows leave out a token's own key.
+    # The windows of the kernels do not count the token's own key.
     before = window - 1 if window is not None and s > window else None
     scale, softcap = options.get("scaling"), options.get("softcap")
     scale = d**-0.5 if scale is None else scale
@@ -57,23 +57,23 @@ def flash_lse(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options:
 
 
 def why_not(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> str | None:
-    """Why the logits of a call are not known; None: they are."""
+    """Why the logits of a call are not known, or None."""
     if found := [name for name in _PAGED if options.get(name) is not None]:
         return f"its flash attention works on a paged cache ({', '.join(found)})"
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         return "its flash attention was given a mask that is not [batch, keys]"
     if flash_attention._use_top_left_mask and query.shape[2] != key.shape[2]:
-        return "the flash-attn package is older than 2.1, which aligns causal masks otherwise; update it"
+        return "the flash-attn package is older than 2.1, which aligns causal masks differently; update it"
     supports = getattr(flash._process_flash_kwargs_fn, "keywords", {}).get("supports_mapping")
     if supports is not None:
         for name, known_as in (("softcap", ("softcap",)), ("s_aux", ("s_aux", "learnable_sink"))):
             if options.get(name) is not None and not any(supports.get(word) for word in known_as):
-                return f"the flash kernel in use does not take the {name} of its attention, which is dropped there"
+                return f"the flash kernel in use does not support {name}, so it drops the {name} of this attention"
     return None
 
 
 def _real(mask: Tensor, t: int, s: int) -> tuple[Tensor, Tensor]:
-    """Which keys and queries are no padding; a static cache has more keys than the mask, and those are not read."""
+    """Which keys and queries are not padding. A static cache has more keys than the mask; these are not read."""
     real_k = mask[:, :s].bool()
     if t == real_k.shape[1]:
         return real_k, real_k
@@ -83,7 +83,7 @@ def _real(mask: Tensor, t: int, s: int) -> tuple[Tensor, Tensor]:
 
 
 def _starts(b: int, t: int, s: int, device: torch.device, options: dict[str, Any]) -> tuple[Tensor, Tensor, int, int]:
-    """Of the sequences that are given, that position ids tell, or that are the samples."""
+    """Starts and greatest lengths of the sequences: as given, or from position ids, or one sequence a sample."""
     given = [options.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")]
     if all(x is not None for x in given):
         starts_q, starts_k, longest_q, longest_k = given

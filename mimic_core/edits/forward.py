@@ -1,4 +1,4 @@
-"""Which tokens of a forward end a prompt: read from the mask and the cache the decoder is given."""
+"""Which tokens of a forward end a prompt, from the mask and the cache of the decoder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from ..types import ForwardView
 
 
 class Forward(ForwardView):
-    """One forward of the decoder.
+    """One forward of the decoder: its attention mask, and the number of tokens in its cache before (`held`).
 
-    Args:
-        unknown: Why nothing can be said of it; empty: it can.
-        mask: The attention mask given to the decoder, in whatever form.
-        held: How many tokens its cache held before.
+    `unknown` says why the end of the prompt is not known. It is empty if the end is known.
     """
 
     def __init__(self, unknown: str = "", mask: Any = None, held: int | Tensor = 0) -> None:
@@ -28,18 +25,18 @@ class Forward(ForwardView):
 
     @classmethod
     def of(cls, kwargs: Mapping[str, Any]) -> Forward:
-        """From the arguments of the decoder, before it runs: afterwards the cache holds the new tokens too."""
-        # Caches go by several names (past_key_values, cache, ...).
+        """From the arguments of the decoder. Call it before the decoder runs, which adds new tokens to the cache."""
+        # The argument with the cache has several names, such as past_key_values and cache.
         lengths = (getattr(x, "get_seq_length", None) for x in kwargs.values())
         length = next((found for found in lengths if found is not None), None)
         mask = kwargs.get("attention_mask")
-        if isinstance(mask, Mapping):  # one per kind of layer; all hide the same padding
+        if isinstance(mask, Mapping):  # one mask for each kind of layer; all mask the same padding
             mask = next((m for m in mask.values() if m is not None), None)
         return cls(mask=mask, held=0 if length is None else length())
 
     def prompt_end(self, value: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            raise PatchStateError("`at.prompt_end` is not there inside torch.compile; run the model uncompiled")
+            raise PatchStateError("`at.prompt_end` is not available inside torch.compile; run the model uncompiled")
         if self._unknown:
             raise PatchStateError(self._unknown)
         b, t = value.shape[:2]
@@ -49,26 +46,25 @@ class Forward(ForwardView):
         return real & (real.flip(1).cumsum(1).flip(1) == 1)
 
     def _real(self, b: int, t: int) -> Tensor:
-        """Which tokens aren't padding, [b t]."""
         mask = self._mask
         if mask is None:
             return torch.ones(b, t, dtype=torch.bool)
         if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
             found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ShapeError(
-                f"which token ends a prompt is read from an attention mask [b t] or [b h t s]; found {found}"
+                f"`at.prompt_end` needs an attention mask [b t] or [b h t s] in the decoder; found {found}"
             )
-        if mask.ndim == 4:  # a token attends to itself if it is real
+        if mask.ndim == 4:  # a token attends to itself if it is not padding
             mask = mask[:, 0].diagonal(dim1=1, dim2=2)
             mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
         if mask.shape[0] not in (1, b) or mask.shape[1] != t:
             raise ShapeError(
-                f"the decoder's attention mask is of {list(mask.shape)} tokens [b t], its hidden states of {[b, t]}"
+                f"the decoder's attention mask has [b t] = {list(mask.shape)}, but its hidden states have {[b, t]}"
             )
         return (mask != 0).expand(b, t)
 
 
 AGAIN = Forward(
-    "`at.prompt_end` was asked for where no forward was seen to begin: in code made by torch.compile, or where "
-    "gradient checkpointing runs layers again, when the mask of their forward is gone; run the model without"
+    "`at.prompt_end` was asked for outside a forward, where the attention mask is not known: in code made by "
+    "torch.compile, or where gradient checkpointing runs layers again; run the model without them"
 )

@@ -1,4 +1,4 @@
-"""Put edits into a model and take them out again: the one mechanism under patch, hook and capture."""
+"""Install edits in a model and remove them. Patch, hook and capture all use this."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .interface import SLOT, AttentionSlot
 from .outputs import EditedForward
 from .scope import LayerScope
 
-# What a decoder's tokens are called, the likelier first.
+# The names of a decoder's argument with tokens, the most likely first.
 _TOKENS = ("inputs_embeds", "input_ids", "decoder_inputs_embeds", "decoder_input_ids", "hidden_states")
 
 
 class _ForwardState(threading.local):
-    """Where this thread is in a forward of the model. Copies and pickles start afresh."""
+    """The state of a forward of the model in this thread. A copy or a pickle starts with a new state."""
 
     depth = 0
-    ran = False  # the decoder, since the model last ended
+    ran = False  # whether the decoder ran since the last forward of the model ended
     grad_enabled = False
     tokens: tuple[int, int] = (0, 0)  # b and t
     forward: Forward | None = None
@@ -44,20 +44,20 @@ class _ForwardState(threading.local):
 
 
 class Installation:
-    """Edits living in a model, all of them or none.
+    """Edits in a model. Either all of them are installed or none.
 
-    Edits at one site run in the order they were installed, whoever installed them.
+    Edits at one site run in the order in which they were installed, also those of different owners.
 
     Attributes:
         active: Whether the edits run.
 
     Args:
-        found: The model, and where its sites are.
-        edits: What goes where.
-        key: What they belong to; see `installed`.
+        found: The model and its sites.
+        edits: The edits.
+        key: The object that the edits belong to; see `installed`.
 
     Raises:
-        UnsupportedModelError: a layer lacks a site. The model is left as it was.
+        UnsupportedModelError: a layer lacks a site. The model is unchanged.
     """
 
     def __init__(self, found: Located, edits: Iterable[SiteEdit], key: object = None) -> None:
@@ -110,7 +110,7 @@ class Installation:
         self._forwards += [EditedForward.claim(asked) for asked in asked_about(module)]
 
     def remove(self) -> None:
-        """Take every edit out. Done twice, it does nothing the second time."""
+        """Remove all edits. A second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         for module in self._edited:
@@ -130,7 +130,7 @@ class Installation:
         return bool(self._hooks)
 
     def switch_off(self) -> None:
-        """Leave the edits in but don't run them, until `switch_on` was called as often."""
+        """Keep the edits installed but do not run them, until `switch_on` has been called as often."""
         self._switch(1)
 
     def switch_on(self) -> None:
@@ -148,17 +148,16 @@ class Installation:
 
     @property
     def in_forward(self) -> bool:
-        """Whether this thread is inside a forward of the model: not so while a checkpoint recomputes one."""
+        """Whether this thread is inside a forward of the model. False while checkpointing runs layers again."""
         return self._state.depth > 0
 
     @property
     def forward_has_grad(self) -> bool:
-        """Whether the forward this thread is in was started with gradients on."""
+        """Whether gradients were enabled when the forward of this thread began."""
         return self._state.grad_enabled
 
     @property
     def forward(self) -> Forward | None:
-        """What is known of the forward this thread is in, where an edit needs it."""
         return self._state.forward if self.in_forward else AGAIN
 
     def reached(self, layer: int, site: Site) -> None:
@@ -166,18 +165,15 @@ class Installation:
             self._state.reached.add((layer, site))
 
     def unflatten(self, states: Tensor) -> Tensor:
-        """[b*t c] as [b t c]: some models hand a module their tokens so.
+        """Reshape [b*t c] to [b t c], for modules that get their tokens flattened.
 
-        The sizes are those of the last forward's tokens in this thread: a checkpoint's second run is of the first's.
-
-        Raises:
-            ShapeError: they don't fit.
+        b and t are those of the last forward in this thread. They are also right when checkpointing runs it again.
         """
         b, t = self._state.tokens
         if b * t != states.shape[0]:
             raise ShapeError(
-                f"a site returned {list(states.shape)} where [{b} {t} c] or [{b * t} c] was expected: the decoder "
-                f"was given {b} x {t} tokens"
+                f"a site returned {list(states.shape)}, but [{b} {t} c] or [{b * t} c] was expected, because the "
+                f"decoder got {b} x {t} tokens"
             )
         return states.unflatten(0, (b, t))
 
@@ -193,25 +189,25 @@ class Installation:
         if self._wants_sizes:
             state.tokens = _sizes_of_tokens(args, kwargs) or state.tokens
         if self._looks:
-            # The decoder's own, which comes last: an encoder has another mask.
+            # The last call counts, because it is the decoder's own: an encoder has another mask.
             state.forward = Forward.of(kwargs)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
         state = self._state
-        # Hooks that were installed in the middle of a forward see its end only.
+        # If the hooks are installed in the middle of a forward, they see only its end.
         state.depth = max(0, state.depth - 1)
         if state.depth:
             return
         state.forward = None
-        failed = output is None  # the forward raised, which is the error to see
+        failed = output is None  # the forward raised an error, and that should reach the user
         if failed or state.reached >= self._places or not self.active or not self.installed:
             return
         self._complain(module, self._missed(state.reached))
 
     def _ended(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Whether a forward of the model has run its decoder at all."""
+        """Check that a forward of the model has run its decoder."""
         if torch.compiler.is_compiling():
             return
         if not self._state.ran and self.active:
@@ -223,13 +219,14 @@ class Installation:
             where = ", ".join(f"{edit.site} of layer {edit.layer}" for edit in missed[:4])
             more = f" and {len(missed) - 4} more" if len(missed) > 4 else ""
             raise PatchStateError(
-                f"a forward of {type(module).__name__} never reached {where}{more}, so the edits there did nothing; "
-                f"its attention may not go through transformers' AttentionInterface, its adapter may name wrong "
-                f"modules, or something has replaced the modules' forwards since: then remove the patch and patch again"
+                f"a forward of {type(module).__name__} never reached {where}{more}, so the edits there did nothing. "
+                f"Perhaps its attention does not go through transformers' AttentionInterface, or its adapter names "
+                f"wrong modules. Or something has replaced the forward of these modules since: then remove the patch "
+                f"and patch again"
             )
 
     def _missed(self, reached: set[tuple[int, Site]]) -> list[SiteEdit]:
-        """The edits that did not run, as far as can be told: code made by torch.compile runs them without a word."""
+        """The edits that did not run, except those in code made by torch.compile, which does not report."""
         missed = [
             (entry.edit, module)
             for entry, module in zip(self._entries, self._edited, strict=True)
@@ -239,7 +236,6 @@ class Installation:
 
 
 def _sizes_of_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    """Batch and length of a decoder's tokens."""
     for x in (*args[:1], *map(kwargs.get, _TOKENS)):
         if isinstance(x, Tensor):
             return (x.shape[0], x.shape[1]) if x.ndim > 1 else None
@@ -247,7 +243,6 @@ def _sizes_of_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int
 
 
 def _shared_modules(found: Located, sites: Iterable[Site]) -> set[tuple[nn.Module, Site]]:
-    """The modules that are the same one in several layers."""
     places: Counter[tuple[nn.Module, Site]] = Counter(
         (found.module(layer.index, site), site) for site in sites for layer in found.spec.layers if site in layer.sites
     )
@@ -255,7 +250,7 @@ def _shared_modules(found: Located, sites: Iterable[Site]) -> set[tuple[nn.Modul
 
 
 def installed(model: nn.Module) -> list[Installation]:
-    """The installations alive in a model without wrappers, in the order they were made."""
+    """The installations in a model (without wrappers), in the order in which they were made."""
     hooks = model._forward_hooks.values()
     owners = [getattr(hook, "__self__", None) for hook in hooks]
     return [owner for owner in owners if isinstance(owner, Installation)]

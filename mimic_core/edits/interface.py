@@ -1,8 +1,8 @@
-"""The way into attention: transformers' `AttentionInterface`, wrapped while any site is in use.
+"""Edits inside attention: transformers' `AttentionInterface` is wrapped while any edit needs it.
 
-A model asks `AttentionInterface.get_interface` for its attention function at every call. The wrap returns one that
-looks for a slot of edits in the calling module's `__dict__` and otherwise passes straight through, so masks, configs,
-the vision tower and cross-attention never notice.
+A model calls `AttentionInterface.get_interface` to get its attention function at every attention call. The wrapper
+returns a function that looks for a slot of edits in the `__dict__` of the calling module. Without a slot, it calls the
+original function. So masks, configs, the vision tower and cross-attention are not affected.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .call import UNUSUAL, AttentionCall, Plan, shifted
 from .entry import Entry
 
 SLOT = "_mimic_core_sites"
-"""Key of a module's slot in its `__dict__`: travels with deepcopy and pickle, is no submodule, leaves no state."""
+"""Key of a module's slot in its `__dict__`. So deepcopy and pickle include the slot, and state_dict does not."""
 
 
 class AttentionSlot:
-    """The edits inside one module's attention, in the order they were installed. Alive, it holds the wrap in place.
+    """The edits inside the attention of one module, in order. The wrapper stays while any slot exists.
 
     Attributes:
-        plan: What is to do in a call: made when edits come, go or are switched, for a decoded token has no time for it.
-            None: nothing.
+        plan: The edits of a call. It is made when edits change, because making it at each decoded token is too slow.
+            None if no edit is active.
     """
 
     plan: Plan | None
@@ -40,19 +40,18 @@ class AttentionSlot:
         self._release = _retain(self)
 
     def hold(self, entries: tuple[Entry, ...]) -> None:
-        """Replace the edits."""
         self.entries = entries
         self.refresh()
 
     def refresh(self) -> None:
-        """Look again at which edits are on."""
+        """Read again which edits are active."""
         on = tuple(e for e in self.entries if e.owner.active)
         self.plan = Plan(on) if on else None
-        # Where several layers share a module, each call has to ask which of them runs.
+        # If several layers share the module, each call must find out which of them runs.
         self.asks = any(e.scope is not None for e in on)
 
     def asked(self) -> Plan | None:
-        """The plan of this very call, where `asks`."""
+        """The plan of this call, if `asks` is True."""
         self.refresh()
         if not self.asks:
             return self.plan
@@ -66,8 +65,8 @@ class AttentionSlot:
         return {"entries": self.entries}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy or a loaded pickle of a patched model is patched too, and needs the wrap as much. What its entries
-        # belong to may not be whole yet: the first call looks.
+        # A copy or a loaded pickle of a patched model is patched too, so it also needs the wrapper. The owners of its
+        # entries may not be complete yet, so the first call makes the plan.
         self.entries = state["entries"]
         self.plan, self.asks = Plan(()), True
         self._release = _retain(self)
@@ -84,15 +83,15 @@ def _attention(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """What a model gets for its attention function: `base`, with the edits of the calling module if it has some.
+    """The attention function that a model gets: `base`, with the edits of the calling module if it has any.
 
-    transformers' models pass these by name or in this order; some pass the mask by keyword.
+    transformers' models pass these arguments by name or in this order. Some pass the mask by keyword.
     """
     slot: AttentionSlot | None = module.__dict__.get(SLOT)
     plan = None if slot is None else slot.plan
     if plan is None:
         return base(module, query, key, value, attention_mask, *args, **kwargs)
-    # The shortest way, for what is patched most: a decoded token feels every step.
+    # A fast path for the most common patch, because the overhead matters in decoding.
     if plan.only_shift is not None and implementation == "sdpa" and base is sdpa_attention_forward and not args:
         usual = UNUSUAL.isdisjoint(kwargs)
         out = shifted(plan.only_shift, module, query, key, value, attention_mask, kwargs) if usual else None
@@ -102,8 +101,8 @@ def _attention(
         return base(module, query, key, value, attention_mask, *args, **kwargs)
     if args:
         raise UnsupportedModelError(
-            f"{type(module).__name__} passes {len(args)} arguments after the mask by position; its "
-            f"attention is understood with keywords only"
+            f"{type(module).__name__} passes {len(args)} arguments after the mask to its attention by position; only "
+            f"keyword arguments are supported there"
         )
     call = AttentionCall(base, implementation, module, query, key, value, attention_mask, kwargs)
     return call.run(plan)
@@ -113,20 +112,20 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Any:
         base = original(self, attn_implementation, default)
         if _live is not get_interface:
-            return base  # kept underneath by a wrap put over this one; no patch of its time is left
+            return base  # another wrapper still calls this one, but its patches are gone
         return partial(_attention, base, attn_implementation or "eager")
 
     return get_interface
 
 
-_lock = threading.RLock()  # a collected slot is dropped wherever the collector runs, under this lock too
+_lock = threading.RLock()  # reentrant: garbage collection can call _drop while this thread holds the lock
 _holders = 0
 _below: Callable[..., Any] = AttentionInterface.get_interface
 _live: Callable[..., Any] | None = None
 
 
 def _retain(slot: AttentionSlot) -> Callable[[], object]:
-    """Keep the wrap in place until the slot is released or collected."""
+    """Keep the wrapper in place until the slot is released or garbage-collected."""
     global _holders, _below, _live
     with _lock:
         _holders += 1
@@ -143,7 +142,7 @@ def _drop() -> None:
     with _lock:
         _holders -= 1
         if _holders == 0:
-            # Somebody may have wrapped it after us; ours then stays underneath and passes through.
+            # If somebody has wrapped it after us, ours stays underneath and only calls the original.
             if AttentionInterface.get_interface is _live:
                 AttentionInterface.get_interface = _below
             _live = None

@@ -1,11 +1,11 @@
-"""The way to a module's output: its `forward`, replaced in that one object while any edit is in it.
+"""Edits of a module's output: its `forward` is replaced in that one object while it has edits.
 
-A forward hook would come after the hooks that were there before it: those of others would see the output without the
-edits. It is slower too: in a tiny Llama LIVE added 68 microseconds a layer by hooks and 59 so, on a slow core.
+A forward hook would run after earlier hooks, so these would see the output without the edits. It is also slower: in a
+tiny Llama on a slow core, LIVE added 68 microseconds a layer with hooks and 59 this way.
 
-torch.compile notices this way too. A graph does not ask whether its modules have got hooks since it was made, nor what
-stands in their `__dict__`. It does ask, of every module it calls, whether `forward` was replaced in that very object.
-So the graphs of an edited model no longer fit, those of others do, and when the edits are gone the old ones fit again.
+It also works with torch.compile. A graph does not check whether its modules have new hooks or other new entries in
+their `__dict__`. But for every module it calls, it checks whether `forward` was replaced in that object. So graphs of
+an edited model are not used, graphs of other models are, and without the edits the old graphs are used again.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _FORWARD, _KEY = "forward", "_mimic_core_forward"
 
 
 class EditedForward:
-    """What stands in a module's own `__dict__` for its forward: the one that was there, then the edits of its output.
+    """Replaces the forward of one module: it runs the forward that was there, then the edits of the output.
 
-    Without edits of the output it marks a module in whose forward something else is edited. Then the class's own stands
-    there, bound, which costs nothing. Whoever replaces a module's forward later, as accelerate does, keeps this one
-    underneath, and the edits with it.
+    Without edits of the output, it only marks a module with edits inside its attention. Then it puts the bound forward
+    of the class there, which costs no time. If somebody replaces the forward later, as accelerate does, that one calls
+    this one, so the edits still run.
 
     Attributes:
-        below: What had replaced the module's forward before; None: nothing, its class has it.
+        below: The function that had replaced the module's forward before, or None if it was that of the class.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -44,24 +44,23 @@ class EditedForward:
         self._entries = entries
         self.refresh()
         if self._stands is None or self._is_on_top:
-            # A method in either case: of any other callable a graph asks whether it is the very same object.
+            # A bound method in both cases. For other callables, a graph checks that it is the same object.
             marks = not entries and self.below is None
             self._stands = MethodType(type(self.module).forward, self.module) if marks else self.run
             self.module.__dict__[_FORWARD] = self._stands
 
     @property
     def _is_on_top(self) -> bool:
-        # Equal, not the same: a copy of the module has made two of it.
+        # Compared by ==: in a copy of the module they are two equal objects.
         return self.module.__dict__.get(_FORWARD) == self._stands
 
     def refresh(self) -> None:
-        """Look again at which edits are on."""
+        """Read again which edits are active."""
         self._on = tuple(entry for entry in self._entries if entry.owner.active)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward with the edits."""
         module, below = self.module, self.below
-        # The class is asked at each call: a bound method that is kept can't be pickled with its module.
+        # Not a stored bound method, which cannot be pickled with its module.
         output = type(module).forward(module, *args, **kwargs) if below is None else below(*args, **kwargs)
         for entry in self._on:
             if entry.scope is not None and not entry.active:
@@ -74,7 +73,7 @@ class EditedForward:
 
     @staticmethod
     def claim(module: nn.Module, entry: Entry | None = None) -> EditedForward:
-        """The one on top in a module, put there if need be. It stays until `release` was called as often."""
+        """Get or create the one on top in a module. It stays until `release` has been called as often."""
         found = module.__dict__.get(_KEY)
         if found is None or not found._is_on_top:
             found = module.__dict__[_KEY] = EditedForward(module)
@@ -84,12 +83,12 @@ class EditedForward:
         return found
 
     def release(self, owner: object) -> None:
-        """Take an owner's edits out, and with the last claim the whole."""
+        """Remove the edits of an owner. With the last claim, restore the module's forward."""
         self._claims -= 1
         self._hold(tuple(entry for entry in self._entries if entry.owner is not owner))
         if self._claims:
             return
-        # Covered by somebody else's, it stays underneath and passes through.
+        # If somebody else has replaced the forward since, this one stays underneath and has no effect.
         if self._is_on_top and self.below is None:
             del self.module.__dict__[_FORWARD]
         elif self._is_on_top:
@@ -106,13 +105,14 @@ def below_edits(module: object) -> Any:
 
 
 def _edited(output: Any, entry: Entry, module: nn.Module) -> Any:
-    """A module's output with an edit: of the first element, where it is a tuple."""
+    """A module's output with an edit. If it is a tuple, its first element is edited."""
     if isinstance(output, tuple):
         parts = (_edited(output[0], entry, module), *output[1:])
         return type(output)(*parts) if hasattr(output, "_fields") else parts
     if not isinstance(output, Tensor):
         raise UnsupportedModelError(
-            f"{type(module).__name__} returned a {type(output).__name__}; a site must return a tensor or a tuple"
+            f"{type(module).__name__} returned a {type(output).__name__}, but the module of a site must return a "
+            f"tensor or a tuple"
         )
     if output.ndim != 2:
         return entry.apply(output, module)

@@ -1,4 +1,4 @@
-"""Which decoder layer a thread is in."""
+"""Find out which decoder layer runs in a thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import PatchStateError
 
 
 class LayerScope:
-    """Whether a thread is in one decoder layer, as hooks on the layer tell: for a module that several layers share."""
+    """Whether one decoder layer runs in a thread, from hooks on the layer. For modules that several layers share."""
 
     def __init__(self) -> None:
         self._here = _Here()
@@ -20,26 +20,24 @@ class LayerScope:
         """Whether this layer is the one that runs.
 
         Raises:
-            PatchStateError: the module runs outside a forward of the model, so no layer's hooks have run.
+            PatchStateError: the module runs outside a forward of the model, so no hooks of a layer have run.
         """
         if not self._here.depth and not in_forward:
             raise PatchStateError(
-                "a module that several layers share runs outside a forward of the model, as gradient checkpointing "
-                "does it, and nothing tells for which layer: switch that off, or edit other sites"
+                "a module that several layers share runs outside a forward of the model, as in gradient checkpointing, "
+                "so it is not known which layer runs: switch off gradient checkpointing, or edit other sites"
             )
         return self._here.depth > 0
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        """Forward pre-hook of the layer."""
         self._here.depth += 1
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the layer."""
-        self._here.depth = max(0, self._here.depth - 1)  # put there in the middle of a forward, it sees the end only
+        self._here.depth = max(0, self._here.depth - 1)  # installed during a forward, it sees only the end
 
 
 class _Here(threading.local):
-    """Copies and pickles start outside."""
+    """A copy or a pickle starts outside the layer."""
 
     depth = 0
 

@@ -1,4 +1,4 @@
-"""Shift heads: what is learned, and how it edits a site."""
+"""Shift heads: their learnable parameters, and how they change a site."""
 
 from .base import HeadConfig, ShiftHead, head_class, head_for_config, register_head
 from .live import LIVEConfig, LIVEHead

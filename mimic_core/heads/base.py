@@ -1,4 +1,4 @@
-"""What a shift head is: a config, and a module that edits one site (or a few) of one decoder layer."""
+"""The base classes of shift heads and their configs, and the registry of heads."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Edit = Callable[[Tensor, At], Tensor]
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Options of a shift head. Subclass it (frozen) to add more; every field must be plain JSON data.
+    """Options of a shift head. A subclass (a frozen dataclass) adds more. Every field must be plain JSON data.
 
     Attributes:
-        layers: Indices of the decoder layers to shift; None is all of them.
+        layers: Indices of the decoder layers to shift; None means all of them.
     """
 
     layers: tuple[int, ...] | None = None
@@ -35,7 +35,7 @@ class HeadConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HeadConfig:
-        """The config that `to_dict` described: JSON's lists are tuples again."""
+        """The config of a dict made by `to_dict`. Lists become tuples."""
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
 
     @classmethod
@@ -45,21 +45,21 @@ class HeadConfig:
 
 
 class ShiftHead(nn.Module):
-    """Edits a site of one decoder layer; the only owner of learnable parameters.
+    """A module with learnable parameters that edits a site of one decoder layer.
 
-    A subclass sets `site` (and `config_class`, if it has options), makes its parameters in `__init__` and returns the
-    edited value from `forward`. Parameters are fp32 whatever the model's dtype; `forward` does its maths in fp32 and
-    returns the dtype it was given.
+    A subclass sets `site` (and `config_class`, if it has options). It makes its parameters in `__init__` and returns
+    the edited value from `forward`. Parameters are fp32, whatever the dtype of the model. `forward` computes in fp32
+    and returns the dtype of its argument.
 
     Attributes:
-        name: The name it is registered under.
-        site: The site `forward` edits.
+        name: The name under which the head is registered.
+        site: The site that `forward` edits.
         config_class: The dataclass of its options.
-        needs_lse: `forward` reads `at.lse`, so attention should keep it.
+        needs_lse: `forward` reads `at.lse`, so attention should keep the LSE.
         needs_prompt_end: `forward` reads `at.prompt_end`.
-        needs_at: `forward` looks at its `At`; a head that doesn't is given None, which saves making one.
-        is_gated_shift: At `attn_heads`, `forward` is `ops.gated_shift` with what `gated_shift` returns, and no more. It
-            is then one call with attention, wherever that gives the same bits.
+        needs_at: `forward` reads its `At`. If False, it gets None, which saves time.
+        is_gated_shift: `site` is `attn_heads`, and `forward` is exactly `ops.gated_shift` with the parameters that
+            `gated_shift` returns. Attention and shift are then one call, wherever that gives the same bits.
     """
 
     name: ClassVar[str]
@@ -76,27 +76,27 @@ class ShiftHead(nn.Module):
         self.layer = layer
 
     def forward(self, value: Tensor, at: At) -> Tensor:
-        """The edited value: same shape, dtype and device as `value`."""
+        """Return the edited value, of the same shape, dtype and device as `value`."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(value, at)")
 
     def edits(self) -> Mapping[Site, Edit]:
-        """Which function edits which site. Override it to edit more than one."""
+        """The function for each site. Override this to edit several sites."""
         return {self.site: self}
 
     def gated_shift(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Vector, gate weight and gate bias on the query's device; asked for where `is_gated_shift` is True."""
+        """Vector, gate weight and gate bias on the query's device. Needed if `is_gated_shift` is True."""
         raise NotImplementedError(f"{type(self).__name__} has is_gated_shift and must define gated_shift(query)")
 
     def fused(self, at: At) -> Tensor | None:
-        """Attention and shift in one, from `at.query`, `at.key`, `at.value`: [b t h e].
+        """Attention and shift in one call, from `at.query`, `at.key`, `at.value`: [b t h e].
 
-        Only asked for at `attn_heads`, in place of attention and `forward`; must equal them. None: there is no such
-        form, `forward` is used.
+        Called only at `attn_heads`, instead of attention and `forward`. It must give the same result. If it returns
+        None, attention and `forward` run.
         """
         return None
 
     def own(self, name: str) -> Tensor:
-        """A parameter or buffer by name, 4 times as fast as by attribute: a decoded token feels it."""
+        """A parameter or buffer by name. This is 4 times faster than the attribute, which matters in decoding."""
         found = self._parameters.get(name)
         return getattr(self, name) if found is None else found
 
@@ -108,12 +108,12 @@ _HEADS: Registry[type[ShiftHead]] = Registry("shift head", group="mimic_core.hea
 
 
 def register_head(name: str) -> Callable[[type[ShiftHead]], type[ShiftHead]]:
-    """Class decorator that makes a `ShiftHead` known by name to `build_shifts` and `load_shifts`.
+    """Class decorator that registers a `ShiftHead` under a name, for `build_shifts` and `load_shifts`.
 
     A package can also declare an entry point in the group `mimic_core.heads`.
 
     Raises:
-        ValueError: the name belongs to another head.
+        ValueError: another head has the name.
     """
 
     def add(head: type[ShiftHead]) -> type[ShiftHead]:
@@ -128,25 +128,25 @@ def head_class(name: str) -> type[ShiftHead]:
     """The shift head registered under `name`.
 
     Raises:
-        UnknownNameError: none is.
+        UnknownNameError: there is none.
     """
     head = _HEADS.get(name)
-    if "name" not in vars(head):  # it came by an entry point, without the decorator
+    if "name" not in vars(head):  # from an entry point, without the decorator
         head.name = name
     return head
 
 
 def head_for_config(config: HeadConfig) -> type[ShiftHead]:
-    """The registered shift head whose own `config_class` this is.
+    """The registered shift head with this `config_class`.
 
     Raises:
-        UnknownNameError: no registered head has it, or it is the plain `HeadConfig` heads without options share.
+        UnknownNameError: there is none, or the class is `HeadConfig`, which all heads without options share.
     """
     if type(config) is not HeadConfig:
         for name in _HEADS:
             if head_class(name).config_class is type(config):
                 return head_class(name)
     raise UnknownNameError(
-        f"no registered shift head has a config class of its own {type(config).__name__}; registered: "
+        f"no registered shift head has {type(config).__name__} as its own config class; registered: "
         f"{', '.join(_HEADS)}; register the head, or name it: build_shifts(model, 'name')"
     )

@@ -1,4 +1,4 @@
-"""LIVE: a learned vector added to a layer's hidden states, which keep their length."""
+"""LIVE: a learned vector is added to the hidden states of a layer, which keep their norm."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .base import HeadConfig, ShiftHead, register_head
 
 @dataclass(frozen=True)
 class LIVEConfig(HeadConfig):
-    """Options of `LIVEHead`. The defaults are LIVE as the MimIC paper compares it.
+    """Options of `LIVEHead`. The defaults are those of the comparison in the MimIC paper.
 
     Attributes:
-        layers: Indices of the decoder layers to shift; None is all of them.
-        site: "mlp_out" (default), "layer_out" (LIVE's own choice for Idefics) or "attn_out".
-        learn_scale: False keeps the scale at its initial value, out of `parameters()`.
-        sigmoid: The factor is sigmoid(scale) instead of the scale itself.
-        scale_init: Initial scale; before the sigmoid, if there is one.
+        layers: Indices of the decoder layers to shift; None means all of them.
+        site: "mlp_out" (default), "layer_out" (the choice of the LIVE paper for Idefics) or "attn_out".
+        learn_scale: If False, the scale keeps its initial value and is not in `parameters()`.
+        sigmoid: The factor is sigmoid(scale) instead of scale.
+        scale_init: Initial scale, before the sigmoid if there is one.
         vector_std: Standard deviation of the initial vectors.
     """
 
@@ -37,14 +37,14 @@ class LIVEConfig(HeadConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.site not in ("mlp_out", "layer_out", "attn_out"):
-            raise UnknownNameError(f"LIVE shifts 'mlp_out', 'layer_out' or 'attn_out', not {self.site!r}")
+            raise UnknownNameError(f"LIVE can shift 'mlp_out', 'layer_out' or 'attn_out', not {self.site!r}")
 
 
 @register_head("live")
 class LIVEHead(ShiftHead):
     """h' = (h + a * vector) * |h| / |h + a * vector|, with a = scale or sigmoid(scale).
 
-    Parameters: `vector` [c], `scale` [] (a buffer where it is fixed). A zero vector shifts nothing.
+    Parameters: `vector` [c], `scale` [] (a buffer if it is fixed). A zero vector changes nothing.
 
     Source: Peng et al., NeurIPS 2024, arXiv:2406.13185.
     """

@@ -1,4 +1,4 @@
-"""MimIC: per attention head, a learned vector weighed by a learned gate against the attention's own LSE."""
+"""MimIC: a learned vector for each attention head, with a weight from a learned gate and the LSE of attention."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ class MimICConfig(HeadConfig):
     """Options of `MimICHead`. The defaults are the paper's method.
 
     Attributes:
-        layers: Indices of the decoder layers to shift; None is all of them.
-        shared: One vector of all heads' width and one gate per layer instead of one of each per attention head; the
-            LSE is then averaged over heads.
-        gate: False leaves the vector alone, with weight 1.
-        log_z2: Which keys the gate's log Z2 sums over: those attention attends to ("attended", as the paper's
-            formula), or "all_keys", masked and future ones too, as the published code. The latter depends on padding
-            and makes cached decoding differ from a full forward; it is for checkpoints and numbers of that code.
-        mlp_vector: Also a norm-preserving vector on the MLP output.
+        layers: Indices of the decoder layers to shift; None means all of them.
+        shared: One vector [h*e] and one gate for each layer, instead of one of each for each attention head. The LSE is
+            then averaged over heads.
+        gate: If False, there is only the vector, with weight 1.
+        log_z2: The keys over which the gate's log Z2 sums. "attended" is the keys that attention attends to, as in the
+            paper. "all_keys" also has masked and future keys, as in the published code. With "all_keys" the result
+            depends on padding, and cached decoding differs from a full forward. Use it for checkpoints of that code
+            and to reproduce its numbers.
+        mlp_vector: Also learn a norm-preserving vector for the MLP output.
         vector_std: Standard deviation of the initial vectors.
-        gate_std: Standard deviation of the initial gate weights. With `shared` the gate starts as a
-            linear layer does, uniform in +-1/sqrt(width), and this is not used.
+        gate_std: Standard deviation of the initial gate weights. Not used with `shared`: that gate has the initial
+            values of a linear layer, uniform in +-1/sqrt(width).
     """
 
     shared: bool = False
@@ -51,7 +52,7 @@ class MimICHead(ShiftHead):
     """out = attention + sigmoid(query . gate_weight + gate_bias - log Z2) * vector, before the output projection.
 
     Parameters: `vector` [h e], `gate_weight` [h d], `gate_bias` [h]; with `shared` [h*e], [h*d], []; with `mlp_vector`
-    also `mlp_vector` [c]. Zero vectors shift nothing.
+    also `mlp_vector` [c]. Zero vectors change nothing.
 
     Source: Jiang et al., CVPR 2025, arXiv:2504.08851.
     """
@@ -67,7 +68,7 @@ class MimICHead(ShiftHead):
             torch.randn((h * e,) if config.shared else (h, e), dtype=torch.float32) * config.vector_std
         )
         if config.gate and config.shared:
-            bound = max(1, h * d) ** -0.5  # a layer without attention heads is still asked what it would edit
+            bound = max(1, h * d) ** -0.5  # h is 0 in a layer without attention: the stack still reads edits() there
             self.gate_weight = nn.Parameter(torch.empty(h * d, dtype=torch.float32).uniform_(-bound, bound))
             self.gate_bias = nn.Parameter(torch.empty((), dtype=torch.float32).uniform_(-bound, bound))
         elif config.gate:
@@ -81,7 +82,7 @@ class MimICHead(ShiftHead):
     def forward(self, value: Float[Tensor, "b t h e"], at: At) -> Float[Tensor, "b t h e"]:
         vector = self.vector.to(value.device)
         if self.config.shared:
-            # Not einops: with it torch.compile made another graph for a third length.
+            # Not einops: with it, torch.compile made a new graph for the third sequence length.
             vector = vector.unflatten(0, (self.layer.heads, -1))
         if not self.config.gate:
             return (value + vector).to(value.dtype)
@@ -90,7 +91,7 @@ class MimICHead(ShiftHead):
             return ops.gated_shift(value, at.query, log_z2, *self.gated_shift(value))
         weight, bias = self.gate_weight.to(value.device), self.gate_bias.to(value.device)
         query = at.query.transpose(1, 2).flatten(2).to(log_z2.dtype)
-        # Not a matrix product, which autocast would take in bf16.
+        # Not a matrix product: autocast would compute that in bf16.
         log_z1 = (query * weight).sum(-1) + bias
         mu = ops.gate(log_z1, log_z2.mean(1))
         return (value + mu[..., None, None] * vector).to(value.dtype)
@@ -108,5 +109,5 @@ class MimICHead(ShiftHead):
         return edits
 
     def shift_mlp(self, value: Float[Tensor, "b t c"], at: At) -> Float[Tensor, "b t c"]:
-        """The norm-preserving vector on the MLP output."""
+        """Add the norm-preserving vector to the MLP output."""
         return ops.norm_preserving_add(value, self.own("mlp_vector").to(value.device), 1.0)

@@ -1,4 +1,4 @@
-"""Task and function vectors: one vector where the prompt ends, taken from activations instead of trained."""
+"""Task vectors and function vectors: one vector at the end of the prompt, computed from activations, not trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import HeadConfig, ShiftHead, register_head
 
 
 class _PromptEndHead(ShiftHead):
-    """A vector for the last token of a prompt, on the layer's output."""
+    """Applies a vector to the layer's output at the last token of each prompt."""
 
     site: Site = "layer_out"
     needs_prompt_end = True
@@ -26,7 +26,6 @@ class _PromptEndHead(ShiftHead):
         return torch.where(at.prompt_end[..., None], self._shifted(value).to(value.dtype), value)
 
     def _shifted(self, value: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
-        """The state that `value` becomes there."""
         raise NotImplementedError
 
 
@@ -35,18 +34,18 @@ class TaskVectorConfig(HeadConfig):
     """Options of `TaskVectorHead`.
 
     Attributes:
-        layers: Indices of the decoder layers; the method uses one, chosen on held-back samples. None is all of them,
-            for trying each: a head acts only if its `weight` is not zero.
+        layers: Indices of the decoder layers. The method uses one, chosen on held-out samples. None means all of them,
+            which allows trying each layer: a head acts only if its `weight` is not zero.
     """
 
 
 @register_head("task_vector")
 class TaskVectorHead(_PromptEndHead):
-    """At the last token of a prompt: h' = (1 - weight) * h + weight * vector, on the layer's output.
+    """h' = (1 - weight) * h + weight * vector, on the layer's output at the last token of each prompt.
 
-    Parameters: `vector` [c], `weight` []; both start at zero. Weight 0 shifts nothing. Weight 1 replaces the state,
-    which is the published method: `vector` is the mean of that state over prompts with demonstrations and a dummy
-    query. Tokens decoded after the prompt are left alone.
+    Parameters: `vector` [c], `weight` []; both are zero at first. Weight 0 changes nothing. Weight 1 replaces the
+    state; this is the published method, where `vector` is the mean of this state over prompts with demonstrations and
+    a dummy query. Tokens that are decoded after the prompt are not changed.
 
     Source: Hendel et al., Findings of EMNLP 2023, arXiv:2310.15916.
     """
@@ -67,17 +66,17 @@ class FunctionVectorConfig(HeadConfig):
     """Options of `FunctionVectorHead`.
 
     Attributes:
-        layers: Indices of the decoder layers; the method uses one, about a third of the way up. None is all of them.
+        layers: Indices of the decoder layers. The method uses one, at about a third of the depth. None means all.
     """
 
 
 @register_head("function_vector")
 class FunctionVectorHead(_PromptEndHead):
-    """At the last token of a prompt: h' = h + vector, on the layer's output.
+    """h' = h + vector, on the layer's output at the last token of each prompt.
 
-    Parameters: `vector` [c], zero at first, which shifts nothing. In the published method it is the sum, over the few
-    attention heads that carry the task, of what their mean output with demonstrations adds to the residual stream.
-    Tokens decoded after the prompt are left alone.
+    Parameters: `vector` [c], zero at first, which changes nothing. In the published method it is a sum over a few
+    attention heads that matter for the task: each adds its mean output in prompts with demonstrations, projected into
+    the residual stream. Tokens that are decoded after the prompt are not changed.
 
     Source: Todd et al., ICLR 2024, arXiv:2310.15213.
     """

@@ -1,4 +1,4 @@
-"""A stack: one shift head per chosen decoder layer, what is trained, saved and loaded."""
+"""A stack: one shift head for each chosen decoder layer. It is what is trained, saved and loaded."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .base import HeadConfig, ShiftHead
 
 
 class ShiftStack(nn.Module):
-    """Shift heads by decoder layer. `stack[3]` is layer 3's head, `stack.layers` the layers it has.
+    """Shift heads by decoder layer. `stack[3]` is the head of layer 3; `stack.layers` lists the layers with a head.
 
-    `parameters()` are exactly the learnable ones; the model is no part of it.
+    `parameters()` are exactly the learnable parameters. The model is not part of the stack.
 
     Args:
         head: The registered head class.
         config: Its options.
-        spec: The model the heads are sized for.
+        spec: The spec of the model, which gives the sizes of the heads.
 
     Raises:
-        ShapeError: the config is of another class, or `config.layers` names a layer twice or one the model lacks.
-        UnsupportedModelError: a chosen layer lacks a site the head edits. With `config.layers` None, layers that lack
-            it (linear attention in a hybrid decoder) get no head, and this is raised only if none is left.
+        ShapeError: the config is of another class, or `config.layers` names a layer twice or one that the model lacks.
+        UnsupportedModelError: a chosen layer lacks a site of the head. If `config.layers` is None, layers that lack the
+            site (linear attention in a hybrid decoder) get no head, and the error comes only if no layer is left.
     """
 
     def __init__(self, head: type[ShiftHead], config: HeadConfig, spec: ModelSpec) -> None:
@@ -61,7 +61,7 @@ class ShiftStack(nn.Module):
         return len(self.heads)
 
     def forward(self, *args: object, **kwargs: object) -> None:
-        """A stack isn't called: it acts where it is patched in.
+        """A stack is not called. It acts in the model that it is patched into.
 
         Raises:
             PatchStateError: always.

@@ -1,21 +1,21 @@
-"""Attention with its log-sum-exp, and the shifts that need it: pure tensor functions.
+"""Attention with its log-sum-exp (LSE), and shifts that use it, as pure tensor functions.
 
 `b` batch, `h` attention heads, `g` key/value heads (g divides h), `t` query positions, `s` key positions, `d` head_dim,
 `e` value head_dim. Masks are None, bool (True = attend) or additive, broadcastable to [b h t s]. `is_causal` is
-aligned at the upper left, as torch's. Parameters in fp32, maths in fp32 (fp64 for fp64 inputs), the result in the
-input's dtype. Autocast around a call changes nothing in it.
+aligned at the upper left, as in torch. Parameters are fp32. The computation is in fp32 (fp64 for fp64 inputs), and the
+result has the dtype of the input. Autocast has no effect on a call.
 
-`backend` is "auto" or one of these; only "auto" chooses, a named one never falls back:
+`backend` is "auto" or one of these names. "auto" chooses a backend. A named backend never falls back to another one.
 
 | backend | what |
 |---|---|
-| cpu | torch's flash kernel, and around it one pass before and after |
-| cuda | torch's flash, memory-efficient or cuDNN kernel, and around it one launch before and after |
-| flex | FlexAttention, on CUDA ("auto" never takes it) |
-| sdpa | any device: torch's attention, and the LSE beside it in chunks |
-| reference | the specification: eager, scores materialised |
+| cpu | torch's flash kernel, with one pass before and one after |
+| cuda | torch's flash, memory-efficient or cuDNN kernel, with one kernel launch before and one after |
+| flex | FlexAttention, on CUDA; "auto" never chooses it |
+| sdpa | any device: torch's attention, and the LSE computed separately in chunks |
+| reference | the specification: eager, with the whole score matrix |
 
-cpu and cuda are one call in C++ (`native`), or plain torch where there is no compiler (`plain`).
+cpu and cuda are one call in C++ (`native`), or plain torch if there is no compiler (`plain`).
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ __all__ = [
 def _arguments(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool
 ) -> tuple[Mask, float, bool]:
-    """Mask, scale and is_causal, checked, as every backend takes them."""
+    """Check the arguments, and bring mask, scale and is_causal into the form of the backends."""
     scale = check_attention(q, k, v, mask, scale, is_causal)
     if is_causal and scale < 0:
-        # torch's kernels multiply their own -inf by the scale: a negative one makes NaN of it.
+        # torch's kernels multiply -inf by the scale, so a negative scale gives NaN.
         return causal_mask(q.shape[2], k.shape[2], q.device), scale, False
     return normalised(mask, q.dtype), scale, is_causal
 
@@ -73,18 +73,18 @@ def attention_with_lse(
 
     Args:
         mask: Not together with `is_causal`.
-        scale: Factor on q . k; None is d ** -0.5.
+        scale: Factor on q . k; None means d ** -0.5.
 
     Returns:
-        The output before the output projection, in q's dtype; and the LSE in nats, fp32 (fp64 for fp64), -inf where a
-        row may attend to no key.
+        The output before the output projection, in the dtype of q, and the LSE in nats, in fp32 (fp64 for fp64). The
+        LSE is -inf in a row that attends to no key.
 
     Raises:
         ShapeError: shapes, dtypes or devices do not fit each other, or both `mask` and `is_causal` are given.
         ValueError: the scale is 0 or not finite.
         UnknownNameError, BackendUnavailableError: see `resolve_backend`.
 
-    Differentiable in q, k and v through both results; gradients of a mask only with backend "reference".
+    Differentiable in q, k and v through both results. A mask gets a gradient only with backend "reference".
     """
     if (backend == "auto" or backend == q.device.type) and (ops := native.ops_for(q)):
         found = ops.attention_with_lse(q, k, v, mask, scale, is_causal, native.NOBODY)
@@ -106,17 +106,18 @@ def attention_lse(
     sinks: Float[Tensor, " h"] | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "b h t"]:
-    """The LSE of `attention_with_lse` alone, for an attention that was computed elsewhere.
+    """Only the LSE of `attention_with_lse`, for an attention that is computed elsewhere.
 
     Args:
-        softcap: Logits are softcap * tanh(logits / softcap) before the mask. Backends "sdpa" and "reference" alone.
-        sinks: One more logit per attention head, which every row that attends to a key has.
+        softcap: Logits become softcap * tanh(logits / softcap) before the mask. Only for backends "sdpa" and
+            "reference".
+        sinks: One additional logit for each attention head, in every row that attends to a key.
 
-    Makes no [t s] tensor (backends "reference" and, on a CPU, "flex" do). Differentiable in q, k and the sinks.
+    Makes no [t s] tensor, except with backend "reference" and, on a CPU, "flex". Differentiable in q, k and the sinks.
 
     Raises:
-        ShapeError, ValueError, UnknownNameError, BackendUnavailableError: as `attention_with_lse`; and for sinks that
-            are not one per attention head, a softcap that is not positive, a backend that doesn't know one.
+        ShapeError, ValueError, UnknownNameError, BackendUnavailableError: as `attention_with_lse`. Also if there is not
+            one sink for each attention head, if the softcap is not positive, or if the backend does not support it.
     """
     if sinks is not None and (q.ndim != 4 or tuple(sinks.shape) != (q.shape[1],) or sinks.device != q.device):
         raise ShapeError(
@@ -124,7 +125,7 @@ def attention_lse(
             f"{sinks.device}"
         )
     if softcap is None:
-        # A kernel wants values: the keys are at hand, and what comes out of them is thrown away.
+        # A kernel needs values. The keys are used, and the output is not.
         if (backend == "auto" or backend == q.device.type) and (ops := native.ops_for(q)):
             found = ops.attention_with_lse(q, k, k.detach(), mask, scale, is_causal, native.NOBODY)
             if found is not None:
@@ -133,7 +134,7 @@ def attention_lse(
         raise ValueError(f"softcap should be positive and finite, found {softcap}")
     elif backend not in ("auto", "sdpa", "reference"):
         raise BackendUnavailableError(
-            f"backend {backend!r} was asked for and can't run this call: only 'sdpa' and 'reference' know a softcap"
+            f"backend {backend!r} was asked for and can't run this call: only 'sdpa' and 'reference' support a softcap"
         )
     elif backend == "auto":
         backend = "sdpa"
@@ -158,19 +159,19 @@ def gated_shift(
     gate_weight: Float[Tensor, "h d"],
     gate_bias: Float[Tensor, " h"],
 ) -> Float[Tensor, "b t h e"]:
-    """Shift each attention head's output towards what demonstrations would have produced.
+    """Shift the output of each attention head towards the output that demonstrations would give.
 
     out = attn_out + mu * vector,   mu = sigmoid(query . gate_weight + gate_bias - lse),   mu = 0 where lse is -inf
 
     Args:
-        attn_out: Attention output before the output projection; its dtype is the result's.
+        attn_out: Attention output before the output projection. The result has its dtype.
         query: After RoPE and q/k norm, unscaled.
         lse: Log-sum-exp of the attention logits (scaled, masked), in nats.
 
     Raises:
-        ShapeError: the shapes or devices of the arguments disagree.
+        ShapeError: the shapes or devices of the arguments do not fit each other.
 
-    Maths in fp32. Differentiable in every argument.
+    Computed in fp32. Differentiable in every argument.
     Source: Jiang et al., CVPR 2025, arXiv:2504.08851, section 3.2.
     """
     if ops := native.ops_for(query):
@@ -194,12 +195,12 @@ def shifted_attention(
     is_causal: bool = False,
     backend: str = "auto",
 ) -> Float[Tensor, "b t h e"]:
-    """Attention and `gated_shift` in one call, with one backward for both where the backend has it.
+    """Attention and `gated_shift` in one call, with one backward for both if the backend has it.
 
     Raises:
         ShapeError, UnknownNameError, BackendUnavailableError: as `attention_with_lse` and `gated_shift`.
 
-    Differentiable in every tensor but the mask; the gradient through the LSE into q and k is included.
+    Differentiable in every tensor except the mask. This includes the gradient through the LSE into q and k.
     Source: Jiang et al., CVPR 2025, arXiv:2504.08851, section 3.2.
     """
     if (backend == "auto" or backend == q.device.type) and (ops := native.ops_for(q)):
@@ -222,14 +223,14 @@ def shifted_attention(
 def norm_preserving_add(
     x: Float[Tensor, "... c"], vector: Float[Tensor, " c"], scale: Float[Tensor, ""] | float
 ) -> Float[Tensor, "... c"]:
-    """Add a vector, then give the sum the length x had: (x + scale * vector) * |x| / |x + scale * vector|.
+    """Add a vector, then scale the sum to the norm of x: (x + scale * vector) * |x| / |x + scale * vector|.
 
-    A sum of exactly zero stays zero. Norms over the last axis, no epsilon.
+    A sum of exactly zero stays zero. Norms are over the last axis, without an epsilon.
 
     Raises:
-        ShapeError: the vector is not as wide as x's last axis.
+        ShapeError: the vector does not have the length of x's last axis.
 
-    Maths in fp32, the result in x's dtype. Differentiable in every argument.
+    Computed in fp32, with the result in the dtype of x. Differentiable in every argument.
     Source: Peng et al., NeurIPS 2024, arXiv:2406.13185.
     """
     if ops := native.ops_for(x):
@@ -237,6 +238,6 @@ def norm_preserving_add(
         if out is not None:
             return out
     if vector.shape != x.shape[-1:]:
-        raise ShapeError(f"vector should be [{x.shape[-1]}], as wide as x {list(x.shape)}; given {list(vector.shape)}")
+        raise ShapeError(f"vector should be [{x.shape[-1]}] for x {list(x.shape)}; given {list(vector.shape)}")
     with full_precision(x):
         return _reference.norm_preserving_add(x, vector, scale)

@@ -1,4 +1,4 @@
-"""The backends by name, and which one runs a call."""
+"""The backends by name, and the choice of the backend for a call."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ._masks import Mask
 from .plain import cpu, cuda
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "sdpa": _sdpa, "reference": _reference, "flex": _flex}
-# What "auto" tries, by device; "flex" never.
+# What "auto" tries, in this order, by device. It never chooses "flex".
 _AUTO = {"cpu": ("cpu", "sdpa", "reference"), "cuda": ("cuda", "sdpa", "reference")}
 _ELSEWHERE = ("sdpa", "reference")
 
 
 class Backend(NamedTuple):
-    """Which backend runs a call, and why that one."""
+    """The backend that runs a call, and why it was chosen."""
 
     name: str
     why: str
@@ -38,7 +38,7 @@ def resolve_backend(
 
     Raises:
         UnknownNameError: there is no backend of that name.
-        BackendUnavailableError: the named backend can't run this call; the message says why.
+        BackendUnavailableError: the named backend cannot run this call; the message says why.
     """
     return _resolved(q, k, v, mask, backend)
 
@@ -62,17 +62,17 @@ def _resolved(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str, beside:
                 why = [*why, "in C++"]
             return Backend(name, "; ".join(why))
         passed_over.append(f"not {name}: {reason}")
-    raise BackendUnavailableError("; ".join(passed_over))  # the reference takes everything: not reached
+    raise BackendUnavailableError("; ".join(passed_over))  # not reached: the reference runs every call
 
 
 def _unavailable(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, beside: tuple[Tensor, ...]) -> str | None:
     if backend != "reference" and is_transformed(q, k, v, *beside):
-        return "torch.func and forward-mode differentiation don't see through it"
+        return "it does not support torch.func and forward-mode differentiation"
     return BACKENDS[backend].unavailable(q, k, v, mask)
 
 
 def module_for(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str, *beside: Tensor) -> ModuleType:
-    """The module of the backend that runs a call in which the tensors of `beside` take part too."""
+    """The module of the backend for a call. `beside` are further tensors of the call."""
     return BACKENDS[_resolved(q, k, v, mask, backend, beside).name]
 
 
@@ -84,7 +84,7 @@ def follows_sdpa(
     scale: float,
     is_causal: bool,
 ) -> bool:
-    """Whether `backend="auto"` runs the very kernel F.scaled_dot_product_attention would, so gives the same bits."""
+    """Whether `backend="auto"` runs the kernel of F.scaled_dot_product_attention, and so gives the same bits."""
     module = _SDPA.get(q.device.type)
     return (
         module is not None

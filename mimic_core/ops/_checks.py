@@ -1,4 +1,4 @@
-"""What the ops ask of their arguments, said in one error that states the whole call; and what autograd asks of them."""
+"""Checks of the ops' arguments, with one error that shows the whole call, and checks for autograd."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ def check_attention(
     if scale is None:
         return q.shape[-1] ** -0.5
     if not 0 < abs(scale) < math.inf:
-        # Kernels scale what is masked already, and 0 * -inf is NaN.
+        # Kernels scale masked logits, and 0 * -inf is NaN.
         raise ValueError(f"scale should be finite and not 0, found {scale}")
     return scale
 
 
 def _attention_problem(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> str | None:
     if any(x.ndim != 4 for x in (q, k, v)):
-        return "q, k and v need four axes each"
+        return "q, k and v must have four axes each"
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
-        return "q, k and v disagree on the batch, or k and v on heads or length"
+        return "q, k and v differ in the batch size, or k and v in heads or length"
     if q.shape[-1] != k.shape[-1]:
         return "q and k heads differ in width"
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        return f"{q.shape[1]} attention heads are no multiple of {k.shape[1]} key/value heads"
+        return f"{q.shape[1]} attention heads are not a multiple of {k.shape[1]} key/value heads"
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
-        return "q, k and v need one floating-point dtype"
+        return "q, k and v must have the same floating-point dtype"
     if not q.device == k.device == v.device or (mask is not None and mask.device != q.device):
         return "the tensors are on different devices"
     if mask is None:
         return None
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        return "a mask is bool (True = attend) or floating point (added to the logits)"
+        return "a mask must be bool (True = attend) or floating point (added to the logits)"
     if is_causal:
         return "give a mask or is_causal, not both"
     if not _broadcasts(mask.shape, (*q.shape[:3], k.shape[2])):
@@ -65,18 +65,18 @@ def check_shift(
     gate_bias: Tensor,
     lse: Tensor | None = None,
 ) -> None:
-    """Check the shift's parameters against the attention call they join."""
+    """Check the parameters of a shift against the attention call."""
     tensors = {"query": query, "vector": vector, "gate_weight": gate_weight, "gate_bias": gate_bias}
     if lse is not None:
         tensors["lse"] = lse
     problem = None
     if query.ndim != 4 or len(out_shape) != 4:
-        problem = "the query and the attention output need four axes each"
+        problem = "the query and the attention output must have four axes each"
     else:
         b, h, t, d = query.shape
         expected = {"vector": (h, out_shape[-1]), "gate_weight": (h, d), "gate_bias": (h,), "lse": (b, h, t)}
         if tuple(out_shape[:3]) != (b, t, h):
-            problem = f"the attention output is {list(out_shape)}, the query wants [{b} {t} {h} e]"
+            problem = f"the attention output is {list(out_shape)}, but for this query it must be [{b} {t} {h} e]"
         for name, x in tensors.items():
             if name in expected and tuple(x.shape) != expected[name]:
                 problem = f"{name} should be {list(expected[name])}"
@@ -88,12 +88,12 @@ def check_shift(
 
 
 def needs_grad(*tensors: Tensor) -> bool:
-    """Whether autograd would record a function of these."""
+    """Whether autograd records a function of these tensors."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Whether torch.func or forward-mode differentiation looks through any of these; a kernel would see numbers."""
+    """Whether torch.func or forward-mode differentiation has wrapped any of these. A kernel would ignore that."""
     if torch.compiler.is_compiling():
         return False
     of_func = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
@@ -104,10 +104,10 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def once_differentiable(backward: Backward) -> Backward:
-    """The backward of an autograd.Function that has none itself: a second derivative is an error.
+    """Decorator for the backward of an autograd.Function. A second derivative then raises an error.
 
-    torch's decorator of this name leaves the gradients without a history where only what was saved requires a gradient.
-    A second derivative is then zero without a word.
+    With torch's decorator of this name, gradients have no history if only saved tensors require a gradient. A second
+    derivative is then silently zero.
     """
 
     @wraps(backward)

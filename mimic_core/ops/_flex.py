@@ -1,4 +1,4 @@
-"""FlexAttention, whose LSE carries a gradient on CUDA. Only taken by name: for comparison, and as a second opinion."""
+"""FlexAttention, whose LSE has a gradient on CUDA. It runs only when named, for comparisons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ._masks import Mask, additive, causal_mask, rows_that_attend
 
 
 def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> str | None:
-    """Why this backend can't run the call; None: it can."""
+    """Why this backend cannot run the call. None means that it can."""
     if q.device.type not in ("cuda", "cpu"):
         return f"the tensors are on {q.device}"
     if q.device.type == "cpu" and needs_grad(q, k, v):
@@ -51,7 +51,7 @@ def attention_lse(q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: boo
 
 
 def _adds(mask: Tensor) -> Callable[..., Tensor]:
-    """A mask [b h t s], axes of 1 standing for all, as a function of the indices."""
+    """The mask [b h t s], with axes that may be 1, as a function of the indices."""
     b, h, t, s = (min(n - 1, 1) for n in mask.shape)
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def _causal_blocks(t: int, s: int, device: str) -> Any:
 def _attention(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
     from torch.nn.attention import flex_attention as flex
 
-    # Uncompiled it materialises the scores: slow, but the only form that gives an LSE on a CPU.
+    # Uncompiled it makes the whole score matrix. This is slow, but only this form gives an LSE on a CPU.
     run: Callable[..., Any] = torch.compile(flex.flex_attention) if device == "cuda" else flex.flex_attention
     if "return_aux" not in signature(flex.flex_attention).parameters:  # before torch 2.9
         return lambda *args, **options: run(*args, **options, return_lse=True)

@@ -1,6 +1,6 @@
-"""Log-sum-exp of attention logits beside an attention that doesn't give its own.
+"""Log-sum-exp of attention logits, for an attention that does not return it.
 
-Works over chunks of queries, forward and backward, so no [t s] tensor is ever whole.
+Forward and backward work on chunks of queries, so there is never a whole [t s] tensor.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ._checks import once_differentiable
 from ._masks import Mask, rows_that_attend
 from ._precision import full_precision, wide
 
-# Scores held at a time, in elements: 4 Mi is 16 MiB in fp32. Larger chunks were not faster on a CPU.
+# Number of scores in a chunk: 4 Mi is 16 MiB in fp32. Larger chunks were not faster on a CPU.
 _CHUNK_ELEMENTS = 1 << 22
 
 
 class Band(NamedTuple):
-    """Query i stands with key i + offset, and sees `before` keys before that one and `after` after it; None: all."""
+    """Query i is at key i + offset. It attends to `before` keys before this one and `after` after it; None: all."""
 
     offset: int
     before: int | None
@@ -42,7 +42,7 @@ def attention_lse(
 ) -> Float[Tensor, "b h t"]:
     """`_reference.attention_lse` with the memory of one chunk. Differentiable in q and k, not in the mask.
 
-    A `band` stands in place of `is_causal`.
+    `band` is used instead of `is_causal`.
     """
     if is_causal:
         k = k[:, :, : q.shape[2]]
@@ -59,7 +59,7 @@ def _chunks(q: Tensor, k: Tensor) -> list[slice]:
 
 
 def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, band: Band, softcap: float | None, rows: slice) -> Tensor:
-    """Masked logits of some rows, heads grouped by the key head they share: [b g r t s]."""
+    """Masked logits of some rows, with heads grouped by their key head: [b g r t s]."""
     grouped = _by_key_head(q[:, :, rows], k)
     scores = wide(grouped) @ wide(k)[:, :, None].mT * scale
     if softcap is not None:
@@ -79,7 +79,6 @@ def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, band: Band, softcap:
 
 
 def _by_key_head(x: Tensor, k: Tensor) -> Tensor:
-    """Attention heads grouped by the key head they share."""
     return rearrange(x, "b (g n) ... -> b g n ...", g=k.shape[1])
 
 
@@ -106,12 +105,12 @@ class _ChunkedLSE(torch.autograd.Function):
         scale, band, softcap = ctx.options
         for rows in _chunks(q, k):
             scores = _scores(q, k, mask, scale, band, softcap, rows)
-            # d lse / d logits is the softmax. A row of -inf alone passes nothing on.
+            # d lse / d logits is the softmax. A row with only -inf has gradient 0.
             row_lse = rearrange(lse[:, :, rows], "b (g n) t -> b g n t 1", g=k.shape[1])
             weights = torch.exp(scores - row_lse.masked_fill(row_lse == -torch.inf, 0.0))
             weights = weights * (rearrange(grad[:, :, rows], "b (g n) t -> b g n t 1", g=k.shape[1]) * scale)
             if softcap is not None:
-                # The tanh again: what comes after it, the mask, is without consequence where a weight is not zero.
+                # Compute the tanh again. The mask is not needed: where a weight is not zero, a key is not masked.
                 capped = _scores(q, k, None, scale, _EVERYWHERE, softcap, rows) / softcap
                 weights = weights * (1 - capped * capped)
             dq[:, :, rows] = rearrange(weights @ wide(k)[:, :, None], "b g n t d -> b (g n) t d")

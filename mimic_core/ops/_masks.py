@@ -12,9 +12,10 @@ Mask: TypeAlias = Bool[Tensor, "..."] | Float[Tensor, "..."] | None
 
 
 def normalised(mask: Mask, dtype: torch.dtype) -> Mask:
-    """The mask as every backend takes it: [b h t s], each axis whole or 1, an additive one in q's dtype.
+    """The mask in the form of the backends: [b h t s], each axis full or 1, and an additive mask in q's dtype.
 
-    The CPU kernel makes garbage of another dtype; and what is lowest in q's is forbidden in every backend.
+    The CPU kernel gives wrong results with another dtype. And the lowest number of q's dtype then masks a key in every
+    backend.
     """
     if mask is None:
         return None
@@ -23,21 +24,21 @@ def normalised(mask: Mask, dtype: torch.dtype) -> Mask:
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Float[Tensor, ...]:
-    """A bool mask as numbers to add: 0 or -inf."""
+    """An additive mask: 0 or -inf for a bool mask."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def causal_mask(t: int, s: int, device: torch.device) -> Bool[Tensor, "1 1 t s"]:
-    """Query i attends to keys 0..i: aligned at the upper left, as torch's `is_causal` is."""
+    """Query i attends to keys 0..i: aligned at the upper left, like `is_causal` in torch."""
     return torch.ones(1, 1, t, s, dtype=torch.bool, device=device).tril()
 
 
 def rows_that_attend(mask: Mask) -> Bool[Tensor, "#b #h #t"] | None:
-    """Which rows may see at least one key; None: all of them (no mask, or causal).
+    """Which rows attend to at least one key. None means all of them (no mask, or causal).
 
-    A forbidden key is False, -inf or the dtype's lowest number. Reductions only: no second mask is made.
+    A masked key is False, -inf or the lowest number of the dtype. This uses only reductions, without a second mask.
     """
     if mask is None:
         return None

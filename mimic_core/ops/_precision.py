@@ -1,4 +1,4 @@
-"""What precision the maths is done in, whatever surrounds it."""
+"""The precision of the computation."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """`tensor` in the dtype the maths is done in: fp64 stays, everything else becomes fp32."""
+    """`tensor` in the dtype of the computation: fp64 stays, everything else becomes fp32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def has_bf16_instructions() -> bool:
-    """Whether this processor is fast in bf16: without, torch's CPU kernel takes 4 to 12 times as long in it."""
+    """Whether the processor has bf16 instructions. Without them, torch's CPU kernel is 4 to 12 times slower in bf16."""
     asked = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(ask() for ask in asked)
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[object]:
-    """Inside, autocast does not turn fp32 products into bf16 ones: it would leave an LSE two digits."""
+    """Switch autocast off. It would compute fp32 products in bf16, and the LSE would have only two digits."""
     kind = like.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return nullcontext()

@@ -1,4 +1,4 @@
-"""The specification: what every other backend is compared with. Eager, readable, fp32 or fp64 maths."""
+"""The specification, with which every other backend is compared. Eager and readable, in fp32 or fp64."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def attention_lse(
 
 
 def _without_empty_rows(scores: Tensor) -> Tensor:
-    # A row of -inf alone has no softmax: NaN, forward or backward. What is made of it is thrown away afterwards.
+    # The softmax of a row with only -inf is NaN, in forward and backward. The caller does not use the result here.
     return scores.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
 
 
@@ -67,9 +67,9 @@ def _lse(scores: Tensor, attends: Tensor | None) -> Tensor:
 
 
 def gate(log_z1: Float[Tensor, ...], lse: Float[Tensor, ...]) -> Float[Tensor, ...]:
-    """mu = sigmoid(log_z1 - lse): the weight demonstrations would have had in this row's softmax.
+    """mu = sigmoid(log_z1 - lse): the weight that demonstrations would have in the softmax of this row.
 
-    0 where lse is -inf: a row that attends to nothing is padding, and shifting it would be noise.
+    It is 0 where lse is -inf: a row that attends to no key is padding and is not shifted.
     """
     return torch.sigmoid(log_z1 - lse).masked_fill(lse == -torch.inf, 0.0)
 
@@ -77,7 +77,7 @@ def gate(log_z1: Float[Tensor, ...], lse: Float[Tensor, ...]) -> Float[Tensor, .
 def gate_logit(
     query: Float[Tensor, "b h t d"], weight: Float[Tensor, "h d"], bias: Float[Tensor, " h"]
 ) -> Float[Tensor, "b h t"]:
-    """query . weight + bias, per attention head: the learned guess of log Z1."""
+    """query . weight + bias for each attention head: the learned estimate of log Z1."""
     q = wide(query)
     return einsum(q, weight.to(q.dtype), "b h t d, h d -> b h t") + rearrange(bias.to(q.dtype), "h -> h 1")
 
@@ -100,13 +100,11 @@ def norm_preserving_add(
     wide_x = wide(x)
     moved = wide_x + (scale * vector).to(wide_x.dtype)
     length = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
-    # A sum of exactly zero has no direction to keep: it stays zero, and passes no gradient on, instead of turning into
-    # NaN.
+    # A sum of exactly zero would give NaN. It stays zero, with gradient zero.
     safe = torch.where(length > 0, length, torch.ones_like(length))
     ratio = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True) / safe
     return (moved * ratio.masked_fill(length == 0, 0.0)).to(x.dtype)
 
 
 def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Bool[Tensor, ...] | None) -> str | None:
-    """Why this backend can't run the call; None: it can."""
     return None

@@ -1,4 +1,4 @@
-"""Any device: torch's own scaled-dot-product attention, and the LSE taken beside it in chunks."""
+"""Any device: torch's own scaled-dot-product attention, and the LSE computed separately in chunks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ __all__ = ["attention_lse", "attention_with_lse", "unavailable"]
 
 
 def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> str | None:
-    """Why this backend can't run the call; None: it can."""
     if mask is not None and mask.requires_grad:
         return "the mask requires a gradient and the chunked LSE passes none to it"
     return None

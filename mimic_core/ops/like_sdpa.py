@@ -1,7 +1,8 @@
-"""Attention with more, to the very bit of what a transformers model's own sdpa attention gives; None where it isn't.
+"""Ops with exactly the bits of transformers' sdpa attention function. They return None if this is not possible.
 
-Its function hands torch's SDPA a lone query without `is_causal`, and newer ones decode a token of grouped heads under a
-mask with a group's heads as the rows of one matrix, which rounds differently: `packs` says whether this one does.
+That function calls torch's SDPA without `is_causal` for a single query. For a single query of grouped heads with a
+mask, newer versions put the heads of a group into the rows of one matrix, which rounds differently. `packs` says
+whether the installed version does this.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def attention_with_lse(
 
 
 def is_packed(q: Tensor, k: Tensor, mask: Mask, packs: bool) -> bool:
-    """Whether transformers' function makes one matrix of a group's heads for this call; compiled it never does."""
+    """Whether transformers' function puts a group's heads into one matrix in this call. It never does if compiled."""
     packs = packs and not torch.compiler.is_compiling()
     return packs and q.shape[2] == 1 and q.shape[1] != k.shape[1] and (mask is not None or q.shape[-1] > 256)
 

@@ -1,4 +1,4 @@
-"""The LSE of attention over sequences of several lengths, laid one after another: how flash kernels take a batch."""
+"""The LSE of attention over concatenated sequences of different lengths, the input format of flash kernels."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ._checks import once_differentiable
 from ._lse import Band, attention_lse
 from ._precision import full_precision
 
-_WIDEST = 256  # what torch's flash kernel takes
+_WIDEST = 256  # the largest head_dim of torch's flash kernel
 
 
 class Sequences(NamedTuple):
     """Which tokens attend to which.
 
     Attributes:
-        starts_q: Where the queries of each sequence start among all, and, at last, where they end: [n+1], int32.
-        starts_k: The same of its keys.
-        longest_q: Most queries of a sequence.
-        longest_k: Most keys.
-        is_causal: A query sees no later key; the last query of a sequence is as late as its last key.
-        window: A query sees so many keys before its own, and as many after it where `is_causal` is False; None: all.
+        starts_q: The index of the first query of each sequence, and the end of the last sequence: [n+1], int32.
+        starts_k: The same for the keys.
+        longest_q: The largest number of queries in a sequence.
+        longest_k: The largest number of keys in a sequence.
+        is_causal: A query does not attend to later keys. The last query of a sequence is at its last key.
+        window: How many keys before its own a query attends to, and also after it if `is_causal` is False; None: all.
     """
 
     starts_q: Int[Tensor, " n"]
@@ -44,12 +44,12 @@ def sequences_lse(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Tensor, "h t"]:
-    """Log-sum-exp of the attention logits, in nats: fp32 (fp64 for fp64), -inf where a query sees no key.
+    """Log-sum-exp of the attention logits in nats, in fp32 (fp64 for fp64). Differentiable in q and k.
 
-    Also for queries after the last sequence.
+    It is -inf for a query without keys and for queries after the last sequence.
 
-    By torch's flash kernel for such sequences on CUDA, in half precision; elsewhere, and with a softcap, in chunks, one
-    sequence after another. Differentiable in q and k.
+    In half precision on CUDA, torch's flash kernel computes it. Elsewhere, and with a softcap, it is computed in
+    chunks, one sequence after another.
     """
     half = q.dtype in (torch.float16, torch.bfloat16)
     if q.is_cuda and half and softcap is None and q.shape[-1] <= _WIDEST and q.shape[-1] % 8 == 0:
@@ -66,12 +66,12 @@ def sequences_lse(
 
 
 class _FlashLSE(torch.autograd.Function):
-    """The LSE torch's flash kernel has at hand, and the gradient through it that the kernel drops."""
+    """The LSE of torch's flash kernel, and the gradient through it, which the kernel ignores."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, sequences: Sequences, scale: float) -> Tensor:
         sequences = sequences._replace(starts_q=sequences.starts_q.int(), starts_k=sequences.starts_k.int())
-        # A kernel wants values: the keys are at hand, and what comes out of them is thrown away.
+        # A kernel needs values. The keys are used, and the output is not.
         out, lse, seed, offset, _ = torch.ops.aten._flash_attention_forward(
             q, k, k, *sequences[:4], 0.0, sequences.is_causal, False, scale=scale, **_window(sequences)
         )
@@ -84,8 +84,8 @@ class _FlashLSE(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, lse, seed, offset, *_ = ctx.saved_tensors
         sequences: Sequences = ctx.sequences
-        # d lse / d logits is the softmax: what flows back from an attention whose values are all the first unit vector
-        # and whose `out`, so delta, is taken as zero.
+        # d lse / d logits is the softmax. An attention backward gives it if all values are the first unit vector and
+        # `out` is zero, so that delta is zero.
         unit, through = torch.zeros_like(k), torch.zeros_like(q)
         unit[..., 0] = 1.0
         through[..., 0] = rearrange(grads[0], "h t -> t h")
@@ -106,13 +106,13 @@ def _window(sequences: Sequences) -> dict[str, int]:
 
 
 def _by_head(lse: Tensor, sequences: Sequences, t: int) -> Tensor:
-    """[h t]: before torch 2.7 it comes as [n h longest_q]."""
+    """The LSE as [h t]. Before torch 2.7 the kernel returns [n h longest_q]."""
     if lse.ndim == 3:
         lengths = sequences.starts_q.diff()
         at = torch.arange(lse.shape[2], device=lse.device) < lengths[:, None]
         lse = lse.transpose(0, 1)[:, at]
     missing = t - lse.shape[1]
     lse = lse if missing <= 0 else torch.nn.functional.pad(lse, (0, missing), value=-torch.inf)
-    # A row without keys comes as +inf, one of no sequence as whatever was there.
+    # The kernel returns +inf for a row without keys, and uninitialised numbers after the last sequence.
     of_none = torch.arange(t, device=lse.device) >= sequences.starts_q[-1]
     return lse.masked_fill((lse == torch.inf) | of_none, -torch.inf)

@@ -1,4 +1,4 @@
-"""The conformance kit: is an adapter right?"""
+"""The conformance kit: it checks whether an adapter is right."""
 
 from .check import LAWS, Law, check_adapter, pytest_cases
 from .report import Report, Row

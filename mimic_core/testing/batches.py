@@ -1,4 +1,4 @@
-"""Inputs for the laws: the caller's or random text, and the same samples alone, padded and made longer."""
+"""Inputs for the laws: the caller's or random text, and the same samples alone, padded or made longer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ _LONGEST = 96
 
 
 class Batches:
-    """What a model's forward is given.
+    """Inputs of a model without wrappers.
 
-    Args:
-        model: The model, without wrappers.
-        given: The caller's inputs; None: two samples of random text, the second shorter and padded on the right.
+    Without `given`, there are two samples of random text. The second is shorter and is padded on the right.
     """
 
     def __init__(self, model: nn.Module, given: Mapping[str, Any] | None) -> None:
@@ -35,12 +33,10 @@ class Batches:
         self.given = self.text() if given is None else {k: x for k, x in given.items() if k != "labels"}
 
     def accepts(self, name: str) -> bool:
-        """Whether the model's forward takes an argument."""
         return name in self._names or (self._anything and name != "position_ids")
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids the model reads."""
         try:
             weight = self._model.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
         except (AttributeError, NotImplementedError):
@@ -51,7 +47,7 @@ class Batches:
         return min(found + ([size] if isinstance(size, int) else [])) if found or isinstance(size, int) else 8
 
     def text(self) -> dict[str, Any]:
-        """Random text away from special ids, longer than the windows of the config (where those are short)."""
+        """Random text without special ids, longer than the windows of the config if those are short."""
         windows = [x for key, x in _entries(self._config) if _WINDOW.search(key) and isinstance(x, int)]
         length = max([_LENGTH, *(x + _LENGTH // 2 for x in windows if 0 < x <= _LONGEST)])
         device = next((p.device for p in self._model.parameters() if p.device.type != "meta"), torch.device("cpu"))
@@ -65,7 +61,7 @@ class Batches:
         return {name: x for name, x in text.items() if self.accepts(name)}
 
     def reworded(self, ids: Tensor) -> Tensor:
-        """Other ordinary tokens for the ordinary ones among [b t]."""
+        """The ids [b t] with other tokens instead of the ordinary ones."""
         special = torch.tensor([*self.special, self.padding], device=ids.device)
         ordinary = ~torch.isin(ids, special)
         others = torch.where(ids == self._ordinary[0], self._ordinary[-1], self._ordinary[0])
@@ -77,17 +73,16 @@ class Batches:
 
     @property
     def padding(self) -> int:
-        """The id of padding, or any other."""
         found = [x for key, x in _entries(self._config) if key == "pad_token_id" and isinstance(x, int)]
         return found[0] if found and 0 <= found[0] < self.vocabulary else 0
 
     def real(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Which tokens are no padding [b t]; None: not known, or all."""
+        """Which tokens are not padding [b t]. None means that this is not known."""
         mask = inputs.get("attention_mask")
         return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def samples(self, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Each sample alone, without padding. Where none is padded, the last one loses three tokens."""
+        """Each sample alone, without padding. If no sample is padded, the last one is shortened by three tokens."""
         ids = inputs["input_ids"]
         real = self.real(inputs)
         real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.clone()
@@ -106,7 +101,7 @@ class Batches:
         return row[:, keep] if _by_token(name, x, inputs) else row
 
     def together(self, samples: list[dict[str, Any]], side: str, positions: bool) -> dict[str, Any]:
-        """The samples in one batch, padded on a side; `positions` counts each sample's from its first token."""
+        """The samples in one batch, padded on one side. With `positions`, it has position ids without padding."""
         first = samples[0]
         longest = max(s["input_ids"].shape[1] for s in samples)
         batch: dict[str, Any] = {}
@@ -125,7 +120,7 @@ class Batches:
         return batch
 
     def longer(self, inputs: Mapping[str, Any], new: Tensor) -> dict[str, Any]:
-        """The batch with tokens [b n] after it; what else there is a token is repeated from the last one."""
+        """The batch with the tokens [b n] appended. Other inputs with a token axis repeat their last entry."""
         batch: dict[str, Any] = {}
         for name, x in inputs.items():
             if name == "position_ids":
@@ -165,7 +160,7 @@ def _pad(x: Tensor, length: int, side: str, fill: int) -> Tensor:
 
 
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every entry of a config and of those inside it."""
+    """All entries of a config and of the configs inside it."""
     for key, x in config.items():
         yield key, x
         if isinstance(x, Mapping):

@@ -1,4 +1,4 @@
-"""The conformance kit: every law of patching, run on one model."""
+"""Run every law of patching on one model."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Law:
     """A law of patching.
 
     Attributes:
-        name: Short; the row's name in a report.
-        check: Returns what was seen, in words. Raises NotApplicable, or anything else where the law is broken.
+        name: The name of its row in a report.
+        check: Returns the findings as text. Raises NotApplicable, or any other error if the model breaks the law.
     """
 
     name: str
@@ -68,7 +68,7 @@ LAWS: tuple[Law, ...] = (
     Law("checkpointing", laws_decoding.checkpointing_non_reentrant),
     Law("checkpointing reentrant", laws_decoding.checkpointing_reentrant),
 )
-"""Every law, in the order they run."""
+"""All laws, in the order in which they run."""
 
 
 def check_adapter(model: nn.Module, inputs: Inputs | None = None, *, name: str | None = None) -> Report:
@@ -78,28 +78,28 @@ def check_adapter(model: nn.Module, inputs: Inputs | None = None, *, name: str |
         print(report)
         report.raise_for_failures()
 
-    The model runs as it is: on its device, in its dtype, with its attention implementation; a tiny one with random
-    weights says as much about its adapter as a large one. It is left exactly as it was, also where a law fails.
+    The model runs on its device, in its dtype, with its attention implementation. A tiny model with random weights
+    tests its adapter as well as a large one. Afterwards the model is exactly as before, also if a law fails.
 
     Args:
-        model: The model, as `mimic_core.patch` takes it.
-        inputs: What its forward takes; two samples or more, of different lengths or not. None: random text.
-        name: What the report calls it; None: its class.
+        model: The model, as for `mimic_core.patch`.
+        inputs: The arguments of its forward, with two samples or more. None means random text.
+        name: The name of the model in the report; None means its class.
 
     Returns:
-        A report with a row for each law: passed, failed (with what was seen) or not applicable (with why). An exception
-        that comes out of the model or its adapter is a failure of the law that met it.
+        A report with a row for each law: passed, failed (with the findings) or not applicable (with the reason). If the
+        model or its adapter raises an exception, the law fails.
     """
     subject = Subject(model, inputs)
     return _report(subject, tuple(_row(law, subject) for law in LAWS), name)
 
 
 def pytest_cases(make: Callable[[], nn.Module | tuple[nn.Module, Inputs | None]]) -> Callable[..., None]:
-    """A pytest test function that is one test for each law.
+    """Make a pytest test function with one test for each law.
 
         test_my_vlm = mimic_core.testing.pytest_cases(lambda: (tiny_model(), inputs()))
 
-    A law that is not applicable is a skipped test.
+    The test of a law that is not applicable is skipped.
 
     Args:
         make: Returns the model, or the model and its inputs. Called once, when the first test runs.
@@ -147,14 +147,14 @@ def _judge(law: Law, subject: Subject) -> tuple[Verdict, str]:
 
 def _checked(law: Law, subject: Subject) -> str:
     if not isinstance(subject.model, nn.Module):
-        raise TypeError(f"a model is a torch.nn.Module, found a {type(subject.model).__name__}")
+        raise TypeError(f"the model must be a torch.nn.Module, found a {type(subject.model).__name__}")
     with as_it_was(subject.model), _quiet():
         return law.check(subject)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of transformers and torch: laws do on purpose what they warn of."""
+    """Switch the warnings of transformers and torch off: the laws cause them on purpose."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -168,7 +168,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _missing(subject: Subject) -> str | None:
-    """What every law but the first two needs, and isn't there."""
+    """Why no law except the first two is applicable, or None."""
     if "missing" not in subject.kept:
         with_logits = attempt(lambda: subject.spec) if isinstance(subject.model, nn.Module) else Raised(TypeError())
         if isinstance(with_logits, Raised):

@@ -1,4 +1,4 @@
-"""Laws of using a patched model: cached decoding, padding, gradient checkpointing."""
+"""Laws about using a patched model: cached decoding, padding, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -27,10 +27,7 @@ _STEPS = 4
 class Generated:
     """Greedy decoding of a few tokens.
 
-    Attributes:
-        prompt: What generate was given.
-        tokens: The new ones [b n].
-        logits: Of each step [b vocabulary].
+    `prompt` has the arguments of generate, `tokens` [b n] the new tokens, `logits` those [b vocabulary] of each step.
     """
 
     prompt: dict[str, Any]
@@ -40,7 +37,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Padded:
-    """Samples alone, and together with padding on either side; `own` is what that matters to the unpatched model."""
+    """Samples alone, and together with padding on either side. `own` is its effect on the unpatched model."""
 
     alone: list[dict[str, Any]]
     left: dict[str, Any]
@@ -49,11 +46,7 @@ class Padded:
 
 
 def generated(s: Subject, fresh: bool = False) -> Generated:
-    """What generate gives: of the unpatched model, found once; `fresh`: of the model as it stands, for that prompt.
-
-    Raises:
-        NotApplicable: the model doesn't generate.
-    """
+    """The result of generate by the unpatched model, computed once. With `fresh`, by the model in its present state."""
     if "generated" not in s.kept:
         s.kept["generated"] = _first_that_generates(s)
     found: Generated | str = s.kept["generated"]
@@ -67,7 +60,7 @@ def _first_that_generates(s: Subject) -> Generated | str:
     if not callable(can) or not can():
         return "the model has no generate"
     if "input_ids" not in s.inputs:
-        return "there are no input_ids to go on from"
+        return "there are no input_ids to continue"
     errors = []
     padded = _padded(s)
     prompts = [] if isinstance(padded, str) else [padded.left]
@@ -84,7 +77,7 @@ def _first_that_generates(s: Subject) -> Generated | str:
 def _generate(s: Subject, prompt: Mapping[str, Any]) -> Generated:
     torch.manual_seed(0)
     batches = s.batches
-    # Placeholders of images and padding would mean something else when they are read again.
+    # Special tokens in the answer, such as image placeholders and padding, would change the later full forward.
     barred = sorted({i for i in (*batches.special, batches.padding) if i < batches.vocabulary})
     model: Any = s.model
     with torch.no_grad():
@@ -103,7 +96,7 @@ def _generate(s: Subject, prompt: Mapping[str, Any]) -> Generated:
 
 
 def cached_decoding(s: Subject) -> str:
-    """Decoding with a cache gives the logits of one full forward of the same tokens."""
+    """Decoding with a cache gives the same logits as a full forward of the same tokens."""
     plain = generated(s)
     own, positions = _own_agreement(s, plain)
     tolerance = s.tolerance(own.logits)
@@ -124,21 +117,20 @@ def cached_decoding(s: Subject) -> str:
 
 
 def _not_the_models_doing(error: float, tolerance: float) -> None:
-    """Nothing, if the model keeps the law when it is shifted by the oracle.
+    """Raise NotApplicable if the model also breaks the law when the oracle shifts it.
 
-    Raises:
-        NotApplicable: it doesn't: a router or a top-k in it chooses otherwise after a difference in the last bit.
+    A router or a top-k may choose differently after a difference in the last bit.
     """
     if not error <= tolerance:
-        raise NotApplicable(f"the model breaks it itself: shifted by other means, it is {error:.1e} apart as well")
+        raise NotApplicable(f"the model itself breaks the law: shifted by the oracle, it is also {error:.1e} apart")
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two ways of the unpatched model are apart, in logits and in the queries attention sees.
+    """The difference between two runs of the unpatched model, in logits and in the queries of attention.
 
-    A model may count positions in two ways and not notice, since its attention sees distances alone. A gate notices: it
-    reads rotated queries.
+    The runs may count positions differently. This does not change attention, which depends only on distances, but it
+    changes a gate, which reads rotated queries.
     """
 
     logits: float
@@ -146,17 +138,15 @@ class Agreement:
 
     @property
     def of_positions(self) -> bool:
-        """Whether positions are counted alike."""
         return self.queries < 1e-3
 
     @property
     def rank(self) -> tuple[bool, bool, float]:
-        """The lower, the better."""
         return not self.logits < 1e-4, not self.of_positions, self.logits
 
 
 def _stacks_for(s: Subject, own: Agreement) -> tuple[dict[str, ShiftStack], str]:
-    """The stacks, without those with a gate where positions are counted otherwise; and words for that."""
+    """The stacks, without gates if positions are counted differently, and a note for the report."""
     stacks = s.stacks()
     if own.of_positions or "MimIC" not in stacks:
         return stacks, ""
@@ -165,7 +155,7 @@ def _stacks_for(s: Subject, own: Agreement) -> tuple[dict[str, ShiftStack], str]
 
 
 def _own_agreement(s: Subject, plain: Generated) -> tuple[Agreement, bool]:
-    """How near the unpatched model's cached decoding is to its full forward, and whether that is given positions."""
+    """The agreement of the unpatched model's cached decoding and full forward, and whether that gets positions."""
     with Oracle() as decoding:
         generated(s, fresh=True)
     found: dict[bool, Agreement] = {}
@@ -184,7 +174,7 @@ def _own_agreement(s: Subject, plain: Generated) -> tuple[Agreement, bool]:
 
 
 def _queries_apart(s: Subject, decoding: list[Seen], full: list[Seen]) -> float:
-    """The largest relative difference of what attention is asked for the last token of the prompt."""
+    """The largest relative difference between the queries of the last token of the prompt."""
     apart = [0.0]
     whole = {seen.module: seen.query for seen in full}
     prompt = {seen.module: seen.query for seen in reversed(decoding)}  # each module's first call
@@ -234,7 +224,7 @@ def padding(s: Subject) -> str:
 
 
 def variants(s: Subject) -> dict[str, dict[str, Any]]:
-    """Other inputs the unpatched model runs on: a sample alone, all padded on the left."""
+    """Other inputs of the unpatched model: a sample alone, and all samples padded on the left."""
     padded = _padded(s)
     return {} if isinstance(padded, str) else {"of one sample": padded.alone[0], "padded on the left": padded.left}
 
@@ -249,10 +239,10 @@ def _find_padded(s: Subject) -> Padded | str:
     if "input_ids" not in s.inputs or not s.batches.accepts("attention_mask"):
         return "the model takes no input_ids with an attention_mask"
     if s.inputs["input_ids"].shape[0] < 2:
-        return "one sample alone needs no padding; give two"
+        return "a single sample needs no padding; give two"
     best: Padded | None = None
     error = ""
-    # With images that can't be told apart by sample, text alone.
+    # Only text, if images cannot be assigned to samples.
     for inputs in (s.inputs, s.batches.text()):
         for positions in (True, False) if s.batches.accepts("position_ids") else (False,):
             found = attempt(lambda inputs=inputs, positions=positions: _pad(s, inputs, positions))
@@ -273,7 +263,6 @@ def _pad(s: Subject, inputs: Mapping[str, Any], positions: bool) -> Padded:
 
 
 def _padding_agreement(s: Subject, alone: list[dict[str, Any]], *batches: dict[str, Any]) -> Agreement:
-    """The largest differences padding makes."""
     logits, queries = [], [0.0]
     with torch.no_grad():
         together = [(batch["attention_mask"].bool(), *_watched(s, batch)) for batch in batches]
@@ -289,7 +278,6 @@ def _padding_agreement(s: Subject, alone: list[dict[str, Any]], *batches: dict[s
 
 
 def _watched(s: Subject, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[nn.Module, Tensor]]:
-    """Logits, and the query each module's attention was given."""
     with Oracle() as oracle:
         logits = s.run(inputs)
     return logits, {call.module: call.query for call in oracle.seen}
@@ -299,11 +287,11 @@ def checkpointing(s: Subject, reentrant: bool) -> str:
     """Gradient checkpointing changes neither logits nor gradients."""
     model: Any = s.inner
     if not getattr(model, "supports_gradient_checkpointing", False):
-        raise NotApplicable(f"{type(model).__name__} does not support it")
+        raise NotApplicable(f"{type(model).__name__} does not support gradient checkpointing")
     stacks = s.stacks()
     modules = [s.inner.get_submodule(layer.path) for layer in s.spec.layers]
     _switch_training(s.inner, modules)
-    model.enable_input_require_grads()  # reentrant checkpoints pass gradients on only if their input asks for one
+    model.enable_input_require_grads()  # with reentrant checkpointing, gradients need an input that requires grad
     plain = attempt(partial(_gradient_of_embeddings, s))
     if isinstance(plain, Raised):
         raise NotApplicable(f"the unpatched model does not train: {plain}")
@@ -313,14 +301,14 @@ def checkpointing(s: Subject, reentrant: bool) -> str:
     _switch_training(s.inner, modules)
     own = attempt(partial(_gradient_of_embeddings, s))
     if isinstance(own, Raised):
-        raise NotApplicable(f"the unpatched model does not train with it: {own}")
+        raise NotApplicable(f"the unpatched model does not train with checkpointing: {own}")
     if (apart := _relative(own, plain)) > 10 * s.tolerance(0.0):
-        raise NotApplicable(f"with it, the unpatched model's own gradients are {apart:.1e} apart")
+        raise NotApplicable(f"with checkpointing, the unpatched model's own gradients are {apart:.1e} apart")
     with _counting(modules) as calls:
         logits, found = _gradients(s, stacks)
     again = sum(calls.values()) - sum(plain_calls.values())
     if again <= 0:
-        raise NotApplicable("the model computed no layer again")
+        raise NotApplicable("the model did not run any layer again")
     if (gap := s.gap(logits, wanted_logits, s.logits)).error > s.tolerance(0.0):
         raise BrokenLaw(f"logits are {gap.error:.1e} apart")
     worst, where = 0.0, ""
@@ -328,11 +316,11 @@ def checkpointing(s: Subject, reentrant: bool) -> str:
     for name, grad in wanted.items():
         if name not in found:
             raise BrokenLaw(f"{name} has a gradient without checkpointing and none with it")
-        # Against the largest of its own, unless those are rounding beside the others'.
+        # Relative to its largest entry, unless that is a rounding error compared with other gradients.
         scale = max(float(grad.abs().max()), 1e-2 * largest, 1e-30)
         worst, where = max((worst, where), (float((found[name] - grad).abs().max()) / scale, name))
-    # A graph cut off is wrong by a tenth or more. What adds up in another order is apart by 5e-4 at most (Dory, which
-    # loops over its layers, in fp32; in fp64 it is 0).
+    # If a part of the graph is missing, the difference is a tenth or more. Another order of summation gives 5e-4 at
+    # most (Dory, which loops over its layers, in fp32; in fp64 it is 0).
     tolerance = 100 * s.tolerance(0.0)
     if not worst <= tolerance:
         raise BrokenLaw(f"the gradient of {where} is {worst:.1e} apart (tolerance {tolerance:.0e})")
@@ -350,7 +338,7 @@ def checkpointing_reentrant(s: Subject) -> str:
 
 
 def _gradient_of_embeddings(s: Subject) -> Tensor:
-    """Of the unpatched model's embeddings, or zero where they are not found."""
+    """The gradient of the unpatched model's embeddings, or zero if they have none."""
     kept: list[Tensor] = []
     model: Any = s.inner
     handle = model.get_input_embeddings().register_forward_hook(lambda m, args, out: kept.append(out))
@@ -369,7 +357,7 @@ def _loss(logits: Tensor) -> Tensor:
 
 
 def _switch_training(model: nn.Module, layers: list[nn.Module]) -> None:
-    """Training mode for what decides about checkpointing alone: no dropout, no statistics kept."""
+    """Training mode only for modules that decide about checkpointing, to have no dropout and no running statistics."""
     for m in model.modules():
         m.training = m in layers or hasattr(m, "gradient_checkpointing")
 
@@ -386,7 +374,6 @@ def _gradients(s: Subject, stacks: Mapping[str, ShiftStack]) -> tuple[Tensor, di
 
 @contextmanager
 def _counting(layers: list[nn.Module]) -> Iterator[Counter[nn.Module]]:
-    """How often each module inside the layers runs."""
     calls: Counter[nn.Module] = Counter()
 
     def count(module: nn.Module, args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Laws of putting shifts in and taking them out: nothing changes that shouldn't, and nothing is left."""
+"""Laws about patching and removing: nothing else changes, and nothing is left afterwards."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .subject import EDITED_SITES, Subject, same_bits, zeroed
 from .verdicts import BrokenLaw, NotApplicable, Raised, attempt
 
 
-class Planted(Exception):  # noqa: N818 - it is no error of the kit's
-    """Raised where a law wants an exception."""
+class Planted(Exception):  # noqa: N818 - it is not an error of the kit
+    """An exception that a law raises on purpose."""
 
 
 def adapter(s: Subject) -> str:
@@ -46,12 +46,12 @@ def forward(s: Subject) -> str:
             raise BrokenLaw("two forwards of the unpatched model differ; in eval mode, nothing about it may be random")
     shape = list(first.shape)
     if not torch.isfinite(first).any():
-        raise BrokenLaw(f"logits {shape} of the unpatched model hold no number")
+        raise BrokenLaw(f"all logits {shape} of the unpatched model are NaN or infinite")
     return f"logits {shape}, inputs {', '.join(s.inputs)}"
 
 
 def zero_shift(s: Subject) -> str:
-    """With zero vectors, logits are those of the unpatched model to the bit."""
+    """With zero vectors, the logits equal those of the unpatched model bit for bit."""
     stacks = _some(zeroed(s.stacks()))
     batches = {"as given": s.inputs, **variants(s)}
     for name, inputs in batches.items():
@@ -61,7 +61,7 @@ def zero_shift(s: Subject) -> str:
                 found = s.run(inputs)
         if not same_bits(found, plain):
             raise BrokenLaw(f"inputs {name}: {_furthest(s, stacks, inputs, plain)}")
-    with _gradients_from_the_start(s):  # other kernels may run then
+    with _gradients_from_the_start(s):  # with gradients, other kernels may run
         plain = s.run().detach()
         with s.patched(stacks):
             found = s.run().detach()
@@ -71,7 +71,7 @@ def zero_shift(s: Subject) -> str:
 
 
 def zero_shift_generates(s: Subject) -> str:
-    """With zero vectors, generate gives the tokens and logits of the unpatched model to the bit."""
+    """With zero vectors, generate gives the tokens and logits of the unpatched model bit for bit."""
     stacks = _some(zeroed(s.stacks()))
     wanted = generated(s)
     with s.patched(stacks):
@@ -85,7 +85,7 @@ def zero_shift_generates(s: Subject) -> str:
 
 
 def removal(s: Subject) -> str:
-    """A patch that is removed, or disabled, leaves nothing: hooks, attributes, config, logits are as they were."""
+    """A removed or disabled patch leaves nothing: hooks, attributes, config and logits are the same as before."""
     stacks = _some(s.stacks())
     before = Snapshot(s.model)
     with s.patched(stacks):
@@ -94,7 +94,7 @@ def removal(s: Subject) -> str:
     with ExitStack() as disabled, torch.no_grad():
         handles = [patch(s.model, stack) for stack in stacks.values()]
         if same_bits(s.run(), s.logits):
-            raise BrokenLaw(f"{', '.join(stacks)} change no logit while they are in")
+            raise BrokenLaw(f"{', '.join(stacks)} change no logit while they are patched")
         for handle in handles:
             disabled.enter_context(handle.disabled())
         if not same_bits(s.run(), s.logits):
@@ -112,11 +112,11 @@ def removal(s: Subject) -> str:
 
 
 def all_or_nothing(s: Subject) -> str:
-    """A patch that fails midway leaves the model as it was."""
+    """A patch that fails midway leaves the model unchanged."""
     stacks = _some(s.stacks())
     tried = 0
     for name, stack in stacks.items():
-        # The last things a patch touches, when its sites are edited already.
+        # The last steps of a patch, after it has edited the sites.
         decoder = s.adapter.decoder(s.inner)
         places = [(decoder, "register_forward_pre_hook"), (decoder, "register_forward_hook")]
         for module, method in places:
@@ -127,7 +127,7 @@ def all_or_nothing(s: Subject) -> str:
                 except Planted:
                     tried += 1
                 else:
-                    raise BrokenLaw(f"{name}: patching went well though {method} of {type(module).__name__} raised")
+                    raise BrokenLaw(f"{name}: patching hid an error of {method} of {type(module).__name__}")
             _unchanged(before, f"{name} failed at {type(module).__name__}", attributes=True)
     with torch.no_grad():
         if not same_bits(s.run(), s.logits):
@@ -136,7 +136,7 @@ def all_or_nothing(s: Subject) -> str:
 
 
 def exception_in_forward(s: Subject) -> str:
-    """After an exception inside a forward, patches go on working and can be removed without a trace."""
+    """After an exception inside a forward, patches still work and can be removed completely."""
     stacks = _some(zeroed(s.stacks()))
     before = Snapshot(s.model)
     sites: list[Site] = []
@@ -155,7 +155,7 @@ def exception_in_forward(s: Subject) -> str:
             except Planted:
                 pass
             else:
-                raise BrokenLaw(f"an exception at {site} of layer {layers[-1]} did not come out of the forward")
+                raise BrokenLaw(f"an exception at {site} of layer {layers[-1]} was not raised by the forward")
             if not same_bits(s.run(), s.logits):
                 raise BrokenLaw(f"after an exception at {site} zero shifts change the logits")
         _unchanged(before, f"after an exception at {site}")
@@ -166,7 +166,7 @@ def exception_in_forward(s: Subject) -> str:
 
 
 def never_reached(s: Subject) -> str:
-    """A forward that never comes by a site raises PatchStateError instead of leaving it unshifted."""
+    """A forward that does not reach a site raises PatchStateError instead of leaving it unshifted."""
     stacks = _some(s.stacks())
     bypassed: dict[str, nn.Module] = {}
     if layers := s.layers_with("attn_heads"):
@@ -186,30 +186,30 @@ def never_reached(s: Subject) -> str:
             continue
         with torch.no_grad(), _replayed(s, module):
             if isinstance(attempt(s.run), Raised):
-                continue  # what the module does on the way, to a cache, is needed
+                continue  # the model needs a side effect of the module, such as an update of the cache
             try:
                 with s.patched(cut_off):
                     s.run()
             except PatchStateError:
                 raised.append(name)
             else:
-                raise BrokenLaw(f"with {name} bypassed, {', '.join(cut_off)} did nothing there and no error said so")
+                raise BrokenLaw(f"with {name} bypassed, {', '.join(cut_off)} had no effect there, without an error")
     if not raised:
         raise NotApplicable("no site can be bypassed: each is a layer's output, or the model needs its module to run")
     return f"bypassed: {', '.join(raised)}"
 
 
 def saved_and_loaded(s: Subject) -> str:
-    """Saved shifts come back with the same logits; the model's state dict and saved config don't know of the patch."""
+    """Saved and loaded shifts give the same logits; a patch does not change the model's state dict or saved config."""
     stacks = _some(s.stacks())
     with TemporaryDirectory() as folder, torch.no_grad():
         plain, keys = _config_bytes(s.inner, Path(folder, "plain")), list(s.model.state_dict())
         with s.patched(stacks):
             wanted = s.run()
             if list(s.model.state_dict()) != keys:
-                raise BrokenLaw("the keys of the patched model's state dict are others")
+                raise BrokenLaw("the patched model's state dict has other keys")
             if _config_bytes(s.inner, Path(folder, "patched")) != plain:
-                raise BrokenLaw("the patched model's saved config.json is another")
+                raise BrokenLaw("the patched model's saved config.json is different")
         loaded = {}
         for name, stack in stacks.items():
             save_shifts(stack, Path(folder, name))
@@ -227,7 +227,6 @@ def _some(stacks: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _furthest(s: Subject, stacks: Mapping[str, Any], inputs: Mapping[str, Any], plain: Tensor) -> str:
-    """Which of the stacks moves the logits, and how far."""
     words = []
     for name, stack in stacks.items():
         with torch.no_grad(), s.patched({name: stack}):
@@ -247,19 +246,19 @@ def _config_bytes(model: nn.Module, folder: Path) -> bytes:
     config: Any = model.config
     try:
         config.save_pretrained(folder)
-    except (TypeError, ValueError) as error:  # some configs can't be written; then what they hold is compared
+    except (TypeError, ValueError) as error:  # some configs cannot be saved, so compare their contents
         return f"{error} {json.dumps(config.to_dict(), default=repr, sort_keys=True)}".encode()
     return Path(folder, "config.json").read_bytes()
 
 
 @contextmanager
 def _gradients_from_the_start(s: Subject) -> Iterator[None]:
-    """Inside, embeddings ask for gradients, so that everything after them runs as it does in training."""
+    """Inside the `with`, embeddings require gradients, so that everything after them runs as in training."""
     embedding = attempt(lambda: cast(Any, s.inner).get_input_embeddings())
     if not isinstance(embedding, nn.Module):
         yield
         return
-    # Not a leaf: models write images into it.
+    # Not a leaf, because models write images into it.
     handle = embedding.register_forward_hook(lambda m, args, out: out.detach().requires_grad_().clone())
     try:
         yield
@@ -281,7 +280,7 @@ def _failing(module: nn.Module, method: str) -> Iterator[None]:
 
 @contextmanager
 def _replayed(s: Subject, module: nn.Module) -> Iterator[None]:
-    """Inside, the module's forward returns what it returned in an unpatched forward, and runs nothing."""
+    """Inside the `with`, the module's forward runs nothing and returns its outputs of an unpatched forward."""
     outputs: list[Any] = []
     handle = module.register_forward_hook(lambda m, args, output: outputs.append(output))
     try:
@@ -289,7 +288,7 @@ def _replayed(s: Subject, module: nn.Module) -> Iterator[None]:
     finally:
         handle.remove()
     if not outputs:
-        raise NotApplicable(f"{type(module).__name__} does not run by its forward")
+        raise NotApplicable(f"the forward of {type(module).__name__} does not run")
     before: Callable[..., Any] | None = vars(module).get("forward")
     again = itertools.cycle(outputs)
     vars(module)["forward"] = lambda *args, **kwargs: next(again)

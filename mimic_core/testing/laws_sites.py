@@ -1,4 +1,4 @@
-"""Laws of where the sites are: in their layers, nowhere else, all of them, and an edit there does what it says."""
+"""Laws about the sites: they are in their layers and complete, and an edit there has the right effect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .verdicts import BrokenLaw, NotApplicable
 
 
 def own_layer(s: Subject) -> str:
-    """Each site is in the layer the spec says, the layers run in order, and no MLP or output is another's."""
+    """Each site is in its layer of the spec, the layers run in order, and no two layers share an MLP or an output."""
     events = _events(s)
     begun = [module for what, module in events if what == "begin"]
     layers = list(dict.fromkeys(s.inner.get_submodule(layer.path) for layer in s.spec.layers))
@@ -48,7 +48,7 @@ def own_layer(s: Subject) -> str:
 
 
 def _check_outputs(s: Subject, layer: LayerSpec, events: list[tuple[str, nn.Module]]) -> None:
-    """`attn_out` comes with or after attention, `mlp_out` is of a module in which nothing attends."""
+    """Check that `attn_out` ends after the attention call, and that the module of `mlp_out` has no attention."""
     attends = s.attention(layer) if "query" in layer.sites else None
     if "mlp_out" in layer.sites:
         mlp = s.module(layer.index, "mlp_out")
@@ -69,7 +69,7 @@ def _during(events: list[tuple[str, nn.Module]], module: nn.Module) -> list[tupl
 
 
 def _events(s: Subject) -> list[tuple[str, nn.Module]]:
-    """When layers and sites begin and end, and when attention is called, in an unpatched forward."""
+    """The order in which layers and sites begin and end and attention is called, in an unpatched forward."""
     events: list[tuple[str, nn.Module]] = []
     watched = {s.inner.get_submodule(layer.path) for layer in s.spec.layers}
     watched |= {s.module(layer.index, site) for layer in s.spec.layers for site in layer.sites}
@@ -95,7 +95,7 @@ def coverage(s: Subject) -> str:
     """Every self-attention of the decoder is in the spec, or its layer says why not; none is called outside it."""
     inside = set(s.adapter.decoder(s.inner).modules())
     times = Counter(seen.module for seen in s.calls)
-    called = [m for m in times if m in inside and m in s.textual]  # a vision tower can be inside the decoder too
+    called = [m for m in times if m in inside and m in s.textual]  # a vision tower can be inside the decoder
     known = {s.module(layer, "query") for layer in s.layers_with("query")}
     excused = {
         m
@@ -106,8 +106,8 @@ def coverage(s: Subject) -> str:
     odd = [m for m in called if m not in known and m not in excused and not s.is_cross(m)]
     if odd:
         raise BrokenLaw(
-            f"{', '.join(_name(s, m) for m in odd[:4])} attend{'s' if len(odd) == 1 else ''} inside the decoder and "
-            f"{'is' if len(odd) == 1 else 'are'} no site; no layer says why"
+            f"{', '.join(_name(s, m) for m in odd[:4])} attend{'s' if len(odd) == 1 else ''} inside the decoder but "
+            f"{'is' if len(odd) == 1 else 'are'} not in the spec, and no layer says why"
         )
     never = [m for m in known if m not in times]
     if never:
@@ -125,7 +125,7 @@ def coverage(s: Subject) -> str:
 
 
 def decoder_only(s: Subject) -> str:
-    """What runs before the layers (vision tower, connector) gives the same bits; hooks sit in the layers alone."""
+    """Modules that run before the layers (vision tower, connector) give the same bits; hooks are only in the layers."""
     stacks = s.stacks()
     blocks = [s.inner.get_submodule(layer.path) for layer in s.spec.layers]
     layers = {m for block in blocks for m in block.modules()}
@@ -156,14 +156,14 @@ def decoder_only(s: Subject) -> str:
         shifted = record()
     stray = [m for m in touched if m not in layers and m not in (s.inner, s.adapter.decoder(s.inner))]
     if stray:
-        raise BrokenLaw(f"{_name(s, stray[0])} was touched, which is in no layer of the spec")
+        raise BrokenLaw(f"{_name(s, stray[0])} was changed, but it is in no layer of the spec")
     if len(plain) != len(shifted) or not all(same_bits(a, b) for a, b in zip(plain, shifted, strict=True)):
-        raise BrokenLaw("what runs before the layers gives other values in a patched forward")
+        raise BrokenLaw("modules that run before the layers give other values in a patched forward")
     return f"{len(plain)} outputs before the layers, {len(touched)} modules touched"
 
 
 def _marks(model: nn.Module) -> dict[nn.Module, tuple[Any, ...]]:
-    """What an edit leaves in a module."""
+    """The attributes and hooks of each module that an edit can change."""
     hooks = ("_forward_hooks", "_forward_pre_hooks")
     return {
         m: (sorted(vars(m)), *(len(vars(m)[name]) for name in hooks), vars(m).get("forward")) for m in model.modules()
@@ -171,7 +171,7 @@ def _marks(model: nn.Module) -> dict[nn.Module, tuple[Any, ...]]:
 
 
 def shapes(s: Subject) -> str:
-    """A capture at each site has the shape the spec says."""
+    """A capture at each site has the shape of the spec."""
     refused = s.refused
     count = 0
     for site in _all_sites(s):
@@ -234,21 +234,21 @@ def site_law(site: Site) -> Callable[[Subject], str]:
                     if same_bits(s.run(), s.logits):
                         idle.append(str(i))
         if not gap.error <= tolerance:
-            raise BrokenLaw(f"not what the oracle gives: {gap.words(tolerance)}")
+            raise BrokenLaw(f"it differs from the oracle: {gap.words(tolerance)}")
         if idle:
             raise BrokenLaw(f"an edit at layer {', '.join(idle)} alone changes no logit")
         if not gap.effect > 10 * tolerance:
-            raise BrokenLaw(f"the edits hardly matter: {gap.words(tolerance)}")
+            raise BrokenLaw(f"the edits have almost no effect: {gap.words(tolerance)}")
         return f"{len(layers)} layers, {gap.words(tolerance)}"
 
-    check.__doc__ = f"An edit at {site} changes the logits as the oracle says, and at each layer alone it changes them."
+    check.__doc__ = f"Edits at {site} change the logits as in the oracle, and an edit at any single layer changes them."
     return check
 
 
 def _stretch(value: Tensor, layer: int, site: Site) -> Tensor:
-    """An edit that no norm, softmax or symmetry undoes, other for each layer: the same for every token."""
+    """An edit that no norm, softmax or symmetry undoes. It differs between layers and is the same for all tokens."""
     axis = 2 if site in ("query", "key", "value") else 1
-    last = value.ndim - 1  # of two axes only, where a model hands its tokens on flattened
+    last = value.ndim - 1  # there are only two axes if a model flattens its tokens
     shape = [1 if i in (0, axis) and i < last else n for i, n in enumerate(value.shape)]
     generator = torch.Generator().manual_seed(17 + layer)
     factor = 1 + 0.5 * torch.randn(shape, generator=generator).to(value)
@@ -265,7 +265,7 @@ def _why_not(s: Subject) -> str:
 
 
 def lse(s: Subject) -> str:
-    """The LSE is the log-sum-exp of the logits attention used, or is refused."""
+    """The LSE is the log-sum-exp of the logits that attention used, or is refused."""
     layers = s.layers_with("lse")
     if not layers:
         raise NotApplicable(_why_not(s))
@@ -295,7 +295,7 @@ def lse(s: Subject) -> str:
         a, b = a[b > -torch.inf], b[b > -torch.inf]
         if a.numel():
             worst = max(worst, float((a - b).abs().nan_to_num(float("inf")).max()) / max(1.0, float(b.abs().max())))
-    # The queries of later layers carry the rounding of what came before.
+    # The queries of later layers have the rounding errors of earlier layers.
     tolerance = 10 * s.tolerance(baseline.error)
     if not worst <= tolerance:
         raise BrokenLaw(f"{worst:.1e} from the oracle's (tolerance {tolerance:.0e})")

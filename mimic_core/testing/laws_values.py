@@ -1,4 +1,4 @@
-"""Laws of what shifts compute: whole stacks, logits and gradients, against the oracle in fp64."""
+"""Laws about the values of shifts: logits and gradients of whole stacks, compared with the oracle in fp64."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ from .verdicts import BrokenLaw, NotApplicable, Raised, attempt
 
 @dataclass(frozen=True)
 class Ground:
-    """What the comparison is made on: the model in fp64, or as it is.
+    """The model for the comparison: a copy in fp64, or the model itself.
 
     Attributes:
-        model: It.
-        inputs, logits: Its inputs, and what it makes of them unpatched.
-        baseline: The oracle's look at it.
-        words: Which it is, and why.
+        logits: Those of the unpatched model.
+        words: Which of the two models it is, and why.
     """
 
     model: nn.Module
@@ -50,13 +48,13 @@ def _wide(s: Subject) -> Ground:
         if logits.dtype != torch.float64:
             raise NotApplicable(f"logits are {logits.dtype}")
         if torch.isnan(logits).any() and not torch.isnan(s.logits).any():
-            # Eager attention takes its softmax in fp32, where the lowest fp64 number of a mask is -inf.
+            # Eager attention computes its softmax in fp32, where the lowest fp64 number of a mask becomes -inf.
             raise NotApplicable("rows that attend to nothing are NaN")
         return Ground(s.wide, s.wide_inputs, logits, s.look(s.wide, s.wide_inputs, logits), "in fp64")
 
 
 def oracle_of(s: Subject, stacks: Mapping[str, ShiftStack]) -> Oracle:
-    """The model shifted by the oracle, with the stacks' parameters."""
+    """The oracle with the stacks' parameters."""
     leaves = {name: p.detach() for name, p in _parameters(stacks).items()}
     return Oracle(_edits(s, s.inner, stacks, leaves), s.baseline.plain, s.baseline.reading)
 
@@ -73,7 +71,6 @@ def _parameters(stacks: Mapping[str, ShiftStack]) -> dict[str, nn.Parameter]:
 def _edits(
     s: Subject, model: nn.Module, stacks: Mapping[str, ShiftStack], leaves: Mapping[str, Tensor]
 ) -> dict[Place, Edit]:
-    """The stacks' parameters as the oracle's edits, on the model or a copy of it."""
     edits: dict[Place, Edit] = {}
     for key, stack in stacks.items():
         for head in stack:
@@ -87,7 +84,7 @@ def _edits(
 
 
 def stack_law(kind: str) -> Callable[[Subject], str]:
-    """The law of a whole stack: "MimIC" or "LIVE" (at all its sites together)."""
+    """The law of a whole stack: "MimIC", or "LIVE" at all its sites together."""
 
     def check(s: Subject) -> str:
         ground = _ground(s)
@@ -103,7 +100,7 @@ def stack_law(kind: str) -> Callable[[Subject], str]:
         if "MimIC" in stacks:
             _needs_plain(s, stacks["MimIC"], ground)
         tolerance = s.tolerance(ground.baseline.error, ground.logits.dtype)
-        # A softmax or norm in fp32 in an fp64 model shows more in gradients than in logits.
+        # A softmax or norm in fp32 inside an fp64 model causes larger differences in gradients than in logits.
         slack = max(tolerance, min(1e-3, 1000 * ground.baseline.error))
         if ground.logits.dtype != torch.float64:
             slack = max(100 * tolerance, 1e-3)
@@ -115,7 +112,7 @@ def stack_law(kind: str) -> Callable[[Subject], str]:
         if not gap.error <= tolerance:
             raise BrokenLaw(f"{ground.words}: logits {gap.words(tolerance)}")
         if not gap.effect > 10 * tolerance:
-            raise BrokenLaw(f"{ground.words}: the shifts hardly matter: {gap.words(tolerance)}")
+            raise BrokenLaw(f"{ground.words}: the shifts have almost no effect: {gap.words(tolerance)}")
         worst, name = max(((error, name) for name, error in gradients.items()), default=(0.0, ""))
         if not worst <= slack:
             raise BrokenLaw(f"{ground.words}: the gradient of {name} is {worst:.1e} off (tolerance {slack:.0e})")
@@ -123,7 +120,7 @@ def stack_law(kind: str) -> Callable[[Subject], str]:
         words += f"; {len(gradients)} gradients {worst:.1e} (tolerance {slack:.0e})"
         return words + _refusals(s, kind)
 
-    check.__doc__ = f"{kind} gives the logits and gradients of its formula, computed another way."
+    check.__doc__ = f"{kind} gives the logits and gradients of its formula in a second implementation."
     return check
 
 
@@ -162,17 +159,17 @@ def _compare(s: Subject, ground: Ground, stacks: Mapping[str, ShiftStack]) -> tu
         if p.grad is None and exact is not None and exact.abs().max() > 0:
             raise BrokenLaw(f"{ground.words}: {name} gets no gradient")
         if largest == 0 or (exact is not None and not torch.isfinite(exact).all()):
-            continue  # the model passes none on, or NaN (Gemma 3n does), shifted by other means either
-        # Some layers pass nothing on to one of their sites, or as much as rounding: none is zero then.
+            continue  # with the oracle too, the model has no gradient or NaN (Gemma 3n)
+        # In some layers a site has no gradient, or only a rounding error. No gradient counts as zero.
         found_grad, wanted_grad = (torch.zeros_like(p) if x is None else x for x in (p.grad, exact))
-        # Against the largest of its own, unless those are rounding beside the others'.
+        # Relative to its largest entry, unless that is a rounding error compared with other gradients.
         scale = max(float(wanted_grad.abs().max()), 1e-3 * largest)
         errors[name] = float((found_grad - wanted_grad).abs().nan_to_num(float("inf")).max()) / scale
     return gap, errors
 
 
 def _called(s: Subject, ground: Ground) -> nn.Module | None:
-    """The model with its wrappers, where the comparison is made on it."""
+    """None for the model itself, so that its wrappers are used too."""
     return None if ground.model is s.inner else ground.model
 
 

@@ -1,7 +1,7 @@
-"""A second way to shift a model, slow and written from the formulae: what the library is compared with.
+"""The oracle: a slow second implementation of shifts from the formulae, with which the library is compared.
 
-It shares no code with the library: attention is computed here in plain torch, edits of a module's output go around its
-`forward`. Only torch and transformers are imported.
+It shares no code with the library. It computes attention in plain torch, and wraps the `forward` of a module to edit
+its output.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
-# Arguments that change the logits in a way this attention does not follow.
+# Arguments that change the logits and that this attention does not support.
 _UNKNOWN = ("position_bias", "indices", "block_indices")
 
 
@@ -24,13 +24,11 @@ class Seen:
     """One call of the attention interface.
 
     Attributes:
-        module: The module it was called with.
-        query: [b h t d].
-        key, value: [b g s d], [b g s e].
-        lse: Log-sum-exp of the logits [b h t], -inf where a row attends to nothing; None where the model's own
-            attention ran.
-        out: What attention returned [b t h e], before an edit.
-        plain: It was computed here.
+        query, key, value: [b h t d], [b g s d], [b g s e].
+        lse: Log-sum-exp of the logits [b h t], -inf in a row that attends to no key. None if the model's own attention
+            ran.
+        out: The result of attention [b t h e], before an edit.
+        plain: Whether attention was computed here.
     """
 
     module: nn.Module
@@ -44,11 +42,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reading:
-    """How an attention implementation reads what a model hands it.
+    """How an attention implementation interprets its arguments.
 
     Attributes:
-        causal: No mask means causal (where the module says it is causal and there are several queries).
-        extras: Softcaps and sinks are heeded.
+        causal: Without a mask it is causal, if the module says so and there are several queries.
+        extras: It applies softcaps and sinks.
     """
 
     causal: bool
@@ -58,20 +56,19 @@ class Reading:
 READINGS = (Reading(True, False), Reading(False, True), Reading(True, True), Reading(False, False))
 
 Edit = Callable[[Tensor, Seen | None], Tensor]
-"""The new value of a site, from its value and, at `attn_heads`, what attention saw."""
+"""Gives the new value of a site from the old value and, at `attn_heads`, from the attention call."""
 
 Place = tuple[nn.Module, str]
-"""A module and a site of it."""
+"""A module and one of its sites."""
 
 
 class Oracle:
-    """Inside the `with`, a model runs with edits, and attention of the modules in `plain` is computed here.
+    """Inside the `with`, models run with edits, and the attention of the modules in `plain` is computed here.
 
     Args:
-        edits: What is done where. `query`, `key`, `value` and `attn_heads` belong to the module that the attention
-            interface is called with, the others to the module whose output they are.
-        plain: The modules whose attention is computed here; others keep the model's own, and have no LSE.
-        reading: See `Reading`.
+        edits: The edits by place. `query`, `key`, `value` and `attn_heads` belong to the module that calls the
+            attention interface, the other sites to the module whose output they are.
+        plain: The modules whose attention is computed here. Others use the model's own attention and have no LSE.
 
     Attributes:
         seen: The calls of the attention interface, in order.
@@ -97,7 +94,7 @@ class Oracle:
             return functools.partial(attention, below(self, attn_implementation, default))
 
         AttentionInterface.get_interface = get_interface
-        # A module can have several output sites' edits; each goes around what is there.
+        # A module can have edits of several output sites. Each one wraps the forward that is there.
         self._forwards: list[tuple[nn.Module, Any]] = []
         for module, edit in self._outputs:
             self._forwards.append((module, vars(module).get("forward")))
@@ -171,7 +168,7 @@ def plain_attention(
     if sinks is not None:
         column = repeat(sinks.to(exact), "h -> b h t 1", b=logits.shape[0], t=t)
         logits = torch.cat([logits, column], dim=-1)
-    # A row without a key would be 0/0; whatever it is given, nobody reads it.
+    # A row without keys would be 0/0. Its value is not used.
     safe = logits.masked_fill(~some[..., None], 0.0)
     weights = torch.softmax(safe, dim=-1)[..., :s]
     lse = torch.logsumexp(safe, dim=-1).masked_fill(~some, -torch.inf)
@@ -181,7 +178,7 @@ def plain_attention(
 def _read_mask(
     module: nn.Module, query: Tensor, s: int, mask: Any, options: Mapping[str, Any], reading: Reading
 ) -> tuple[Tensor, Tensor | None]:
-    """Which keys each query attends to, [b h t s], and what is added to its logits."""
+    """Which keys each query attends to, [b h t s], and the bias of the logits."""
     b, h, t, _ = query.shape
     everything = torch.ones(b, h, t, s, dtype=torch.bool, device=query.device)
     if mask is None:
@@ -195,13 +192,13 @@ def _read_mask(
     mask = mask[..., :s]
     if mask.dtype == torch.bool:
         return everything & mask, None
-    # An entry that is as low as the dtype goes stands for -inf.
+    # The lowest number of the dtype means -inf.
     barred = mask <= torch.finfo(mask.dtype).min / 2
     return everything & ~barred, mask.masked_fill(barred, 0.0)
 
 
 def _edited(forward: Callable[..., Any], edit: Edit, *args: Any, **kwargs: Any) -> Any:
-    """What `forward` returns, edited; the first element, where that is a tuple."""
+    """The edited output of `forward`. If it is a tuple, its first element is edited."""
     out = forward(*args, **kwargs)
     if not isinstance(out, tuple):
         return edit(out, None)
@@ -220,7 +217,7 @@ def mimic_edit(vector: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | N
             return out + vector.to(out.dtype)
         assert seen is not None
         if seen.lse is None:
-            raise ValueError("this attention has no log-sum-exp here")
+            raise ValueError("the oracle has no log-sum-exp of this attention")
         lse = seen.lse
         log_z1 = einsum(seen.query.to(lse.dtype), gate_weight.to(lse.dtype), "b h t d, h d -> b h t")
         log_z1 = log_z1 + gate_bias.to(lse.dtype)[:, None]
@@ -232,7 +229,7 @@ def mimic_edit(vector: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | N
 
 
 def live_edit(vector: Tensor, scale: Tensor) -> Edit:
-    """LIVE at an output site [b t c]: h + a v, brought back to the length of h."""
+    """LIVE at an output site [b t c]: h + a v, scaled to the norm of h."""
 
     def edit(h: Tensor, seen: Seen | None) -> Tensor:
         moved = h + (scale * vector).to(h.dtype)

@@ -1,4 +1,4 @@
-"""What the conformance kit says of a model: one row for each law."""
+"""The report of the conformance kit: one row for each law."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Verdict = Literal["passed", "failed", "not applicable"]
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one law.
+    """The result of one law.
 
     Attributes:
-        law: Its name.
+        law: The name of the law.
         verdict: "passed", "failed" or "not applicable".
-        detail: What was seen, with numbers; why it failed or doesn't apply.
+        detail: The findings with numbers, or why the law is not applicable.
         says: The law in a sentence.
         seconds: How long it took.
     """
@@ -30,15 +30,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of one model. `print(report)` shows them as a table.
+    """The results of one model. `print(report)` shows them as a table.
 
     Attributes:
-        name: What the model is called: its class, unless a name was given.
-        adapter: The class of its adapter; "none" if there is none.
+        name: The given name of the model, or else its class.
+        adapter: The class of its adapter, or "none".
         attention: Its attention implementation.
-        dtype: Of its parameters.
-        rows: One for each law, in the order they ran.
-        versions: Of torch and transformers.
+        dtype: The dtype of its parameters.
+        rows: One for each law, in the order in which they ran.
+        versions: The versions of torch and transformers.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """No row failed. Rows that are not applicable don't count against a model."""
+        """Whether no row failed. Rows may be not applicable."""
         return not self.failures
 
     @property
@@ -75,10 +75,10 @@ class Report:
         return sum(row.seconds for row in self.rows)
 
     def raise_for_failures(self) -> None:
-        """Nothing, if no law failed.
+        """Raise an error if a law failed.
 
         Raises:
-            AssertionError: with the failed rows.
+            AssertionError: a law failed. The message has the failed rows.
         """
         if not self.ok:
             raise AssertionError(
@@ -110,7 +110,7 @@ def _table(rows: tuple[Row, ...]) -> str:
     width = max((len(row.law) for row in rows), default=0)
     lines = []
     for row in rows:
-        # A message of several lines stays in its column.
+        # Indent the further lines of a message to its column.
         detail = row.detail.replace("\n", f"\n{' ' * (width + 18)}")
         lines.append(f"{row.law:{width}}  {row.verdict:14}  {detail}".rstrip())
     return "\n".join(lines)

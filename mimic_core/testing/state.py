@@ -1,4 +1,4 @@
-"""All that a patch could change in a model: compared, and put back."""
+"""Compare and restore everything that a patch could change in a model."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..edits import interface
 from ..edits.interface import SLOT
 
-# The dicts in which a module keeps its hooks, parameters and submodules, by key of its `__dict__`.
+# The entries of a module's `__dict__` with its hooks, parameters and submodules.
 _DICTS = frozenset(key for key, value in vars(nn.Module()).items() if isinstance(value, dict))
-# What the laws themselves change for a while.
+# Attributes that the laws change temporarily.
 _SWITCHES = ("training", "gradient_checkpointing", "_gradient_checkpointing_func", "forward")
 
 
 class Snapshot:
-    """A model as it was when this was made."""
+    """The state of a model at one time."""
 
     def __init__(self, model: nn.Module) -> None:
         from transformers.modeling_utils import AttentionInterface
@@ -32,10 +33,9 @@ class Snapshot:
         self._configs = [(config, dict(vars(config))) for config in _configs(model)]
 
     def differences(self, attributes: bool = False) -> list[str]:
-        """What is not as it was, in words: hooks, attributes, parameters, configs, the attention interface.
+        """List what has changed: hooks, attributes, parameters, configs, the attention interface.
 
-        Args:
-            attributes: Also compare the values of plain attributes. A forward may change those itself.
+        With `attributes`, also compare the values of plain attributes, which a forward itself can change.
         """
         found = []
         now = dict(self._model.named_modules())
@@ -62,7 +62,7 @@ class Snapshot:
         return found
 
     def restore(self) -> None:
-        """Make it so again, by force, whatever was left behind."""
+        """Restore this state, and remove everything else."""
         for _, m, _, before in self._modules:
             _put_back(m, before)
         for p, wanted, grad, _ in self._parameters:
@@ -73,7 +73,7 @@ class Snapshot:
                 vars(config).clear()
                 vars(config).update(before)
         now = self._interface.get_interface
-        # The library's own wrap goes when its last slot is released; while another model has one, it is needed.
+        # The library removes its own wrapper with the last slot. Another model may still need it.
         if now is not self._get_interface and not _wraps(now) and not _wraps(self._get_interface):
             self._interface.get_interface = self._get_interface
         if self._interface._global_mapping != self._implementations:
@@ -83,11 +83,11 @@ class Snapshot:
 
 def _wraps(get_interface: Callable[..., Any]) -> bool:
     """Whether it is the library's."""
-    return get_interface.__module__.startswith("mimic_core.adapters")
+    return get_interface.__module__ == interface.__name__
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
-    """The module's `__dict__`, its dicts of hooks, parameters and submodules copied."""
+    """The module's `__dict__`, with copies of its dicts of hooks, parameters and submodules."""
     own = dict(vars(module))
     own |= {key: dict(own[key]) for key in _DICTS if key in own}
     return own
@@ -124,7 +124,7 @@ def _put_back(module: nn.Module, before: Mapping[str, Any]) -> None:
             own[key] = old
         elif key in _DICTS:
             if not _same(old, own[key]):
-                # The same dict is filled again: handles of hooks hold on to it.
+                # Keep the dict object, because handles of hooks refer to it.
                 own[key].clear()
                 own[key].update(old)
         elif key in _SWITCHES:
@@ -132,7 +132,7 @@ def _put_back(module: nn.Module, before: Mapping[str, Any]) -> None:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """Every config in the model, those inside others too."""
+    """All configs in the model, also those inside others."""
     found: dict[int, Any] = {}
     waiting = [vars(m).get("config") for m in model.modules()]
     while waiting:
@@ -146,7 +146,7 @@ def _configs(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Frozen and in eval mode inside, exactly as before afterwards; torch's random state too."""
+    """Freeze the model and set eval mode. Afterwards restore the model and torch's random state."""
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     before = Snapshot(model)
     with torch.random.fork_rng(devices=sorted(i for i in devices if i is not None)):

@@ -1,4 +1,4 @@
-"""The model under test, and what several laws need to know of it: found once, without any patch."""
+"""The model under test, and properties of the unpatched model that several laws need, computed once."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from .verdicts import NotApplicable, Raised, attempt
 
 OUTPUT_SITES: tuple[Literal["attn_out", "mlp_out", "layer_out"], ...] = ("attn_out", "mlp_out", "layer_out")
 EDITED_SITES: tuple[Site, ...] = tuple(site for site in SITES if site != "lse")
-# By dtype: how exactly two ways of computing the same logits should agree, relative to the largest logit, and the most
-# that is put up with where the model itself is less exact than that.
+# The tolerance by dtype when the same logits are computed in two ways, relative to the largest logit. And the largest
+# tolerance, for a model that is itself less exact.
 _EXACT = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _MOST = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 COPIED = 200_000_000
-"""A model of more parameters is not copied: into fp64, or from a GPU."""
+"""A model with more parameters is not copied: into fp64, or from a GPU."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far two logits are apart, and how far the edit moved them, relative to the largest logit."""
+    """The difference of two logits, and the effect of the edit on them, relative to the largest logit."""
 
     error: float
     effect: float
@@ -47,12 +47,11 @@ class Gap:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The unpatched model in the oracle's eyes.
+    """The unpatched model, run with the oracle.
 
     Attributes:
-        plain: Modules whose attention is softmax attention as the oracle computes it.
-        reading: See `Reading`.
-        error: How far the oracle without edits is from the model's logits.
+        plain: Modules whose attention is the softmax attention of the oracle.
+        error: The difference between the oracle without edits and the model's logits.
         seen: The oracle's calls, by module.
         sizes: Root mean square of each site's values, by layer and site.
     """
@@ -65,20 +64,15 @@ class Baseline:
 
 
 class Subject:
-    """A model in eval mode, frozen, with inputs. Everything here leaves it as it was.
-
-    Args:
-        model: Possibly wrapped; see `mimic_core.adapter_for`.
-        inputs: What its forward takes; None: random text.
-    """
+    """A frozen model in eval mode, with inputs (None means random text). Nothing here changes the model."""
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any] | None) -> None:
         self.model = model
         self.given = inputs
         self.kept: dict[str, Any] = {}
-        """What laws found out and other laws ask for."""
+        """Results of laws that other laws use."""
 
-    # What the adapter says.
+    # From the adapter.
 
     @cached_property
     def inner(self) -> nn.Module:
@@ -94,16 +88,14 @@ class Subject:
         return self.adapter.spec(self.inner)
 
     def module(self, layer: int, site: Site, model: nn.Module | None = None) -> nn.Module:
-        """The module of a site, in the model or a copy of it."""
         return self.adapter.module(self.inner if model is None else model, layer, site)
 
     @cached_property
     def names(self) -> dict[nn.Module, str]:
-        """The path of each module."""
         return {m: name for name, m in self.inner.named_modules()}
 
     def is_cross(self, module: nn.Module) -> bool:
-        """Whether a module is cross-attention, by what it or its path says."""
+        """Whether a module is cross-attention, by its attribute, its class name or its path."""
         words = " ".join((type(module).__name__, *self.names.get(module, "").split(".")[-2:])).lower()
         named = any(word in words for word in ("cross", "encdec", "encoder_decoder", "encoder_attn", "enc_attn"))
         return bool(getattr(module, "is_cross_attention", False)) or named
@@ -111,7 +103,7 @@ class Subject:
     def layers_with(self, *sites: Site) -> list[int]:
         return [layer.index for layer in self.spec.layers if set(sites) <= set(layer.sites)]
 
-    # What the model does.
+    # From running the model.
 
     @cached_property
     def batches(self) -> Batches:
@@ -122,7 +114,7 @@ class Subject:
         return self.batches.given
 
     def run(self, inputs: Mapping[str, Any] | None = None, model: nn.Module | None = None) -> Tensor:
-        """Logits of a forward without cache (hidden states, where the model has no head). Gradients as they are set."""
+        """Logits of a forward without a cache, or hidden states if the model has no head."""
         torch.manual_seed(0)
         options = {"use_cache": False} if self.batches.accepts("use_cache") else {}
         given = copied(self.inputs if inputs is None else inputs)
@@ -137,7 +129,7 @@ class Subject:
 
     @cached_property
     def logits(self) -> Tensor:
-        """Of the unpatched model on the given inputs."""
+        """Logits of the unpatched model on the given inputs."""
         with torch.no_grad():
             return self.run()
 
@@ -146,11 +138,7 @@ class Subject:
         return self.logits.dtype
 
     def tolerance(self, own_error: float, dtype: torch.dtype | None = None) -> float:
-        """How near two ways should come, where the unpatched model comes as near as `own_error`.
-
-        Raises:
-            NotApplicable: the unpatched model is so inexact that nothing could be said.
-        """
+        """The tolerance for a model with the error `own_error`. Raises NotApplicable if that is too large."""
         dtype = self.dtype if dtype is None else dtype
         wanted = max(_EXACT.get(dtype, 1e-5), 30 * own_error)
         if not wanted <= _MOST.get(dtype, 1e-3):
@@ -158,7 +146,7 @@ class Subject:
         return wanted
 
     def gap(self, found: Tensor, wanted: Tensor, plain: Tensor, inputs: Mapping[str, Any] | None = None) -> Gap:
-        """Over real tokens and logits that are numbers (some models bar tokens with the lowest there is)."""
+        """Compare real tokens, and only finite logits: some models mask tokens with -inf or a very low number."""
         real = self.batches.real(self.inputs if inputs is None else inputs)
         where = (plain.abs() < 1e9) & torch.isfinite(plain)
         if real is not None and real.shape == plain.shape[:2]:
@@ -169,18 +157,17 @@ class Subject:
             return Gap(float("nan"), float("nan"))
         return Gap(float((a - b).abs().max()) / scale, float((b - c).abs().max()) / scale)
 
-    # What an independent look at it shows.
+    # From the oracle, without the library.
 
     @cached_property
     def calls(self) -> list[Seen]:
-        """The calls of the attention interface in an unpatched forward."""
         with Oracle() as oracle, torch.no_grad():
             self.run()
         return oracle.seen
 
     @cached_property
     def textual(self) -> set[nn.Module]:
-        """The modules that attend to text: what they hand the interface changes when the text does."""
+        """The modules that attend to text: their queries change when the text changes."""
         ids = self.inputs.get("input_ids")
         if not isinstance(ids, Tensor):
             return {seen.module for seen in self.calls}
@@ -195,18 +182,18 @@ class Subject:
     def attention(self, layer: LayerSpec) -> nn.Module:
         """The self-attention of a layer: the module inside it that calls the interface.
 
-        Where several entries of the spec are of one layer, they take its modules in turn.
+        If several entries of the spec belong to one layer, the first gets its first such module, and so on.
         """
         inside = set(self.inner.get_submodule(layer.path).modules())
         called = [m for m in dict.fromkeys(seen.module for seen in self.calls) if m in inside and not self.is_cross(m)]
-        # Some use the interface for other things too: one query over a token's states in earlier layers, say.
+        # Some models also use the interface for other states, such as the states of a token in earlier layers.
         of_tokens = {seen.module for seen in self.calls if seen.query.shape[::2] == self.logits.shape[:2]}
         called = [m for m in called if m in of_tokens] or called
         rank = [other.index for other in self.spec.layers if other.path == layer.path].index(layer.index)
         return called[rank] if rank < len(called) else self.module(layer.index, "query")
 
     def place(self, layer: LayerSpec, site: Site) -> nn.Module:
-        """Where the oracle has a site: attention and layer are found without asking the adapter for modules."""
+        """The module at which the oracle edits a site. Attention and layer are found without the adapter's `module`."""
         if site == "layer_out" and [other.path for other in self.spec.layers].count(layer.path) == 1:
             return self.inner.get_submodule(layer.path)
         return self.module(layer.index, site) if site in OUTPUT_SITES else self.attention(layer)
@@ -217,7 +204,7 @@ class Subject:
             return self.look(self.inner, self.inputs, self.logits)
 
     def look(self, model: nn.Module, inputs: Mapping[str, Any], logits: Tensor) -> Baseline:
-        """The oracle without edits, on the model or a copy of it."""
+        """Run the oracle without edits, on the model or a copy of it."""
         with_attention = [layer for layer in self.spec.layers if "query" in layer.sites]
         modules = [model.get_submodule(self.names[self.attention(layer)]) for layer in with_attention]
         sizes: dict[tuple[int, Site], float] = {}
@@ -255,12 +242,11 @@ class Subject:
 
     @cached_property
     def refused(self) -> dict[int, str]:
-        """The layers whose LSE the library refuses, with its message."""
+        """The layers whose LSE the library refuses, with the message."""
         return self._lse[1]
 
     @cached_property
     def lse(self) -> dict[int, Tensor]:
-        """The LSE the library gives, by layer."""
         return self._lse[0]
 
     @cached_property
@@ -272,7 +258,7 @@ class Subject:
             found[at.layer] = value.detach()
 
         layers = self.layers_with("lse")
-        # All at once; one by one only where some are refused.
+        # All layers at once. If some are refused, one by one.
         for group in (layers, *([layer] for layer in layers)) if layers else ():
             try:
                 with torch.no_grad(), hook(self.model, "lse", watch, layers=group):
@@ -287,10 +273,10 @@ class Subject:
     # Shifts.
 
     def stacks(self, model: nn.Module | None = None) -> dict[str, ShiftStack]:
-        """A stack for everything the model can be shifted at, by name, with random parameters that matter.
+        """Stacks for all sites of the model, by name, with random parameters that have an effect.
 
-        Vectors are half as long as what they are added to; gates are half open on average. Don't change the model's own
-        stacks: all laws share them.
+        Vectors have half the norm of the value they are added to, and gates are 0.5 on average. All laws share the
+        stacks of the model, so do not change them.
         """
         if model is None:
             if "stacks" not in self.kept:
@@ -332,7 +318,6 @@ class Subject:
 
     @contextmanager
     def patched(self, stacks: Mapping[str, ShiftStack], model: nn.Module | None = None) -> Iterator[None]:
-        """All stacks in the model."""
         with ExitStack() as exit_stack:
             for stack in stacks.values():
                 exit_stack.enter_context(patch(self.model if model is None else model, stack))
@@ -342,11 +327,7 @@ class Subject:
 
     @cached_property
     def wide(self) -> nn.Module:
-        """The model in fp64.
-
-        Raises:
-            NotApplicable: it is too large, or can't be copied or run so.
-        """
+        """A copy of the model in fp64. Raises NotApplicable if it is too large or its device has no fp64."""
         if sum(p.numel() for p in self.inner.parameters()) > COPIED:
             raise NotApplicable("the model is too large to be copied into fp64")
         if any(p.device.type in ("meta", "mps") for p in self.inner.parameters()):
@@ -359,7 +340,7 @@ class Subject:
 
 
 def zeroed(stacks: Mapping[str, ShiftStack]) -> Mapping[str, ShiftStack]:
-    """The stacks with zero vectors."""
+    """Copies of the stacks, with zero vectors."""
     stacks = copy.deepcopy(dict(stacks))
     with torch.no_grad():
         for stack in stacks.values():
@@ -370,11 +351,11 @@ def zeroed(stacks: Mapping[str, ShiftStack]) -> Mapping[str, ShiftStack]:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal to the bit; NaN in the same places is equal too."""
+    """Whether two tensors are equal bit for bit. NaN counts as equal to NaN."""
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _record(value: Tensor, seen: Seen | None, sizes: dict[tuple[int, Site], float], layer: int, site: Site) -> Tensor:
-    """An edit that changes nothing and keeps the root mean square."""
+    """An edit that changes nothing and records the root mean square."""
     sizes[layer, site] = float(value.detach().double().square().mean().sqrt())
     return value

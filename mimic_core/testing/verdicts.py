@@ -1,4 +1,4 @@
-"""How a law ends, and how what a foreign model raises is caught."""
+"""The possible results of a law, and how exceptions of the model are caught."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class NotApplicable(Exception):  # noqa: N818 - it is no error
-    """The law says nothing about this model; the message says why."""
+class NotApplicable(Exception):  # noqa: N818 - it is not an error
+    """The law cannot be checked on this model; the message says why."""
 
 
 class BrokenLaw(AssertionError):  # noqa: N818 - it is a finding
-    """The law does not hold; the message says what was seen."""
+    """The model breaks the law; the message says how."""
 
 
 class DeviceEnded(RuntimeError):  # noqa: N818 - it is the end of every later law too
@@ -27,21 +27,21 @@ _ENDS_A_DEVICE = re.compile("device-side assert|illegal memory access")
 
 @dataclass(frozen=True)
 class Raised:
-    """An exception that came out of a foreign model or adapter, in words."""
+    """An exception of the model or its adapter."""
 
     error: Exception
 
     def __str__(self) -> str:
-        # torch and transformers can go on for pages; the first line says what it is.
+        # Only the first line: messages of torch and transformers can be very long.
         line = next((line for line in str(self.error).splitlines() if line.strip()), "no message")
         return f"{type(self.error).__name__}: {line[:400]}"
 
 
 def attempt(action: Callable[[], T]) -> T | Raised:
-    """What `action` returns, or what it raises: a foreign model or adapter may fail in any way: a finding.
+    """The result of `action`, or its exception: a model or an adapter can raise any.
 
     Raises:
-        DeviceEnded: the GPU is of no more use, so nothing that could be tried instead would run.
+        DeviceEnded: the GPU can't be used any more.
     """
     try:
         return action()

@@ -259,17 +259,17 @@ def test_an_adapter_may_name_fewer_sites() -> None:
     [
         (
             {"layers": "model.blocks"},
-            r"a module at 'model\.blocks' of LlamaForCausalLM .* children are model, lm_head$",
+            r"a module at 'model\.blocks' of LlamaForCausalLM, .* children are model, lm_head$",
         ),
         (
             {"layers": "decoder.layers"},
-            r"a module at 'decoder\.layers' of LlamaForCausalLM .* children are model, lm_head$",
+            r"a module at 'decoder\.layers' of LlamaForCausalLM, .* children are model, lm_head$",
         ),
         (
             {"attention": "attn"},
-            r"a module at 'attn' of LlamaDecoderLayer .* children are self_attn, mlp, input_layernorm, post_",
+            r"a module at 'attn' of LlamaDecoderLayer, .* children are self_attn, mlp, input_layernorm, post_",
         ),
-        ({"mlp": "feed_forward"}, r"a module at 'feed_forward' of LlamaDecoderLayer .* children are self_attn, mlp, "),
+        ({"mlp": "feed_forward"}, r"a module at 'feed_forward' of LlamaDecoderLayer, .* children are self_attn, mlp, "),
         ({"layers": "model.norm"}, r"a non-empty ModuleList at 'model\.norm' of LlamaForCausalLM, found LlamaRMSNorm$"),
         ({"layers": "model"}, r"a non-empty ModuleList at 'model' of LlamaForCausalLM, found LlamaModel$"),
     ],
@@ -296,7 +296,9 @@ def test_cross_attention_is_refused() -> None:
     paths = {"layers": "model.gated_cross_attn_layers", "attention": "cross_attn"}
     mc.register_adapter("crossed")(type("Crossed", (mc.PathAdapter,), paths))
     model = model_of_type("crossed", BY_NAME["idefics"])
-    message = r"model\.gated_cross_attn_layers\.0\.cross_attn is cross-attention; shifts go into self-attention only"
+    message = (
+        r"model\.gated_cross_attn_layers\.0\.cross_attn is cross-attention, but shifts are only for self-attention"
+    )
     with pytest.raises(mc.UnsupportedModelError, match=message):
         mc.adapter_for(model)
 

@@ -302,4 +302,4 @@ def test_describe(capsys: pytest.CaptureFixture[str]) -> None:
     mc.describe(tiny("idefics").model)
     out = capsys.readouterr().out
     assert "by IdeficsAdapter" in out
-    assert "what enters the logits was not looked at: IdeficsForVisionText2Text does not run on 4 tokens of text" in out
+    assert "what is in the logits is not known: IdeficsForVisionText2Text does not run on 4 tokens of text" in out

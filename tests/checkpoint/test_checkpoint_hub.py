@@ -81,7 +81,7 @@ def test_a_local_directory_goes_before_the_hub(cache: Path, tmp_path: Path) -> N
 )
 def test_nothing_there(source: str, cache: Path) -> None:
     with pytest.raises(
-        mc.CheckpointError, match="neither a directory here nor a hub repository within reach"
+        mc.CheckpointError, match="neither a local directory nor a hub repository that can be reached"
     ) as caught:
         mc.load_shifts(source, model_of(LLAMA))
     assert repr(source) in str(caught.value)
@@ -89,7 +89,7 @@ def test_nothing_there(source: str, cache: Path) -> None:
 
 def test_a_file_is_no_checkpoint(cache: Path, tmp_path: Path) -> None:
     saved(random_shifts(model_of(LLAMA), "live"), tmp_path / "local")
-    with pytest.raises(mc.CheckpointError, match="neither a directory here nor"):
+    with pytest.raises(mc.CheckpointError, match="neither a local directory nor"):
         mc.load_shifts(tmp_path / "local" / "shifts.safetensors", model_of(LLAMA))
 
 

@@ -75,7 +75,7 @@ def of_another_model(dtype: torch.dtype) -> Damage:
 UNREADABLE = r"shifts\.safetensors can't be read: .+; the file is damaged or missing"
 NO_JSON = r"shifts\.json can't be read as JSON: "
 FOREIGN = r"shifts\.json does not describe shifts: expected an object with format 'mimic_core\.shifts'"
-CANNOT_MAKE = r"shifts\.json does not describe shifts this version can make: "
+CANNOT_MAKE = r"shifts\.json does not describe shifts that this version can build: "
 MISFIT = r"shifts\.safetensors does not fit its description: "
 MISSING_ALL = MISFIT + r"heads\.0\.vector is missing; .+; .+; heads\.1\.vector is missing and \d+ more"
 
@@ -100,9 +100,8 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "no version": (described(version=None), r"has version None, this mimic_core reads version 1"),
     "unknown head": (
         described(head="prefix"),
-        CANNOT_MAKE
-        + r"no shift head is called 'prefix'; known: function_vector, live, mimic, task_vector; if a package "
-        r"brings .*, import it first",
+        CANNOT_MAKE + r"no shift head is called 'prefix'; known: function_vector, live, mimic, task_vector; if the "
+        r"shift head is from another package, import it first",
     ),
     "no head": (described(head=None), CANNOT_MAKE),
     "head is a list": (described(head=["mimic"]), CANNOT_MAKE),

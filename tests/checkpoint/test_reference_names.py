@@ -173,7 +173,7 @@ def drop(*names: str) -> Change:
 
 
 GATES = [f"log_Z1_lin.{layer}.{part}" for layer in range(3) for part in ("weight", "bias")]
-NO_VARIANT = r"these names are no variant of the published code: .*; expected attn_shift"
+NO_VARIANT = r"these names fit no variant of the published code: .*; expected attn_shift"
 ONE, ROW = torch.ones(()), torch.ones(16)
 
 REFUSED: dict[str, tuple[str, Change, str]] = {

@@ -123,7 +123,7 @@ def test_edits_put_out_of_the_way_are_missed(head: str) -> None:
     handle = mc.patch(model, shifts)
     shifted = logits_of(model, inputs)
     undo()
-    with pytest.raises(mc.PatchStateError, match="something has replaced the modules' forwards since"):
+    with pytest.raises(mc.PatchStateError, match="something has replaced the forward of these modules since"):
         logits_of(model, inputs)
     handle.remove()
     assert torch.equal(logits_of(model, inputs), plain)

@@ -104,7 +104,7 @@ def test_drawn_softcap_and_sinks(backend: str, t: int, s: int, mask: str, softca
     case = Case(mask, t=t, s=s, dtype=torch.float64)
     if backend == "cpu" and softcap is not None:
         q, k = (attending_inputs(case).tensors[name] for name in "qk")
-        with pytest.raises(mc.BackendUnavailableError, match="only 'sdpa' and 'reference' know a softcap"):
+        with pytest.raises(mc.BackendUnavailableError, match="only 'sdpa' and 'reference' support a softcap"):
             ops.attention_lse(q, k, make_mask(case, torch.Generator()), softcap=softcap, backend="cpu")
     else:
         check_lse(case, backend, softcap, sinks=True)
@@ -290,11 +290,12 @@ def test_logits_that_lse_does_not_follow_are_refused(monkeypatch: pytest.MonkeyP
         with pytest.raises(mc.UnsupportedModelError, match="softcap enter"):
             logits_of(model, inputs, softcap=30.0)
         model.config._attn_implementation = "hidden"
-        with pytest.raises(mc.UnsupportedModelError, match="'hidden' hides its mask"):
+        with pytest.raises(mc.UnsupportedModelError, match="attention implementation 'hidden' are not known"):
             logits_of(model, inputs)
     model.config._attn_implementation = "eager"
     with mc.patch(model, random_shifts(model, "mimic-all-keys")):
         with pytest.raises(
-            mc.UnsupportedModelError, match="over all keys is that of the published models; .* has softcap"
+            mc.UnsupportedModelError,
+            match="over all keys is only for attention like in the published models, but .* has softcap",
         ):
             logits_of(model, inputs, softcap=30.0)

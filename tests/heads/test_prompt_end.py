@@ -136,7 +136,7 @@ def test_where_it_is_not_there(no_shape_checks: None) -> None:
     shifts = random_shifts(model, "function-vector")
     with mc.patch(model, shifts):
         logits_of(model, inputs)
-        with pytest.raises(mc.ShapeError, match=r"mask is of \[2, 9\] tokens \[b t\], its hidden states of \[2, 11\]"):
+        with pytest.raises(mc.ShapeError, match=r"has \[b t\] = \[2, 9\], but its hidden states have \[2, 11\]"):
             model.model.layers[1](  # what a decoder of odd habits would hand on
                 *[torch.zeros(2, 11, 32)], **decoder_forward(model, torch.ones(2, 9))
             )

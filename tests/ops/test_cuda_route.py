@@ -65,14 +65,16 @@ def test_auto_on_cuda() -> None:
         q, k, v = (torch.empty(2, n, 33, 64, dtype=torch.bfloat16, device="cuda") for n in (4, 2, 2))
         assert ops.resolve_backend(q, k, v) == ("cuda", "the first choice")
         for change, reason in [
-            (lambda x: x.double(), "no fused kernel takes fp64"),
+            (lambda x: x.double(), "no fused kernel supports fp64"),
             (lambda x: x[..., :20], "head_dim should be a multiple of 8, found 20"),
             (lambda x: x[:0], "do not take an empty batch"),
         ]:
             odd = [change(x) for x in (q, k, v)]
             with pytest.raises(BackendUnavailableError, match=reason):
                 ops.resolve_backend(*odd, backend="cuda")
-        with pytest.raises(BackendUnavailableError, match="values as wide as queries are wanted, found 32 and 64"):
+        with pytest.raises(
+            BackendUnavailableError, match="the kernels need values as wide as queries, found 32 and 64"
+        ):
             ops.resolve_backend(q, k, v[..., :32], backend="cuda")
 
 

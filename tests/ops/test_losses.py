@@ -266,7 +266,7 @@ def test_recipe_weighs_its_terms(name: str, weights: dict[str, float]):
 @pytest.mark.parametrize("given_terms", ["align", "lm", "align lm kl", "kl lm", ""])
 def test_recipe_wants_its_terms_and_no_other(given_terms: str):
     terms = {term: torch.tensor(1.0) for term in given_terms.split()}
-    found = re.escape(f"this recipe weighs ['align', 'lm']; the terms given are {sorted(terms)}")
+    found = re.escape(f"this recipe has weights for ['align', 'lm']; the terms given are {sorted(terms)}")
     with pytest.raises(ValueError, match=found):
         losses.recipe("mimic")(**terms)
 
@@ -293,7 +293,7 @@ def test_layer_loss_errors(loss: str):
     swapped = pair([2, 2, 2, 0, 0])[1]
     told(ShapeError, "in different orders", lambda: function(one, swapped))
     nothing = pair([])
-    told(ShapeError, "selected no token at all; `where` must choose at least one", lambda: function(*nothing))
+    told(ShapeError, "selected no tokens; `where` must choose at least one", lambda: function(*nothing))
     layers = pair([0, 0, 2, 2, 2], layers=(0, 4))[1]
     told(
         ShapeError,
@@ -316,15 +316,15 @@ def test_logits_kl_errors():
         lambda: kl(student, teacher, student_where, short),
     )
     none = torch.zeros_like(student_where), torch.zeros_like(teacher_where)
-    told(ShapeError, "no token at all", lambda: kl(student, teacher, *none))
+    told(ShapeError, "no tokens", lambda: kl(student, teacher, *none))
     told(
         ShapeError,
-        r"student_where should be \[b t\] = \[2, 5\] as the logits, found \[2, 7\]",
+        r"student_where should be \[b t\] = \[2, 5\] like the logits, found \[2, 7\]",
         lambda: kl(student, teacher, teacher_where, teacher_where),
     )
     told(
         ShapeError,
-        r"teacher_where should be \[b t\] = \[2, 7\] as the logits, found \[1, 7\]",
+        r"teacher_where should be \[b t\] = \[2, 7\] like the logits, found \[1, 7\]",
         lambda: kl(student, teacher, student_where, teacher_where[:1]),
     )
     for temperature in (0.0, -1.0):
@@ -338,9 +338,9 @@ def test_logits_kl_errors():
 def test_lm_errors():
     lm = plain(losses.lm)
     logits, ids, labels = normal(2, 4, 5), torch.zeros(2, 4).long(), torch.ones(2, 4).bool()
-    shapes = r"disagree: \[2, 4, 5\], \[2, 4\], \[2, 3\]"
+    shapes = r"do not fit each other: \[2, 4, 5\], \[2, 4\], \[2, 3\]"
     told(ShapeError, shapes, lambda: lm(logits, ids, labels[:, 1:]))
-    told(ShapeError, r"disagree: \[2, 4, 5\], \[2, 3\], \[2, 4\]", lambda: lm(logits, ids[:, 1:], labels))
+    told(ShapeError, r"do not fit each other: \[2, 4, 5\], \[2, 3\], \[2, 4\]", lambda: lm(logits, ids[:, 1:], labels))
     labels[:, 1:] = False  # the first position can't be predicted
     told(ShapeError, "chooses no token after the first position", lambda: lm(logits, ids, labels))
 

@@ -156,7 +156,7 @@ def broken(name: str, folder: Path, patch: pytest.MonkeyPatch) -> str:
     """Make a machine where it can't be built; what should be said."""
     if name == "no compiler":
         patch.setenv("CXX", str(folder / "no-such-compiler"))
-        return f"there is no C++ compiler (CXX is {folder}/no-such-compiler to be found)"
+        return f"no C++ compiler was found (CXX is {folder}/no-such-compiler)"
     if name == "an old compiler":
         compiler(folder, patch, "echo \"c++: error: unrecognized option '-std=c++20'\" >&2; exit 1")
         return "the C++ compiler failed: c++: error: unrecognized option '-std=c++20'"
@@ -169,13 +169,13 @@ def broken(name: str, folder: Path, patch: pytest.MonkeyPatch) -> str:
         return "the C++ compiler can't be run: "
     if name == "a folder that can't be written to":
         (folder / "mimic_core").write_text("a file")
-        return f"its C++ ops can't be kept in {folder}/mimic_core"
+        return f"mimic_core's C++ ops can't be saved in {folder}/mimic_core"
     assert name == "a library that can't be loaded"
     patch.setattr(build, "_loaded", {})
     path = build.library_in(folder / "mimic_core")
     path.parent.mkdir(parents=True)
     path.write_bytes(b"\x7fELF truncated")
-    return f"its C++ ops at {path} can't be loaded: "
+    return f"mimic_core's C++ ops at {path} can't be loaded: "
 
 
 BROKEN = [
@@ -197,8 +197,8 @@ def test_where_it_cannot_be_had_one_line_says_why(
         first = use()
         assert torch.equal(use(), first)
     *_, line = said(caplog)
-    assert line.startswith(f"mimic_core: without its C++ ops, slower, in plain torch: {reason}")
-    assert line.endswith("(mimic_core.ops.build_native() says more)")
+    assert line.startswith(f"mimic_core: no C++ ops, so it uses plain torch, slower: {reason}")
+    assert line.endswith("(mimic_core.ops.build_native() shows more)")
     assert "\n" not in line
     assert len(said(caplog)) <= 2, "said once"
     assert native._ops is None
@@ -232,7 +232,7 @@ def test_ops_that_are_wrong_here_are_not_used(
     with caplog.at_level(logging.WARNING, "mimic_core"):
         use()
     assert native._ops is None
-    assert "are wrong here and not used: shifted_attention is 0.5 off" in said(caplog)[-1]
+    assert "give wrong results here, so they are not used: shifted_attention is 0.5 off" in said(caplog)[-1]
 
 
 @pytest.mark.parametrize("name", ["shifted_attention", "attention_with_lse", "norm_preserving_add"])
@@ -257,5 +257,5 @@ def test_a_wrong_op_is_found_out(name: str, native_ops: ModuleType) -> None:
 
 def test_only_linux_builds(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
-    with pytest.raises(BackendUnavailableError, match="built on Linux alone, and this is win32"):
+    with pytest.raises(BackendUnavailableError, match="built only on Linux, and this is win32"):
         ops.build_native()

@@ -170,7 +170,7 @@ def test_auto_says_why():
     assert ops.resolve_backend(q, k, v, backend="sdpa") == ("sdpa", "asked for by name")
     wide = ops.resolve_backend(q, k, v[..., :5])
     assert wide.name == "sdpa"
-    assert wide.why == "not cpu: the kernel wants values as wide as queries, found 5 and 8"
+    assert wide.why == "not cpu: the kernel needs values as wide as queries, found 5 and 8"
     with pytest.raises(
         BackendUnavailableError, match=r"backend 'cpu' was asked for.*as wide as queries, found 5 and 8"
     ):

@@ -25,16 +25,16 @@ def plain(function: Any) -> Any:
 
 
 WRONG_ATTENTION = [
-    ("rank", {"q": Q[0]}, r"q, k and v need four axes each; expected q \[b h t d\], k \[b g s d\], v \[b g s e\]"),
+    ("rank", {"q": Q[0]}, r"q, k and v must have four axes each; expected q \[b h t d\], k \[b g s d\], v \[b g s e\]"),
     ("value rank", {"v": V[..., None]}, r"four axes each.*v \[2, 2, 7, 8, 1\]"),
-    ("batch", {"q": Q[:1]}, "q, k and v disagree on the batch"),
-    ("length", {"v": V[:, :, :6]}, r"k and v on heads or length.*v \[2, 2, 6, 8\] torch.float32 cpu"),
-    ("value heads", {"v": V[:, :1]}, "k and v on heads or length"),
-    ("heads", {"q": Q[:, :3]}, r"3 attention heads are no multiple of 2 key/value heads; .*given q \[2, 3, 5, 8\]"),
-    ("no key heads", {"k": K[:, :0], "v": V[:, :0]}, "4 attention heads are no multiple of 0 key/value heads"),
+    ("batch", {"q": Q[:1]}, "q, k and v differ in the batch size"),
+    ("length", {"v": V[:, :, :6]}, r"k and v in heads or length.*v \[2, 2, 6, 8\] torch.float32 cpu"),
+    ("value heads", {"v": V[:, :1]}, "k and v in heads or length"),
+    ("heads", {"q": Q[:, :3]}, r"3 attention heads are not a multiple of 2 key/value heads; .*given q \[2, 3, 5, 8\]"),
+    ("no key heads", {"k": K[:, :0], "v": V[:, :0]}, "4 attention heads are not a multiple of 0 key/value heads"),
     ("width", {"k": K[..., :5]}, r"q and k heads differ in width.*q \[2, 4, 5, 8\].*k \[2, 2, 7, 5\]"),
-    ("dtype", {"k": K.double()}, r"one floating-point dtype.*q .* torch.float32 cpu, k .* torch.float64 cpu"),
-    ("integers", {"q": Q.int(), "k": K.int(), "v": V.int()}, "one floating-point dtype.*torch.int32"),
+    ("dtype", {"k": K.double()}, r"the same floating-point dtype.*q .* torch.float32 cpu, k .* torch.float64 cpu"),
+    ("integers", {"q": Q.int(), "k": K.int(), "v": V.int()}, "the same floating-point dtype.*torch.int32"),
     ("device", {"k": K.to("meta"), "v": V.to("meta")}, r"different devices.*torch.float32 cpu, k .* meta"),
     ("mask device", {"mask": MASK.to("meta")}, r"different devices.*mask \[2, 1, 5, 7\] torch.bool meta"),
     ("mask keys", {"mask": MASK[..., :6]}, r"does not broadcast to \[b h t s\].*mask \[2, 1, 5, 6\] torch.bool cpu"),
@@ -86,9 +86,17 @@ WRONG_OUTPUT = [
     ("lse", {"lse": torch.zeros(2, 5, 4)}, r"lse should be \[2, 4, 5\]; given .*lse \[2, 5, 4\]"),
     ("lse with an axis", {"lse": torch.zeros(2, 4, 5, 1)}, r"lse should be \[2, 4, 5\]; given .*lse \[2, 4, 5, 1\]"),
     ("lse device", {"lse": torch.zeros(2, 4, 5, device="meta")}, "different devices"),
-    ("not transposed", {"attn_out": Q}, r"attention output is \[2, 4, 5, 8\], the query wants \[2 5 4 e\]"),
-    ("query rank", {"query": Q[0]}, r"need four axes each; given attention output \[2, 5, 4, 8\], query \[4, 5, 8\]"),
-    ("output rank", {"attn_out": Q.flatten(2)}, "need four axes each"),
+    (
+        "not transposed",
+        {"attn_out": Q},
+        r"attention output is \[2, 4, 5, 8\], but for this query it must be \[2 5 4 e\]",
+    ),
+    (
+        "query rank",
+        {"query": Q[0]},
+        r"must have four axes each; given attention output \[2, 5, 4, 8\], query \[4, 5, 8\]",
+    ),
+    ("output rank", {"attn_out": Q.flatten(2)}, "must have four axes each"),
     ("value width", {"attn_out": torch.zeros(2, 5, 4, 6)}, r"vector should be \[4, 6\]"),
 ]
 

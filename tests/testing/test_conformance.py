@@ -167,7 +167,7 @@ def test_a_layer_left_out() -> None:
     adapter("llama", Short)
     report = report_of(LLAMA)
     assert failed(report) == {"coverage"}
-    assert "model.layers.2.self_attn attends inside the decoder and is no site" in report["coverage"].detail
+    assert "model.layers.2.self_attn attends inside the decoder but is not in the spec" in report["coverage"].detail
 
 
 def test_a_wrong_size() -> None:

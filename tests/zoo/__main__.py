@@ -15,15 +15,18 @@ from .page import lines_of, serves, summary, write
 
 
 def main() -> int:
-    """Parse arguments, run what is not there yet, write the page and its lines. The number of types that failed."""
+    """Run the types that have no row yet, and write the page. Return the number of failed types."""
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
-    parser.add_argument("types", nargs="*", help="model types; none: all of the installed transformers")
+    parser.add_argument("types", nargs="*", help="model types (default: all of the installed transformers)")
     parser.add_argument(
-        "--rows", type=Path, default=Path("support-matrix"), help="folder of the rows; found ones are kept"
+        "--rows",
+        type=Path,
+        default=Path("support-matrix"),
+        help="folder of the rows; types that have a row there are not run again (default: support-matrix)",
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many types at a time")
-    parser.add_argument("--page", type=Path, help="write the page here (Markdown), and a line a type beside it (JSON)")
-    parser.add_argument("--lowest", type=Path, help="folder of the oldest transformers' rows, for a column beside")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many types run at the same time")
+    parser.add_argument("--page", type=Path, help="write the page to this Markdown file, and a .jsonl beside it")
+    parser.add_argument("--lowest", type=Path, help="folder of the rows with the oldest transformers, for their column")
     arguments = parser.parse_args()
     places = [place for place in every_place() if not arguments.types or place.model_type in arguments.types]
     if unknown := set(arguments.types) - {place.model_type for place in places}:

@@ -82,7 +82,7 @@ def summary(lines: Iterable[Line]) -> str:
 
 
 def page(lines: Sequence[Line]) -> str:
-    """The page in Markdown: which types work whole, which do not and why, then every law."""
+    """The page in Markdown: the types that work completely, the others and why, then every law."""
     versions, types = lines[0], lines[1:]
     parts = [
         "# Support matrix\n",
@@ -93,8 +93,11 @@ def page(lines: Sequence[Line]) -> str:
     ]
     for task, title in _TITLES.items():
         whole = [f"`{line['type']}`" for line in types if line["task"] == task and line["served"] == SERVED[0]]
-        parts.append(f"**{title}, whole** (MimIC and LIVE): {', '.join(whole)}.\n")
-    parts += ["## What does not work whole, and why\n", _short([line for line in types if line["served"] != SERVED[0]])]
+        parts.append(f"**{title}, everything works** (MimIC and LIVE): {', '.join(whole)}.\n")
+    parts += [
+        "## What works only in part or not at all, and why\n",
+        _short([line for line in types if line["served"] != SERVED[0]]),
+    ]
     parts += ["## Every law\n", _legend()]
     for task, title in _TITLES.items():
         parts += [f"### {title}\n", _table([line for line in types if line["task"] == task])]
@@ -110,10 +113,10 @@ def _versions(rows: Iterable[Row]) -> str:
 def _legend() -> str:
     laws = "\n".join(f"{n}. **{law.name}**: {law.says}" for n, law in enumerate(LAWS, 1))
     return (
-        "Each type runs with sdpa and with eager attention, on text and, where it takes them, with images. A mark is "
-        "the worst of these runs: ✓ passed, - not applicable in any, ✗ failed. *Attention* counts the layers with all "
-        "sites of attention among all decoder layers of the tiny model. *Served* is what works: everything; all but "
-        "the gate, where the LSE is refused with an error; the output sites alone.\n\n"
+        "Each type runs with sdpa and with eager attention, on text, and with images if it supports them. A mark is "
+        "the worst result of these runs: ✓ passed, - not applicable in all runs, ✗ failed. *Attention* is the number "
+        "of decoder layers with all attention sites, of all decoder layers of the tiny model. *Served* is what works: "
+        "everything; everything but the gate, because the LSE is refused with an error; only the output sites.\n\n"
         f"{laws}\n"
     )
 

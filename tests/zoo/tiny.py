@@ -115,7 +115,7 @@ def _model_class(model_type: str, task: Task) -> type[PreTrainedModel]:
     name = found if isinstance(found, str) else found[0]
     model_class = getattr(transformers, name, None)
     if model_class is None:
-        raise UnsupportedModelError(f"transformers names {name} for {model_type} and doesn't have it")
+        raise UnsupportedModelError(f"transformers names {name} for {model_type}, but does not have this class")
     return model_class
 
 

@@ -1,8 +1,8 @@
-"""The ops in C++ (csrc/): a call of one costs what its attention costs, and 2 microseconds.
+"""The ops in C++ (csrc/). A call takes 2 microseconds more than its attention.
 
-They are there without asking: at the first call of an op the library is loaded, and built before that where nobody has.
-They are compared with the reference before anybody gets them. Where they can't be had, one line says why and everything
-runs in plain torch, with the same results.
+The first call of an op loads the library, or compiles it if it does not exist. Then the ops are compared with the
+reference before they are used. If this fails, a line in the log says why, and everything runs in plain torch, with the
+same results.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _ops: ModuleType | None = None
 _looked = False
 _on_devices: dict[int, bool] = {}
 
-# Whose bits a call is to give: `Follow` in csrc/ops.h.
+# Which implementation's bits a call must give: `Follow` in csrc/ops.h.
 NOBODY, TRANSFORMERS, PACKING_TRANSFORMERS = 0, 1, 2
 
 
 def ops_for(x: Tensor) -> ModuleType | None:
-    """The ops in C++ for a tensor's device, or None: they can't be had, or torch.compile traces.
+    """The ops in C++ for a tensor's device. None if they are not available or torch.compile is tracing.
 
-    They return None for arguments they don't take.
+    They return None for arguments that they do not support.
     """
     if torch.compiler.is_dynamo_compiling():
         return None
@@ -44,15 +44,15 @@ def ops_for(x: Tensor) -> ModuleType | None:
 
 
 def serves(device: torch.device) -> bool:
-    """Whether the ops in C++ take tensors of a device."""
+    """Whether the ops in C++ support tensors of a device."""
     return _ops is not None and (device.type == "cpu" or _on_devices.get(device.index or 0, False))
 
 
 def traced() -> bool:
-    """Whether torch.compile traces this, and may put torch.ops.mimic_core into its graph.
+    """Whether torch.compile is tracing and can put torch.ops.mimic_core into its graph.
 
-    On a CPU that adds 3 to 14 microseconds to a compiled decode step, where plain torch traced adds 43 to 55; with many
-    tokens both are alike. A graph that is exported is plain torch: it runs where nobody has this library.
+    On a CPU this adds 3 to 14 microseconds to a compiled decode step; plain torch in the graph adds 43 to 55. With many
+    tokens both are equal. An exported graph is plain torch, so it runs without this library.
     """
     return (
         torch.compiler.is_dynamo_compiling()
@@ -62,20 +62,21 @@ def traced() -> bool:
 
 
 def build_native(folder: str | Path | None = None) -> Path:
-    """Compile the ops in C++ for this torch and this class of processor ahead of time, and use them from now on.
+    """Compile the ops in C++ for this torch and this class of processors ahead of time, and use them from now on.
 
-    Nobody has to: the first call of an op does it. It is for images, clusters and machines whose later processes have
-    no compiler. Takes about 20 seconds.
+    This is optional, because the first call of an op does it too. It is for container images, clusters and machines
+    where later processes have no compiler. It takes about 20 seconds.
 
     Args:
-        folder: Where to put them. None is a folder beside torch.hub's, the only place later processes look in.
+        folder: The folder for the library. None is a folder beside that of torch.hub, the only one that other processes
+            search.
 
     Returns:
-        The shared library.
+        The path of the shared library.
 
     Raises:
-        BackendUnavailableError: there is no C++ compiler, it failed, or what it made can't be used; the message has its
-            output.
+        BackendUnavailableError: there is no C++ compiler, it failed, or the library cannot be used. The message has the
+            output of the compiler.
     """
     path = build.library_in(Path(folder) if folder is not None else build.default_folder())
     with _lock:
@@ -85,9 +86,9 @@ def build_native(folder: str | Path | None = None) -> Path:
 
 
 def _enable(native: ModuleType, device: torch.device) -> bool:
-    """Whether the ops take a CUDA device's tensors: its kernels are compiled and compared at its first use."""
+    """Whether the ops support a CUDA device. At its first use, the kernels are compiled and compared."""
     index = device.index
-    # While a CUDA graph is captured nothing can be compared.
+    # The comparison is not possible while a CUDA graph is captured.
     if index in _on_devices or torch.cuda.is_current_stream_capturing():
         return _on_devices.get(index, False)
     with _lock:
@@ -100,7 +101,7 @@ def _enable(native: ModuleType, device: torch.device) -> bool:
             problem = str(error).splitlines()[0]
         if problem:
             native.enable_cuda(index, False)
-            _log.warning("mimic_core: without its CUDA kernels on %s, slower, in plain torch: %s", device, problem)
+            _log.warning("mimic_core: no CUDA kernels on %s, so it uses plain torch, slower: %s", device, problem)
         _on_devices[index] = not problem
         return not problem
 
@@ -124,7 +125,7 @@ def _first() -> ModuleType | None:
             _looked = True
             reason = str(error).splitlines()[0]
             _log.warning(
-                "mimic_core: without its C++ ops, slower, in plain torch: %s (mimic_core.ops.build_native() says more)",
+                "mimic_core: no C++ ops, so it uses plain torch, slower: %s (mimic_core.ops.build_native() shows more)",
                 reason,
             )
         return _ops
@@ -135,5 +136,7 @@ def _use(path: Path) -> None:
     native = build.load(path)
     native.set_up(has_bf16_instructions(), nvrtc.compile_kernels)
     if problem := disagreement(native, torch.device("cpu")):
-        raise BackendUnavailableError(f"its C++ ops at {path} are wrong here and not used: {problem}")
+        raise BackendUnavailableError(
+            f"mimic_core's C++ ops at {path} give wrong results here, so they are not used: {problem}"
+        )
     _ops, _looked = native, True

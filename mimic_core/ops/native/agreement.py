@@ -1,4 +1,4 @@
-"""Compares the ops in C++ with the reference on a few tokens: compiler, driver or torch may be other than tested."""
+"""Compare the ops in C++ with the reference on a few tokens, because compiler, driver or torch may be untested ones."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .. import _reference
 
-# Of an output or gradient, relative to the largest entry of the reference's; a few times what rounding gives.
+# The largest allowed difference, relative to the largest entry of the reference: a few times the rounding error.
 _LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 def disagreement(native: ModuleType, device: torch.device) -> str | None:
-    """In what the ops differ from the reference on a device; None: in nothing."""
+    """How the ops differ from the reference on a device. None if they agree."""
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         for dtype, limit in _LIMITS.items():
             for name, found, wanted in _results(native, device, dtype):
@@ -53,7 +53,7 @@ def _results(native: ModuleType, device: torch.device, dtype: torch.dtype) -> It
     for name, ours, reference, leaves in cases:
         found, wanted = ours(*leaves), reference(*leaves)
         if found is None:
-            continue  # not served on this device
+            continue  # not supported on this device
         grad = torch.randn(found.shape).to(device, found.dtype)
         of_found, of_wanted = (torch.autograd.grad(y, leaves, grad, allow_unused=True) for y in (found, wanted))
         yield f"{name}", found.detach(), wanted.detach()

@@ -1,4 +1,4 @@
-"""Compiles csrc/ with the machine's C++ compiler, once for each torch, and loads it."""
+"""Compile csrc/ with the machine's C++ compiler, once for each version of torch, and load it."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from ...errors import BackendUnavailableError
 _loaded: dict[str, ModuleType] = {}
 _SOURCES = Path(__file__).with_name("csrc")
 _NAME = "mimic_native"
-# For a class of processors, not for this one: a home directory may be shared by several machines.
+# For a class of processors, not only for this one, because several machines may share a home directory.
 _FLAGS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
 }
-# OpenMP is compiled in but not linked: its functions are found in the library torch brings, whose threads they then
-# are. Two of them in a process would fight over the cores. Hidden, functions can be put into their callers.
+# OpenMP is compiled in but not linked, so that the OpenMP library of torch is used, and its threads. Two OpenMP
+# libraries in a process would use the same cores. With hidden visibility, the compiler can inline functions.
 _ALWAYS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-strict-aliasing", "-fvisibility=hidden"]
 
 
 def default_folder() -> Path:
-    """Where every process looks: beside torch.hub's folder, so TORCH_HOME and XDG_CACHE_HOME move it."""
+    """The folder that every process searches: beside torch.hub's, so TORCH_HOME and XDG_CACHE_HOME change it."""
     return Path(torch.hub.get_dir()).parent / "mimic_core"
 
 
 def library_in(folder: Path) -> Path:
-    """The library's place, named after all it depends on: another torch, source or kind of processor has another."""
+    """The path of the library. Its name is a hash of all that it depends on: torch, the source, the processor class."""
     made_of = [
         *(part.encode() for part in [*_flags(), _processors(), str(sys.implementation.cache_tag)]),
         *(f"{x}".encode() for x in (torch.__version__, torch.version.git_version, torch.version.cuda)),
@@ -50,10 +50,10 @@ def library_in(folder: Path) -> Path:
 
 
 def build(path: Path) -> None:
-    """Compile the library at `path`, unless it is there. Several processes may do so at once: one compiles.
+    """Compile the library at `path` if it does not exist. If several processes call this, only one compiles.
 
     Raises:
-        BackendUnavailableError: there is no compiler, it failed, or the folder can't be written to.
+        BackendUnavailableError: there is no compiler, it failed, or the folder cannot be written to.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,14 +61,14 @@ def build(path: Path) -> None:
             if not path.is_file():
                 _compile(path)
     except OSError as error:
-        raise BackendUnavailableError(f"its C++ ops can't be kept in {path.parent}: {error}") from error
+        raise BackendUnavailableError(f"mimic_core's C++ ops can't be saved in {path.parent}: {error}") from error
 
 
 def load(path: Path) -> ModuleType:
-    """The library at `path`, or the one of the same name that is loaded already: torch's dispatcher takes its ops once.
+    """Load the library at `path`. If one of the same name is loaded, return it: torch can register its ops only once.
 
     Raises:
-        BackendUnavailableError: it can't be loaded.
+        BackendUnavailableError: it cannot be loaded.
     """
     if path.parent.name in _loaded:
         return _loaded[path.parent.name]
@@ -80,14 +80,14 @@ def load(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except ImportError as error:
         raise BackendUnavailableError(
-            f"its C++ ops at {path} can't be loaded: {error}; remove the file, and mimic_core.ops.build_native() makes "
-            f"it anew"
+            f"mimic_core's C++ ops at {path} can't be loaded: {error}; remove the file, and call "
+            f"mimic_core.ops.build_native() to compile them again"
         ) from error
     return _loaded.setdefault(path.parent.name, module)
 
 
 def earlier_failure(path: Path) -> str | None:
-    """What the compiler said when it last failed at this very library, if it is still the same compiler."""
+    """The error of the compiler when it last failed to compile this library, if it is still the same compiler."""
     try:
         compiler, _, said = _failed(path).read_text().partition("\n")
     except OSError:
@@ -100,7 +100,7 @@ def _failed(path: Path) -> Path:
 
 
 def _compiler() -> str | None:
-    """$CXX, which every build heeds, or else the first C++ compiler on the path."""
+    """The compiler that $CXX names, or else the first C++ compiler on the path."""
     asked = os.environ.get("CXX")
     for name in (asked,) if asked else ("c++", "g++", "clang++"):
         words = shlex.split(name)
@@ -120,11 +120,11 @@ def _compile(path: Path) -> None:
     compiler = _compiler()
     try:
         if sys.platform != "linux":
-            raise BackendUnavailableError(f"its C++ ops are built on Linux alone, and this is {sys.platform}")
+            raise BackendUnavailableError(f"mimic_core's C++ ops are built only on Linux, and this is {sys.platform}")
         if compiler is None:
             asked = os.environ.get("CXX")
             raise BackendUnavailableError(
-                f"there is no C++ compiler ({f'CXX is {asked}' if asked else 'none of c++, g++, clang++'} to be found)"
+                f"no C++ compiler was found ({f'CXX is {asked}' if asked else 'none of c++, g++, clang++'})"
             )
         with TemporaryDirectory(dir=path.parent) as work:
             made = Path(work, path.name)

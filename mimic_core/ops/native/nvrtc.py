@@ -1,4 +1,4 @@
-"""Compiles csrc/kernels.cu for a GPU by NVRTC, which torch's CUDA wheels bring: nvcc is not needed, nor a GPU."""
+"""Compile csrc/kernels.cu for a GPU with NVRTC, which comes with torch's CUDA wheels. No nvcc or GPU is needed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SOURCE = Path(__file__).with_name("csrc") / "kernels.cu"
 
 
 def compile_kernels(options: str, device: int) -> bytes:
-    """The machine code of the kernels for a CUDA device; kept on the disk, where that is possible.
+    """The machine code of the kernels for a CUDA device. It is saved on disk if possible.
 
     Args:
-        options: -D options, as kernels.cu's head explains them.
+        options: -D options, explained at the top of kernels.cu.
 
     Raises:
-        BackendUnavailableError: there is no NVRTC, or it failed; its output is in the message.
+        BackendUnavailableError: there is no NVRTC, or it failed. The message has its output.
     """
     major, minor = torch.cuda.get_device_capability(device)
     arch = f"sm_{major}{minor}"
@@ -42,12 +42,12 @@ def compile_kernels(options: str, device: int) -> bytes:
             file.write(image)
         Path(name).replace(kept)
     except OSError:
-        pass  # it takes half a second to compile: the next process does it again
+        pass  # the next process compiles again, in half a second
     return image
 
 
 def machine_code(options: str, arch: str) -> tuple[bytes, str]:
-    """Machine code for an architecture ("sm_90"), and what the assembler says of registers and memory.
+    """Machine code for an architecture ("sm_90"), and the assembler's log about registers and memory.
 
     Raises:
         BackendUnavailableError: there is no NVRTC, or it failed.
@@ -83,11 +83,7 @@ def _check(nvrtc: ctypes.CDLL, result: int) -> None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """NVRTC as torch has it: from the wheels it depends on, beside it, or where the loader finds it.
-
-    Raises:
-        BackendUnavailableError: it is nowhere.
-    """
+    """NVRTC from the wheels that torch depends on, from torch's own folder, or from the system."""
     if torch.version.cuda is None:
         raise BackendUnavailableError("this torch was built without CUDA, so there is no NVRTC")
     name = f"libnvrtc.so.{torch.version.cuda.split('.')[0]}"
@@ -101,5 +97,5 @@ def _library() -> ctypes.CDLL:
         except OSError:
             continue
     raise BackendUnavailableError(
-        f"there is no {name}, which compiles mimic_core's kernels; torch's CUDA wheels bring it"
+        f"there is no {name}, which compiles mimic_core's kernels; it comes with torch's CUDA wheels"
     )

@@ -1,4 +1,4 @@
-"""The route without a compiler: torch's attention kernels that give an LSE, and plain torch around them."""
+"""The backends without a compiler: torch's attention kernels that return an LSE, and plain torch around them."""
 
 from . import cpu, cuda
 

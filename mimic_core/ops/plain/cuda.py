@@ -1,7 +1,7 @@
-"""CUDA: the attention kernels torch itself carries (flash, memory-efficient, cuDNN), all of which give the LSE.
+"""CUDA: torch's own attention kernels (flash, memory-efficient, cuDNN), which all return the LSE.
 
-Which one runs is torch's own choice for the call, so that a shift of zero changes no bit of the model. The ops in C++
-are the same in one call, with one launch of a kernel before and after.
+The kernel is the one that torch would choose for the call, so that a shift of zero changes no bit of the model. The ops
+in C++ do the same in one call, with one kernel launch before and one after.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from .._masks import Mask, additive, rows_that_attend
 from .folded import Kernel, Ops, Prepared, Saved, at_the_upper_left, ops_of
 
 _aten = torch.ops.aten
-_ALIGNMENT = 16  # elements: what the memory-efficient kernel wants a row of its bias to start at
+_ALIGNMENT = 16  # in elements: the rows of a bias for the memory-efficient kernel must start at a multiple of it
 
 
 def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> str | None:
-    """Why this backend can't run the call; None: it can."""
     if q.device.type != "cuda":
         return f"the tensors are on {q.device}"
     if q.dtype == torch.float64:
-        return "no fused kernel takes fp64"
+        return "no fused kernel supports fp64"
     if v.shape[-1] != q.shape[-1]:
-        return f"values as wide as queries are wanted, found {v.shape[-1]} and {q.shape[-1]}"
+        return f"the kernels need values as wide as queries, found {v.shape[-1]} and {q.shape[-1]}"
     if q.shape[-1] % 8:
         return f"head_dim should be a multiple of 8, found {q.shape[-1]}"
     if mask is not None and mask.requires_grad:
@@ -38,14 +37,14 @@ def unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> str | None:
 
 
 def follows_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> bool:
-    """Whether F.scaled_dot_product_attention would run this very kernel on the call, so give the same bits."""
     return torch.compiler.is_compiling() or _choice(q, k, v, mask, scale, is_causal) in _OPS
 
 
 def _choice(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> int:
     grouped = k.shape[1] != q.shape[1]
     if grouped and mask is not None:
-        # Only flash takes grouped heads, and no mask: callers repeat the keys, and the choice does not count heads.
+        # Only flash supports grouped heads, but without a mask. So callers repeat the keys. The number of heads does
+        # not matter for the choice.
         q, grouped = q[:, : k.shape[1]], False
         mask = mask if mask.shape[1] == 1 else mask[:, : k.shape[1]]
     return torch._fused_sdp_choice(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)  # pyright: ignore[reportPrivateImportUsage]
@@ -56,7 +55,7 @@ def _ops(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: b
         choice = _choice(q, k, v, mask, scale, is_causal)
         if choice in _OPS:
             return _OPS[choice]
-    # The compiler can't trace the question, and where torch's answer is its slow path there is a better one.
+    # torch.compile cannot trace that choice. And if torch would choose its slow path, there is a better kernel.
     masked = mask is not None or (is_causal and q.shape[2] > k.shape[2])
     flash = not masked and q.dtype != torch.float32 and q.shape[-1] <= 256
     return _OPS[(SDPBackend.FLASH_ATTENTION if flash else SDPBackend.EFFICIENT_ATTENTION).value]
@@ -88,7 +87,7 @@ def shifted_attention(
 
 
 def _aligned(mask: Tensor) -> Tensor:
-    """The same numbers, each row at an address the kernel can load whole vectors from."""
+    """The mask, with each row at an address from which the kernel can load vectors."""
     s = mask.shape[-1]
     wanted = -(-s // _ALIGNMENT) * _ALIGNMENT
     steps = [stride for size, stride in zip(mask.shape[:-1], mask.stride()[:-1], strict=True) if size > 1]
@@ -98,15 +97,14 @@ def _aligned(mask: Tensor) -> Tensor:
 
 
 def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
-    """x in the memory order of `like`, which has its shape and is overwritten where x has another."""
+    """x in the memory order of `like`, a tensor of the same shape. If x has another order, `like` is overwritten."""
     of_x, of_like = ([stride for size, stride in zip(x.shape, y.stride(), strict=True) if size > 1] for y in (x, like))
     return x if of_x == of_like else like.copy_(x)
 
 
 class _Torch(ABC):
-    """One of torch's kernels."""
-
-    # Key/value heads as they are, where there is no mask; otherwise they are repeated first, as transformers does.
+    # Whether the kernel supports grouped key/value heads if there is no mask. Otherwise they are repeated, as in
+    # transformers.
     takes_groups = False
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> Prepared:
@@ -150,7 +148,7 @@ class _Efficient(_Torch):
     def forward(self, p: Prepared) -> tuple[Tensor, Tensor, Saved]:
         attention = _aten._scaled_dot_product_efficient_attention
         out, lse, *random = attention(p.q, p.k, p.v, p.mask, True, 0.0, p.is_causal, scale=p.scale)
-        # It comes with its rows padded, and the backward wants it so.
+        # The kernel pads the rows of the LSE, and its backward needs the padded form.
         return out, lse[:, :, : p.q.shape[2]], (lse, *random)
 
     def backward(
@@ -165,11 +163,11 @@ class _Efficient(_Torch):
 
 
 class _CuDNN(_Torch):
-    """torch keeps cuDNN's plan of a backward by the sizes and strides of q, k and v, and by the dropout.
+    """cuDNN's kernel, with a workaround for the plans that torch caches for its backward.
 
-    The strides of `out` and `grad` are those of the first call of such a key, which may be anybody's: any other strides
-    give garbage without a word. So both come in one layout each, and a dropout of -0.0, which nobody else has, makes
-    the plans our own.
+    The key of a plan is the sizes and strides of q, k and v and the dropout. The strides of `out` and `grad` are those
+    of the first call with this key, from any code. With other strides the result is silently wrong. So `out` and `grad`
+    always get the same layout, and a dropout of -0.0, which no other code uses, separates our plans from others.
     """
 
     takes_groups = True

@@ -1,4 +1,4 @@
-"""What surrounds an attention kernel, in plain torch: gate and shift after it, its part of the backward before."""
+"""The code around an attention kernel in plain torch: gate and shift after it, and their backward before its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def gated_shift_(
     gate_weight: Float[Tensor, "h d"],
     gate_bias: Float[Tensor, " h"],
 ) -> Float[Tensor, "b h t"]:
-    """Shift `out` in place and return mu. A row that does not attend keeps its output; its lse is not looked at."""
+    """Shift `out` in place and return mu. A row that attends to no key keeps its output, whatever its lse is."""
     mu = torch.sigmoid(gate_logit(q, gate_weight, gate_bias) - lse)
     if attends is not None:
         mu = mu.masked_fill(~attends, 0.0)
@@ -46,7 +46,7 @@ def folded_gradients(
     Float[Tensor, "h d"],
     Float[Tensor, " h"],
 ]:
-    """The output an attention backward is to be given (None unless `attention`), d f, and the parameters' gradients."""
+    """The `out` argument for the attention backward (None unless `attention`), d f, and the parameters' gradients."""
     wide_grad, wide_vector = wide(grad).transpose(1, 2), vector.to(mu.dtype)
     df = mu * (1 - mu) * (wide_grad @ wide_vector[:, :, None]).squeeze(-1)
     out = None
@@ -59,7 +59,7 @@ def folded_gradients(
 
 
 def add_to_dq_(dq: Float[Tensor, "b h t d"], df: Float[Tensor, "b h t"], gate_weight: Float[Tensor, "h d"]) -> None:
-    """What flows into q through the gate, added in place: dq += df * weight."""
+    """Add the gradient of q through the gate in place: dq += df * weight."""
     weight = gate_weight.to(df.dtype)[:, None]
     if dq.dtype == df.dtype:
         dq.addcmul_(df[..., None], weight)

@@ -1,13 +1,13 @@
-"""Attention by a kernel that gives its LSE, differentiable in it, and the shift with one backward for both.
+"""Attention by a kernel that returns its LSE, differentiable also in the LSE, and the shift with one backward for both.
 
-No aten attention passes a gradient to its LSE; they drop it without a word. So autograd is done here. With G the
-gradient of the shifted output, f = query . weight + bias and mu = sigmoid(f - lse):
+All aten attention functions ignore the gradient of the LSE, so the autograd functions are here. With G the gradient of
+the shifted output, f = query . weight + bias and mu = sigmoid(f - lse):
 
     df = mu (1 - mu) (G . vector)          d lse = -df
 
-A flash backward uses its `out` argument only for delta = rowsum(G * out), and delta must become
-rowsum(G * out) - d lse = G . (out + mu (1 - mu) vector). So the kernel is handed
-out + mu (1 - mu) vector = shifted - mu^2 vector, and the gradient through the LSE costs nothing.
+A flash backward uses its `out` argument only for delta = rowsum(G * out). Here delta must be
+rowsum(G * out) - d lse = G . (out + mu (1 - mu) vector). So the `out` argument is
+out + mu (1 - mu) vector = shifted - mu^2 vector, and the gradient through the LSE costs no time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from . import epilogue
 
 
 class Prepared(NamedTuple):
-    """One call as a kernel takes it: what it would get wrong silently is out of the way."""
+    """The arguments of a call, changed where the kernel would silently give wrong results."""
 
     q: Float[Tensor, "b h t d"]
     k: Float[Tensor, "b g s d"]
@@ -40,9 +40,7 @@ class Prepared(NamedTuple):
 def at_the_upper_left(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, is_causal: bool
 ) -> tuple[Tensor, Tensor, Mask, bool]:
-    """Keys, values, mask and is_causal of a call that is causal at the upper left, whatever a kernel makes of unequal
-    lengths.
-    """
+    """Keys, values, mask and is_causal, so that the call is causal at the upper left also with unequal lengths."""
     t, s = q.shape[2], k.shape[2]
     if is_causal and t < s:
         return k[:, :, :t], v[:, :, :t], mask, True
@@ -52,12 +50,12 @@ def at_the_upper_left(
 
 
 Saved = tuple[Any, ...]
-"""What a kernel's forward keeps for its backward, beyond out and LSE: tensors, numbers, None."""
+"""What a kernel's forward saves for its backward besides out and LSE: tensors, numbers, None."""
 
 
 @runtime_checkable
 class Kernel(Protocol):
-    """An attention kernel and its backward. `out` is [b h t d] in any memory order; `attends` is not the kernel's."""
+    """An attention kernel and its backward. `out` is [b h t d] in any memory order. The kernel ignores `attends`."""
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, is_causal: bool) -> Prepared: ...
 
@@ -69,7 +67,7 @@ class Kernel(Protocol):
 
 
 class Ops(NamedTuple):
-    """The three ops a backend offers."""
+    """The three ops of a backend."""
 
     attention_with_lse: Callable[..., tuple[Tensor, Tensor]]
     attention_lse: Callable[..., Tensor]
@@ -77,11 +75,7 @@ class Ops(NamedTuple):
 
 
 def ops_of(kernel: Kernel) -> Ops:
-    """The three ops of a backend, from its kernel."""
-
     class AttentionWithLSE(torch.autograd.Function):
-        """Attention and LSE, differentiable in both."""
-
         @staticmethod
         def forward(
             ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
@@ -101,8 +95,8 @@ def ops_of(kernel: Kernel) -> Ops:
             if grad_out is not None:
                 dq, dk, dv = kernel.backward(grad_out, p, out, lse, saved)
             if grad_lse is not None:
-                # d lse / d logits is the softmax: what flows back from an attention whose values are all the first
-                # unit vector and whose `out`, so delta, is taken as zero.
+                # d lse / d logits is the softmax. The kernel's backward gives it if all values are the first unit
+                # vector and `out` is zero, so that delta is zero.
                 unit = torch.zeros_like(p.v)
                 unit[..., 0] = 1.0
                 through = torch.zeros_like(out)
@@ -112,8 +106,6 @@ def ops_of(kernel: Kernel) -> Ops:
             return dq, dk, dv, None, None, None
 
     class ShiftedAttention(torch.autograd.Function):
-        """Attention, gate and shift with the folded backward of this file's docstring."""
-
         @staticmethod
         def forward(
             ctx: Any,
@@ -168,7 +160,7 @@ def ops_of(kernel: Kernel) -> Ops:
         return out.transpose(1, 2), lse
 
     def attention_lse(q: Tensor, k: Tensor, mask: Mask, scale: float, is_causal: bool) -> Tensor:
-        # A kernel wants values: the keys are at hand, and what comes out of them is thrown away.
+        # A kernel needs values. The keys are used, and the output is not.
         return attention_with_lse(q, k, k.detach(), mask, scale, is_causal)[1]
 
     def shifted_attention(
@@ -196,7 +188,7 @@ def ops_of(kernel: Kernel) -> Ops:
 
 
 def _save(ctx: Any, p: Prepared, tensors: tuple[Tensor, ...], saved: Saved) -> None:
-    """Tensors where autograd watches over them, numbers beside. Which rows attend, the backward need not know."""
+    """Save tensors with autograd, and numbers in `ctx`. The backward does not need `attends`."""
     of_kernel = (x for x in saved if isinstance(x, Tensor))
     ctx.save_for_backward(p.q, p.k, p.v, p.mask, *tensors, *of_kernel)
     ctx.options = p.scale, p.is_causal
@@ -204,7 +196,7 @@ def _save(ctx: Any, p: Prepared, tensors: tuple[Tensor, ...], saved: Saved) -> N
 
 
 def _saved(ctx: Any, n: int) -> tuple[Prepared, tuple[Any, ...], Saved]:
-    """What `_save` kept, `n` of them its `tensors`."""
+    """What `_save` saved; `n` is the number of its `tensors`."""
     q, k, v, mask, *rest = ctx.saved_tensors
     of_kernel = iter(rest[n:])
     saved = tuple(next(of_kernel) if x is None else x[0] for x in ctx.numbers)
