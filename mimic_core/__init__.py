@@ -21,6 +21,7 @@ from .errors import (
     ShapeError,
     UnknownNameError,
     UnsupportedModelError,
+    WrongTypeError,
 )
 from .heads import (
     FunctionVectorConfig,
@@ -32,7 +33,7 @@ from .heads import (
     TaskVectorConfig,
     register_head,
 )
-from .patch import Handle, hook, patch
+from .patch import Handle, handles, hook, patch
 from .types import At, LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -62,10 +63,12 @@ __all__ = [
     "TaskVectorConfig",
     "UnknownNameError",
     "UnsupportedModelError",
+    "WrongTypeError",
     "adapter_for",
     "build_shifts",
     "capture",
     "describe",
+    "handles",
     "hook",
     "load_shifts",
     "losses",

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .adapters import locate
-from .errors import UnknownNameError
+from .errors import UnknownNameError, WrongTypeError
 from .heads import HeadConfig, ShiftStack, head_class, head_for_config
 
 
@@ -24,6 +24,7 @@ def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: 
         initial values come from torch's global generator.
 
     Raises:
+        WrongTypeError: `head` is neither a name nor a config.
         UnsupportedModelError: no adapter fits the model, or a chosen layer lacks a site of the head.
         UnknownNameError: there is no such head or option.
         ShapeError: `layers` names a layer that the model does not have.
@@ -38,6 +39,8 @@ def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: 
                 f"{', '.join(kind.config_class.option_names())}"
             )
         config = kind.config_class(**options)
+    elif not isinstance(head, HeadConfig):
+        raise WrongTypeError(f"the name of a shift head or its config is needed, found {type(head).__name__}")
     else:
         kind, config = head_for_config(head), head
         if options:

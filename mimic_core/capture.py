@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from functools import partial
 
@@ -55,6 +56,7 @@ class Capture:
     def __enter__(self) -> Capture:
         if self._installation is not None or any(self._taken.values()):
             raise PatchStateError("a capture can be entered only once; make a new one with mimic_core.capture(...)")
+        self._thread = threading.get_ident()
         self._installation = Installation(self._found, self._edits)
         return self
 
@@ -74,8 +76,8 @@ class Capture:
         taken = self._taken[check_site(site)]
         if not taken:
             raise PatchStateError(
-                f"nothing was captured at {site!r}: run the model inside the `with`, and uncompiled, because code made "
-                f"by torch.compile is not captured"
+                f"nothing was captured at {site!r}: run the model inside the `with`, in the same thread, and "
+                f"uncompiled, because code made by torch.compile is not captured"
             )
         return taken
 
@@ -97,6 +99,8 @@ class Capture:
 
     def _take(self, site: Site, value: Tensor, at: At) -> None:
         installation = self._installation
+        if threading.get_ident() != self._thread:
+            return  # a forward of another thread
         if installation is None or not installation.in_forward:
             return  # gradient checkpointing runs the layer a second time, in its backward
         taken = self._taken[site]
@@ -145,7 +149,8 @@ def capture(
             model(**inputs)
         seen["mlp_out"][0]      # [n c] of layer 0, for the n tokens chosen by `where`
 
-    The capture holds the value after the edits that were installed before it was opened.
+    The capture holds the value after the edits that were installed before it was opened. It records only the thread
+    that opened it.
 
     Args:
         sites: One or several of `mimic_core.types.SITES`.

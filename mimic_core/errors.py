@@ -13,6 +13,10 @@ class UnsupportedModelError(MimicError, LookupError):
     """No adapter fits the model, or the model lacks a site."""
 
 
+class WrongTypeError(MimicError, TypeError):
+    """An argument is of another type than the function takes."""
+
+
 class UnknownNameError(MimicError, LookupError):
     """There is no site, head, adapter, backend or recipe of this name."""
 

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from .adapters import locate
+from . import optimizers
+from .adapters import locate, unwrap
 from .edits import Installation, SiteEdit, installed
-from .errors import PatchStateError, ShapeError
+from .errors import PatchStateError, ShapeError, WrongTypeError
 from .heads import ShiftStack
+from .heads.stack import check_stack
 from .types import At, Located, check_site
 
 
@@ -28,10 +30,19 @@ class Handle:
     def remove(self) -> None:
         """Restore the model exactly. Handles can be removed in any order. A second call does nothing."""
         self._installation.remove()
+        if isinstance(self._installation.key, ShiftStack):
+            optimizers.forget(self._installation.key)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Switch the patch off inside the `with`, in all threads. Attention then runs the model's own kernel."""
+        """Switch the patch off inside the `with`, for this thread. Attention then runs the model's own kernel.
+
+        Code that torch.compile made of a whole model is not checked: let no other thread run it inside the `with`.
+
+        Raises:
+            PatchStateError: another thread is inside a forward of the model. A thread that begins a forward inside the
+                `with` and has not called `disabled` itself gets this error too.
+        """
         self._installation.switch_off()
         try:
             yield
@@ -59,19 +70,21 @@ def patch(model: nn.Module, shifts: ShiftStack) -> Handle:
     again. Another stack of the same form uses the same graphs. Graphs of other models are not affected.
     `handle.disabled()` needs one more graph.
 
+    `model.parameters()` does not include the shifts: give `shifts.parameters()` to the optimizer. If they have a
+    gradient and no optimizer has them, the next step of an optimizer raises PatchStateError, or warns if it has other
+    parameters to train.
+
     Raises:
+        WrongTypeError: `shifts` is not a ShiftStack.
         UnsupportedModelError: no adapter fits the model.
         ShapeError: the stack was built for a model of other sizes.
-        PatchStateError: this stack is already in this model. A later forward also raises it if it does not reach one of
-            the sites.
+        PatchStateError: this stack is already in this model, or in a part of it. A later forward also raises it if it
+            does not reach one of the sites.
     """
+    check_stack(shifts)
     found = locate(model)
     if misfit := shifts.spec.misfit(found.spec):
         raise ShapeError(f"these shifts do not fit {type(found.model).__name__}: they were built for {misfit}")
-    if any(i.key is shifts for i in installed(found.model)):
-        raise PatchStateError(
-            "these shifts are already in this model; remove their handle first, or build another stack"
-        )
     edits = [
         SiteEdit(
             layer=head.layer.index,
@@ -87,7 +100,20 @@ def patch(model: nn.Module, shifts: ShiftStack) -> Handle:
         for head in shifts
         for site, run in head.edits().items()
     ]
-    return Handle(Installation(found, edits, key=shifts))
+    handle = Handle(Installation(found, edits, key=shifts))
+    optimizers.watch(shifts)
+    return handle
+
+
+def handles(model: nn.Module) -> list[Handle]:
+    """The handles of all patches, hooks and open captures in a model, in the order in which they were made.
+
+    A deep copy or pickle of a patched model is patched too. This removes its patches:
+
+        for handle in mimic_core.handles(copy):
+            handle.remove()
+    """
+    return [Handle(installation) for installation in installed(*unwrap(model).modules())]
 
 
 def hook(
@@ -106,12 +132,15 @@ def hook(
         layers: Which decoder layers; None means all that have the site.
 
     Raises:
+        WrongTypeError: `fn` is not callable.
         UnknownNameError: there is no such site.
         UnsupportedModelError: no adapter fits, or a layer lacks the site.
 
     A later forward raises ShapeError if `fn` returns another shape, dtype or device. It raises PatchStateError if `fn`
     returns a value at `lse`, which can only be read, or if the forward does not reach the site.
     """
+    if not callable(fn):
+        raise WrongTypeError(f"a function (value, at) is needed, found {type(fn).__name__}")
     name = check_site(site)
     found = locate(model)
     chosen = choose_layers(found, (name,), layers)

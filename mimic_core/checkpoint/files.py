@@ -22,6 +22,7 @@ from ..adapters import locate
 from ..build import place
 from ..errors import CheckpointError, MimicError
 from ..heads import ShiftStack, head_class
+from ..heads.stack import check_stack
 from ..types import LayerSpec, ModelSpec
 
 # The base class of the HTTP client's errors: httpx in huggingface_hub 1.x, httpx2 in 2.x.
@@ -40,8 +41,10 @@ def save_shifts(shifts: ShiftStack, path: str | os.PathLike[str], push_to_hub: s
         push_to_hub: A hub repository ("user/name") for a copy of the two files. It is created if it does not exist.
 
     Raises:
+        WrongTypeError: `shifts` is not a ShiftStack.
         CheckpointError: two parameters of the stack share a tensor, which a file cannot represent. Nothing is written.
     """
+    check_stack(shifts)
     _check_untied(shifts)
     target = Path(path)
     target.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import count
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from .outputs import below_edits
 
@@ -17,19 +15,6 @@ def asked_about(attention: nn.Module) -> list[nn.Module]:
     A graph can begin inside `attention`. Then it does not check `attention`, only the projections that it calls.
     """
     return [attention, *attention.children()]
-
-
-def with_lasting_key(handle: RemovableHandle, module: nn.Module) -> RemovableHandle:
-    """Move an always-called forward hook to the first free key of -1, -2, -3 and so on.
-
-    torch gives each hook a new number, and a graph checks the numbers of always-called hooks. Without this, another
-    stack of the same form would be compiled again.
-    """
-    hooks, always = module._forward_hooks, module._forward_hooks_always_called
-    key = next(key for key in count(-1, -1) if key not in hooks)
-    hooks[key], always[key] = hooks.pop(handle.id), always.pop(handle.id)
-    handle.id = key
-    return handle
 
 
 def runs_compiled(model: nn.Module, module: nn.Module) -> bool:

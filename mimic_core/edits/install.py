@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Iterable
@@ -13,34 +14,15 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import PatchStateError, ShapeError
 from ..types import ATTENTION_SITES, Located, Site
-from .compiled import asked_about, runs_compiled, with_lasting_key
+from .compiled import asked_about, runs_compiled
 from .entry import Entry, SiteEdit
-from .forward import AGAIN, Forward
+from .forward import Forward
 from .interface import SLOT, AttentionSlot
 from .outputs import EditedForward
 from .scope import LayerScope
+from .watch import ForwardWatch
 
-# The names of a decoder's argument with tokens, the most likely first.
-_TOKENS = ("inputs_embeds", "input_ids", "decoder_inputs_embeds", "decoder_input_ids", "hidden_states")
-
-
-class _ForwardState(threading.local):
-    """The state of a forward of the model in this thread. A copy or a pickle starts with a new state."""
-
-    depth = 0
-    ran = False  # whether the decoder ran since the last forward of the model ended
-    grad_enabled = False
-    tokens: tuple[int, int] = (0, 0)  # b and t
-    forward: Forward | None = None
-
-    def __init__(self) -> None:
-        self.reached: set[tuple[int, Site]] = set()
-
-    def __deepcopy__(self, memo: Any) -> _ForwardState:
-        return _ForwardState()
-
-    def __reduce__(self) -> tuple[type[_ForwardState], tuple[()]]:
-        return _ForwardState, ()
+_orders = itertools.count()
 
 
 class Installation:
@@ -49,7 +31,7 @@ class Installation:
     Edits at one site run in the order in which they were installed, also those of different owners.
 
     Attributes:
-        active: Whether the edits run.
+        order: Grows with each installation.
 
     Args:
         found: The model and its sites.
@@ -58,45 +40,45 @@ class Installation:
 
     Raises:
         UnsupportedModelError: a layer lacks a site. The model is unchanged.
+        PatchStateError: edits with the same key are at one of the sites. The model is unchanged.
     """
 
     def __init__(self, found: Located, edits: Iterable[SiteEdit], key: object = None) -> None:
+        edits = list(edits)
         self.key = key
-        self.active = True
-        self._off = 0
-        self._state = _ForwardState()
+        self.order = next(_orders)
+        self._watch = ForwardWatch(
+            looks=any(edit.needs_prompt_end for edit in edits),
+            wants_sizes=any(edit.site not in ATTENTION_SITES for edit in edits),
+        )
         self._hooks: list[RemovableHandle] = []
         self._edited: list[nn.Module] = []
         self._forwards: list[EditedForward] = []
         self._model = model = found.model
-        edits = list(edits)
-        self._looks = any(edit.needs_prompt_end for edit in edits)
-        self._wants_sizes = any(edit.site not in ATTENTION_SITES for edit in edits)
         self._places = frozenset((edit.layer, edit.site) for edit in edits)
         self._entries: list[Entry] = []
         places = [found.module(edit.layer, edit.site) for edit in edits]
+        if key is not None and any(owner.key is key for owner in installed(*places)):
+            raise PatchStateError(
+                "these shifts are already in this model; remove their handle first, or build another stack"
+            )
         shared = _shared_modules(found, {edit.site for edit in edits})
         try:
             for edit, module in zip(edits, places, strict=True):
                 scope = None
                 if (module, edit.site) in shared:
-                    scope = LayerScope()
-                    self._tell(scope, found.adapter.module(model, edit.layer, "layer_out"))
+                    scope = LayerScope(self)
+                    layer = found.adapter.module(model, edit.layer, "layer_out")
+                    self._forwards.append(EditedForward.claim(layer, around=scope))
                 entry = Entry(edit, self, scope)
                 self._entries.append(entry)
                 self._attach(entry, module)
-            decoder = found.adapter.decoder(model)
-            self._hooks.append(decoder.register_forward_pre_hook(self._enter, with_kwargs=True))
-            self._hooks.append(with_lasting_key(decoder.register_forward_hook(self._leave, always_call=True), decoder))
-            if decoder is not model:
-                self._hooks.append(model.register_forward_hook(self._ended))
+            self._forwards.append(EditedForward.claim(found.adapter.decoder(model), around=self))
+            self._hooks.append(model.register_forward_pre_hook(self._model_begins))
+            self._hooks.append(model.register_forward_hook(self._model_ends))
         except BaseException:
             self.remove()
             raise
-
-    def _tell(self, scope: LayerScope, layer: nn.Module) -> None:
-        self._hooks.append(layer.register_forward_pre_hook(scope.enter))
-        self._hooks.append(layer.register_forward_hook(scope.leave, always_call=True))
 
     def _attach(self, entry: Entry, module: nn.Module) -> None:
         inside = entry.edit.site in ATTENTION_SITES
@@ -111,6 +93,8 @@ class Installation:
 
     def remove(self) -> None:
         """Remove all edits. A second call does nothing."""
+        if self._forwards:
+            self._watch.ended_by = threading.get_ident()
         for hook in self._hooks:
             hook.remove()
         for module in self._edited:
@@ -125,20 +109,30 @@ class Installation:
         self._hooks, self._edited, self._forwards = [], [], []
 
     @property
+    def active(self) -> bool:
+        """Whether the edits run."""
+        return not self._watch.is_off
+
+    @property
+    def owner(self) -> Installation:
+        """Itself, as what stands around the decoder's forward."""
+        return self
+
+    @property
     def installed(self) -> bool:
         """Whether the edits are in the model."""
-        return bool(self._hooks)
+        return bool(self._forwards)
 
     def switch_off(self) -> None:
         """Keep the edits installed but do not run them, until `switch_on` has been called as often."""
-        self._switch(1)
+        self._watch.switch_off()
+        self._refresh()
 
     def switch_on(self) -> None:
-        self._switch(-1)
+        self._watch.switch_on()
+        self._refresh()
 
-    def _switch(self, by: int) -> None:
-        self._off += by
-        self.active = self._off == 0
+    def _refresh(self) -> None:
         for module in self._edited:
             slot: AttentionSlot | None = module.__dict__.get(SLOT)
             if slot is not None:
@@ -148,28 +142,29 @@ class Installation:
 
     @property
     def in_forward(self) -> bool:
-        """Whether this thread is inside a forward of the model. False while checkpointing runs layers again."""
-        return self._state.depth > 0
+        """See `ForwardWatch.in_forward`."""
+        return self._watch.in_forward
 
     @property
     def forward_has_grad(self) -> bool:
-        """Whether gradients were enabled when the forward of this thread began."""
-        return self._state.grad_enabled
+        """See `ForwardWatch.forward_has_grad`."""
+        return self._watch.forward_has_grad
 
     @property
     def forward(self) -> Forward | None:
-        return self._state.forward if self.in_forward else AGAIN
+        """See `ForwardWatch.forward`."""
+        return self._watch.forward
 
     def reached(self, layer: int, site: Site) -> None:
         if not torch.compiler.is_compiling():
-            self._state.reached.add((layer, site))
+            self._watch.reached(layer, site)
 
     def unflatten(self, states: Tensor) -> Tensor:
         """Reshape [b*t c] to [b t c], for modules that get their tokens flattened.
 
         b and t are those of the last forward in this thread. They are also right when checkpointing runs it again.
         """
-        b, t = self._state.tokens
+        b, t = self._watch.tokens
         if b * t != states.shape[0]:
             raise ShapeError(
                 f"a site returned {list(states.shape)}, but [{b} {t} c] or [{b * t} c] was expected, because the "
@@ -177,52 +172,51 @@ class Installation:
             )
         return states.unflatten(0, (b, t))
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The decoder's forward begins."""
+        self._watch.begin(args, kwargs)
+
+    def leave(self, raised: bool) -> None:
+        """The decoder's forward ends.
+
+        Raises:
+            PatchStateError: a site was not reached, or another thread has removed the edits meanwhile.
+        """
+        reached = self._watch.end()
+        if raised or reached is None:
+            return
+        if self._watch.was_cut_short:
+            raise PatchStateError(
+                "another thread removed a patch, hook or capture during this forward, so only some layers were edited: "
+                "remove it when no forward runs, or give each thread a copy of the model"
+            )
+        if not reached >= self._places and self.active and self.installed:
+            self._complain(self._missed(reached))
+
+    def _model_begins(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        state = self._state
-        if state.depth == 0:
-            state.reached.clear()
-            state.grad_enabled = torch.is_grad_enabled()
-        state.depth += 1
-        state.ran = True
-        if self._wants_sizes:
-            state.tokens = _sizes_of_tokens(args, kwargs) or state.tokens
-        if self._looks:
-            # The last call counts, because it is the decoder's own: an encoder has another mask.
-            state.forward = Forward.of(kwargs)
+        if getattr(module, "_is_replica", False):
+            raise PatchStateError(
+                "nn.DataParallel runs copies of a patched model that share its edits, on other devices: use "
+                "DistributedDataParallel, or one device"
+            )
+        self._watch.model_begins()
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        state = self._state
-        # If the hooks are installed in the middle of a forward, they see only its end.
-        state.depth = max(0, state.depth - 1)
-        if state.depth:
-            return
-        state.forward = None
-        failed = output is None  # the forward raised an error, and that should reach the user
-        if failed or state.reached >= self._places or not self.active or not self.installed:
-            return
-        self._complain(module, self._missed(state.reached))
-
-    def _ended(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _model_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         """Check that a forward of the model has run its decoder."""
-        if torch.compiler.is_compiling():
-            return
-        if not self._state.ran and self.active:
-            self._complain(module, self._missed(set()))
-        self._state.ran = False
+        if not torch.compiler.is_compiling() and not self._watch.decoder_ran and self.active:
+            self._complain(self._missed(set()))
 
-    def _complain(self, module: nn.Module, missed: list[SiteEdit]) -> None:
+    def _complain(self, missed: list[SiteEdit]) -> None:
         if missed:
             where = ", ".join(f"{edit.site} of layer {edit.layer}" for edit in missed[:4])
             more = f" and {len(missed) - 4} more" if len(missed) > 4 else ""
             raise PatchStateError(
-                f"a forward of {type(module).__name__} never reached {where}{more}, so the edits there did nothing. "
-                f"Perhaps its attention does not go through transformers' AttentionInterface, or its adapter names "
-                f"wrong modules. Or something has replaced the forward of these modules since: then remove the patch "
-                f"and patch again"
+                f"a forward of {type(self._model).__name__} never reached {where}{more}, so the edits there did "
+                f"nothing. Perhaps its attention does not go through transformers' AttentionInterface, or its adapter "
+                f"names wrong modules. Or something has replaced the forward of these modules since: then remove the "
+                f"patch and patch again"
             )
 
     def _missed(self, reached: set[tuple[int, Site]]) -> list[SiteEdit]:
@@ -235,13 +229,6 @@ class Installation:
         return [edit for edit, module in missed if not runs_compiled(self._model, module)]
 
 
-def _sizes_of_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    for x in (*args[:1], *map(kwargs.get, _TOKENS)):
-        if isinstance(x, Tensor):
-            return (x.shape[0], x.shape[1]) if x.ndim > 1 else None
-    return None
-
-
 def _shared_modules(found: Located, sites: Iterable[Site]) -> set[tuple[nn.Module, Site]]:
     places: Counter[tuple[nn.Module, Site]] = Counter(
         (found.module(layer.index, site), site) for site in sites for layer in found.spec.layers if site in layer.sites
@@ -249,8 +236,13 @@ def _shared_modules(found: Located, sites: Iterable[Site]) -> set[tuple[nn.Modul
     return {place for place, layers in places.items() if layers > 1}
 
 
-def installed(model: nn.Module) -> list[Installation]:
-    """The installations in a model (without wrappers), in the order in which they were made."""
-    hooks = model._forward_hooks.values()
-    owners = [getattr(hook, "__self__", None) for hook in hooks]
-    return [owner for owner in owners if isinstance(owner, Installation)]
+def installed(*modules: nn.Module) -> list[Installation]:
+    """The installations with edits in these modules, in the order in which they were made."""
+    found: dict[int, Installation] = {}
+    for module in modules:
+        slot: AttentionSlot | None = module.__dict__.get(SLOT)
+        entries = (*(slot.entries if slot is not None else ()), *EditedForward.entries_in(module))
+        for owner in (entry.owner for entry in entries):
+            if isinstance(owner, Installation):
+                found[id(owner)] = owner
+    return sorted(found.values(), key=lambda one: one.order)

@@ -11,13 +11,16 @@ an edited model are not used, graphs of other models are, and without the edits 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, wraps
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
+from ..errors import PatchStateError, UnsupportedModelError
 from .entry import Entry
+from .watch import Around
 
 _FORWARD, _KEY = "forward", "_mimic_core_forward"
 
@@ -25,9 +28,10 @@ _FORWARD, _KEY = "forward", "_mimic_core_forward"
 class EditedForward:
     """Replaces the forward of one module: it runs the forward that was there, then the edits of the output.
 
-    Without edits of the output, it only marks a module with edits inside its attention. Then it puts the bound forward
-    of the class there, which costs no time. If somebody replaces the forward later, as accelerate does, that one calls
-    this one, so the edits still run.
+    It also tells others when the forward begins and ends. A forward hook can't do this: torch calls no hook after a
+    `KeyboardInterrupt`. With neither edits nor others to tell, it only marks a module with edits inside its attention.
+    Then it puts the bound forward of the class there, which costs no time. If somebody replaces the forward later, as
+    accelerate does, that one calls this one, so the edits still run.
 
     Attributes:
         below: The function that had replaced the module's forward before, or None if it was that of the class.
@@ -38,15 +42,16 @@ class EditedForward:
         self.below: Callable[..., Any] | None = module.__dict__.get(_FORWARD)
         self._claims = 0
         self._stands: Callable[..., Any] | None = None
-        self._hold(())
+        self._hold((), ())
 
-    def _hold(self, entries: tuple[Entry, ...]) -> None:
-        self._entries = entries
+    def _hold(self, entries: tuple[Entry, ...], around: tuple[Around, ...]) -> None:
+        self._entries, self._around = entries, around
         self.refresh()
         if self._stands is None or self._is_on_top:
             # A bound method in both cases. For other callables, a graph checks that it is the same object.
-            marks = not entries and self.below is None
-            self._stands = MethodType(type(self.module).forward, self.module) if marks else self.run
+            of_class = type(self.module).forward
+            marks = not entries and not around and self.below is None
+            self._stands = MethodType(of_class, self.module) if marks else MethodType(_run_as(of_class), self)
             self.module.__dict__[_FORWARD] = self._stands
 
     @property
@@ -54,15 +59,45 @@ class EditedForward:
         # Compared by ==: in a copy of the module they are two equal objects.
         return self.module.__dict__.get(_FORWARD) == self._stands
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The owners in a copy are on, even if those copied were off. They may not be complete yet: `run` looks.
+        return {**self.__dict__, "_on": None}
+
     def refresh(self) -> None:
         """Read again which edits are active."""
-        self._on = tuple(entry for entry in self._entries if entry.owner.active)
+        self._on: tuple[Entry, ...] | None = tuple(entry for entry in self._entries if entry.owner.active)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
+        around = self._around
+        if not around or torch.compiler.is_compiling():
+            return self._edited(args, kwargs)
+        entered: list[Around] = []
+        try:
+            for one in around:
+                one.enter(args, kwargs)
+                entered.append(one)
+            output = self._edited(args, kwargs)
+        except BaseException:  # also an interrupt: otherwise the next forward would count as a part of this one
+            for one in entered:
+                one.leave(raised=True)
+            raise
+        errors = []
+        for one in around:
+            try:
+                one.leave(raised=False)
+            except PatchStateError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return output
+
+    def _edited(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module, below = self.module, self.below
         # Not a stored bound method, which cannot be pickled with its module.
         output = type(module).forward(module, *args, **kwargs) if below is None else below(*args, **kwargs)
-        for entry in self._on:
+        if self._on is None:
+            self.refresh()
+        for entry in self._on or ():
             if entry.scope is not None and not entry.active:
                 continue
             if output.__class__ is Tensor and output.ndim != 2:
@@ -72,20 +107,29 @@ class EditedForward:
         return output
 
     @staticmethod
-    def claim(module: nn.Module, entry: Entry | None = None) -> EditedForward:
+    def claim(module: nn.Module, entry: Entry | None = None, around: Around | None = None) -> EditedForward:
         """Get or create the one on top in a module. It stays until `release` has been called as often."""
         found = module.__dict__.get(_KEY)
         if found is None or not found._is_on_top:
             found = module.__dict__[_KEY] = EditedForward(module)
         found._claims += 1
         if entry is not None:
-            found._hold((*found._entries, entry))
+            found._hold((*found._entries, entry), found._around)
+        if around is not None:
+            found._hold(found._entries, (*found._around, around))
         return found
+
+    @staticmethod
+    def entries_in(module: nn.Module) -> tuple[Entry, ...]:
+        """The edits of a module's output."""
+        found = module.__dict__.get(_KEY)
+        return () if found is None else found._entries
 
     def release(self, owner: object) -> None:
         """Remove the edits of an owner. With the last claim, restore the module's forward."""
         self._claims -= 1
-        self._hold(tuple(entry for entry in self._entries if entry.owner is not owner))
+        entries = tuple(entry for entry in self._entries if entry.owner is not owner)
+        self._hold(entries, tuple(one for one in self._around if one.owner is not owner))
         if self._claims:
             return
         # If somebody else has replaced the forward since, this one stays underneath and has no effect.
@@ -95,6 +139,18 @@ class EditedForward:
             self.module.__dict__[_FORWARD] = self.below
         if self.module.__dict__.get(_KEY) is self:
             del self.module.__dict__[_KEY]
+
+
+@cache
+def _run_as(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`EditedForward.run` with the signature of `forward`, because transformers and its Trainer read it."""
+
+    @wraps(forward)
+    def run(self: EditedForward, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    run.__name__ = "run"  # pickle finds it by this name
+    return run
 
 
 def below_edits(module: object) -> Any:

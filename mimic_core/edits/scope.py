@@ -5,22 +5,21 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from torch import nn
-
 from ..errors import PatchStateError
 
 
 class LayerScope:
-    """Whether one decoder layer runs in a thread, from hooks on the layer. For modules that several layers share."""
+    """Whether one decoder layer runs in a thread. For modules that several layers share."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
         self._here = _Here()
 
     def runs(self, in_forward: bool) -> bool:
         """Whether this layer is the one that runs.
 
         Raises:
-            PatchStateError: the module runs outside a forward of the model, so no hooks of a layer have run.
+            PatchStateError: the module runs outside a forward of the model, so no layer has begun.
         """
         if not self._here.depth and not in_forward:
             raise PatchStateError(
@@ -29,11 +28,11 @@ class LayerScope:
             )
         return self._here.depth > 0
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._here.depth += 1
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._here.depth = max(0, self._here.depth - 1)  # installed during a forward, it sees only the end
+    def leave(self, raised: bool) -> None:
+        self._here.depth -= 1
 
 
 class _Here(threading.local):

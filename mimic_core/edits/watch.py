@@ -1,9 +1,9 @@
-"""When a forward of a model begins and ends, in which thread, and which sites it has reached."""
+"""The forwards of a model, thread by thread: when each begins and ends, and which sites it has reached."""
 
 from __future__ import annotations
 
 import threading
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,14 +16,14 @@ from .forward import AGAIN, Forward
 _TOKENS = ("inputs_embeds", "input_ids", "decoder_inputs_embeds", "decoder_input_ids", "hidden_states")
 
 
+@runtime_checkable
 class Around(Protocol):
-    """What is told when a module's forward begins and ends, in whatever way it ends.
+    """What is told when a module's forward begins and ends, in whatever way it ends."""
 
-    Attributes:
-        owner: Whose edits it serves.
-    """
-
-    owner: object
+    @property
+    def owner(self) -> object:
+        """Whose edits it serves."""
+        ...
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..errors import PatchStateError, ShapeError, UnsupportedModelError
+from ..errors import PatchStateError, ShapeError, UnsupportedModelError, WrongTypeError
 from ..types import LayerSpec, ModelSpec
 from .base import HeadConfig, ShiftHead
 
@@ -67,6 +67,15 @@ class ShiftStack(nn.Module):
             PatchStateError: always.
         """
         raise PatchStateError("a ShiftStack is not called; put it into a model with mimic_core.patch(model, shifts)")
+
+
+def check_stack(shifts: object) -> None:
+    """Raises WrongTypeError: it is no stack."""
+    if not isinstance(shifts, ShiftStack):
+        raise WrongTypeError(
+            f"a ShiftStack is needed, found {type(shifts).__name__}: make one with mimic_core.build_shifts or "
+            f"mimic_core.load_shifts"
+        )
 
 
 def _choose(config: HeadConfig, spec: ModelSpec) -> list[LayerSpec]:

@@ -117,8 +117,7 @@ def all_or_nothing(s: Subject) -> str:
     tried = 0
     for name, stack in stacks.items():
         # The last steps of a patch, after it has edited the sites.
-        decoder = s.adapter.decoder(s.inner)
-        places = [(decoder, "register_forward_pre_hook"), (decoder, "register_forward_hook")]
+        places = [(s.inner, "register_forward_pre_hook"), (s.inner, "register_forward_hook")]
         for module, method in places:
             before = Snapshot(s.model)
             with _failing(module, method):

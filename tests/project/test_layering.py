@@ -33,6 +33,7 @@ LAYERS = {
     "build": 4,
     "checkpoint": 4,
     "describe": 4,
+    "optimizers": 4,
     "testing": 4,
     "__init__": 5,
     "demo": 6,

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from torch import Tensor, nn
+from torch import Tensor
 
 import mimic_core as mc
 from mimic_core.checkpoint import files
@@ -123,24 +123,24 @@ def removed_only_in_peace(monkeypatch: Break) -> None:
 
 
 def stuck_after_an_exception(monkeypatch: Break) -> None:
-    leave = Installation._leave
+    leave = Installation.leave
 
-    def forgetful(self: Installation, module: nn.Module, args: Any, output: Any) -> None:
-        leave(self, module, args, output)
-        if output is None:
-            module.__dict__["broken"] = True
+    def forgetful(self: Installation, raised: bool) -> None:
+        leave(self, raised)
+        if raised:
+            self._model.__dict__["broken"] = True
 
-    monkeypatch.setattr(Installation, "_leave", forgetful)
+    monkeypatch.setattr(Installation, "leave", forgetful)
 
 
 def silent_about_missed_sites(monkeypatch: Break) -> None:
-    leave = Installation._leave
+    complain = Installation._complain
 
     def silent(self: Installation, *args: Any) -> None:
         with suppress(mc.PatchStateError):
-            leave(self, *args)
+            complain(self, *args)
 
-    monkeypatch.setattr(Installation, "_leave", silent)
+    monkeypatch.setattr(Installation, "_complain", silent)
 
 
 def touches_the_embedding(monkeypatch: Break) -> None:
