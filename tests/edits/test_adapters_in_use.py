@@ -191,14 +191,17 @@ def test_a_handle_copied_with_its_model_undoes_the_copy(head: str, copied: Calla
 
 
 @over_copies
-def test_a_copy_inside_disabled_stays_disabled_until_switched_on(copied: Callable[[Any], Any]) -> None:
+def test_a_copy_made_inside_disabled_is_patched(copied: Callable[[Any], Any]) -> None:
     model, inputs = fresh_model(LLAMA), LLAMA.inputs()
     plain = logits_of(model, inputs)
     with mc.patch(model, random_shifts(model, "mimic")) as handle:
         with handle.disabled():
             twin = copied(model)
-            assert torch.equal(logits_of(twin, inputs), plain)
+            assert torch.equal(logits_of(model, inputs), plain)
         assert differ(logits_of(model, inputs), plain)
+    assert differ(logits_of(twin, inputs), plain)
+    with mc.handles(twin)[0].disabled():
+        assert torch.equal(logits_of(twin, inputs), plain)
 
 
 @pytest.mark.usefixtures("nothing_left")

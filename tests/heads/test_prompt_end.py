@@ -147,7 +147,7 @@ def decoder_forward(model: nn.Module, mask: Tensor) -> dict[str, Any]:
     from mimic_core.edits.forward import Forward
     from mimic_core.edits.install import installed
 
-    state = installed(model)[0]._state
+    state = installed(*model.modules())[0]._watch._state
     state.depth, state.forward = 1, Forward(mask=mask)
     positions = torch.arange(11)[None]
     return {"position_embeddings": model.model.rotary_emb(torch.zeros(2, 11, 32), positions)}

@@ -169,6 +169,7 @@ def test_auto_on_another_device_is_not_the_cpu_kernel():
 
 BUILTINS = {
     "UnsupportedModelError": LookupError,
+    "WrongTypeError": TypeError,
     "UnknownNameError": LookupError,
     "ShapeError": ValueError,
     "PatchStateError": RuntimeError,
