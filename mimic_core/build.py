@@ -9,6 +9,7 @@ from torch import nn
 from .adapters import locate
 from .errors import UnknownNameError, WrongTypeError
 from .heads import HeadConfig, ShiftStack, head_class, head_for_config
+from .origins import origin_of
 
 
 def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: Any) -> ShiftStack:
@@ -47,7 +48,7 @@ def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: 
             raise UnknownNameError(
                 f"options were given together with a config: {', '.join(options)}; put them into the config"
             )
-    return place(ShiftStack(kind, config, spec), inner)
+    return place(ShiftStack(kind, config, spec, origin_of(inner, spec)), inner)
 
 
 def place(stack: ShiftStack, model: nn.Module) -> ShiftStack:

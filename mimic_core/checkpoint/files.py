@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as in_tensors
 from safetensors.torch import save as in_bytes
 from torch import Tensor, nn
 
@@ -23,12 +25,16 @@ from ..build import place
 from ..errors import CheckpointError, MimicError
 from ..heads import ShiftStack, head_class
 from ..heads.stack import check_stack
+from ..origins import Origin, origin_of
 from ..types import LayerSpec, ModelSpec
 
 # The base class of the HTTP client's errors: httpx in huggingface_hub 1.x, httpx2 in 2.x.
 _HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 FORMAT, VERSION = "mimic_core.shifts", 1
 _TENSORS, _DESCRIPTION = "shifts.safetensors", "shifts.json"
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The most bytes of a description, and of the header of the tensors.
+_LONGEST, _HEADER = 16 << 20, 16 << 20
 
 
 def save_shifts(shifts: ShiftStack, path: str | os.PathLike[str], push_to_hub: str | None = None) -> None:
@@ -42,23 +48,31 @@ def save_shifts(shifts: ShiftStack, path: str | os.PathLike[str], push_to_hub: s
 
     Raises:
         WrongTypeError: `shifts` is not a ShiftStack.
-        CheckpointError: two parameters of the stack share a tensor, which a file cannot represent. Nothing is written.
+        CheckpointError: `load_shifts` could not read the files: two parameters share a tensor, a parametrization has
+            changed the names, a number is NaN or infinite, a dtype is not a usual one. Nothing is written.
     """
     check_stack(shifts)
     _check_untied(shifts)
+    tensors = {name: x.detach().cpu().contiguous() for name, x in shifts.state_dict().items()}
+    with torch.random.fork_rng(devices=[]):
+        fresh = ShiftStack(head_class(shifts.name), shifts.config, shifts.spec)
+    if problems := _problems(fresh, tensors):
+        raise CheckpointError(f"these shifts are not saved, since they could not be loaded again: {problems}")
     target = Path(path)
     target.mkdir(parents=True, exist_ok=True)
-    tensors = {name: x.detach().cpu().contiguous() for name, x in shifts.state_dict().items()}
+    content = in_bytes(tensors, metadata={"format": "pt"})
     description = {
         "format": FORMAT,
         "version": VERSION,
         "head": shifts.name,
         "config": shifts.config.to_dict(),
         "model": _described(shifts.spec),
+        "origin": None if shifts.origin is None else asdict(shifts.origin),
+        "sha256": hashlib.sha256(content).hexdigest(),
     }
     with TemporaryDirectory(dir=target, prefix=".saving-") as folder:
         # Not save_file: its files are readable only by their owner, whatever the umask is.
-        Path(folder, _TENSORS).write_bytes(in_bytes(tensors, metadata={"format": "pt"}))
+        Path(folder, _TENSORS).write_bytes(content)
         Path(folder, _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         for name in (_TENSORS, _DESCRIPTION):
             os.replace(Path(folder, name), target / name)
@@ -73,19 +87,24 @@ def save_shifts(shifts: ShiftStack, path: str | os.PathLike[str], push_to_hub: s
         )
 
 
-def load_shifts(source: str | os.PathLike[str], model: nn.Module, revision: str | None = None) -> ShiftStack:
+def load_shifts(
+    source: str | os.PathLike[str], model: nn.Module, revision: str | None = None, strict: bool = False
+) -> ShiftStack:
     """Load a stack that `save_shifts` wrote, for a model that it fits.
 
     Args:
         source: The directory, or a hub repository "user/name".
-        revision: Branch, tag or commit of a hub repository.
+        revision: Branch, tag or commit of a hub repository. A directory has none.
+        strict: Refuse another model than the one the shifts were made for. If False, it only warns, because a
+            fine-tuned or quantised model of the same family may be what you want.
 
     Returns:
-        The stack, not yet patched into the model. Each head is on the device of its layer.
+        The stack, not yet patched into the model, in the dtypes it was saved in. Each head is on the device of its
+        layer.
 
     Raises:
         CheckpointError: there is nothing at `source`; it is damaged or has another format or version; it needs a shift
-            head that is not registered; or it was made for a model of other sizes.
+            head that is not registered; it was made for a model of other sizes; or `strict` and for another model.
         UnsupportedModelError: no adapter fits the model.
     """
     inner, _, spec = locate(model)
@@ -95,9 +114,10 @@ def load_shifts(source: str | os.PathLike[str], model: nn.Module, revision: str 
         head = head_class(description["head"])
         config = head.config_class.from_dict(description["config"])
         saved_spec = _spec_from_dict(description["model"])
+        origin = None if description.get("origin") is None else Origin(**description["origin"])
         if misfit := saved_spec.misfit(spec):
             raise CheckpointError(f"shifts at {source} do not fit this model: they were made for {misfit}")
-        stack = ShiftStack(head, config, spec)
+        stack = ShiftStack(head, config, spec, origin)
     except CheckpointError:
         raise
     except (KeyError, TypeError, AttributeError, MimicError) as error:
@@ -105,11 +125,27 @@ def load_shifts(source: str | os.PathLike[str], model: nn.Module, revision: str 
             f"{folder / _DESCRIPTION} does not describe shifts that this version can build: {error}; if the shift head "
             f"is from another package, import it first"
         ) from error
+    path = folder / _TENSORS
     try:
-        tensors = load_file(folder / _TENSORS)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder / _TENSORS} can't be read: {error}; the file is damaged or missing") from error
-    _fill(stack, tensors, str(folder / _TENSORS))
+        content = _read(path, _HEADER + sum(8 * x.numel() for x in stack.state_dict().values()))
+        tensors = in_tensors(content)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}; the file is damaged or missing") from error
+    if problems := _problems(stack, tensors):
+        raise CheckpointError(f"{path} does not fit its description: {problems}")
+    if (wanted := description.get("sha256")) is not None and hashlib.sha256(content).hexdigest() != wanted:
+        raise CheckpointError(
+            f"{path} is not the file that {_DESCRIPTION} describes: it was changed, or both are being written now; "
+            f"load again, or get both files anew"
+        )
+    for name, x in stack.state_dict(keep_vars=True).items():
+        x.data = x.data.to(tensors[name].dtype)
+    stack.load_state_dict(tensors)
+    if origin is not None and (misfit := origin.misfit(origin_of(inner, spec))):
+        problem = f"shifts at {source} were made for another model: {misfit}"
+        if strict:
+            raise CheckpointError(f"{problem}; load them with strict=False if that is what you want")
+        warnings.warn(problem, stacklevel=2)
     return place(stack, inner)
 
 
@@ -132,6 +168,11 @@ def _check_untied(shifts: ShiftStack) -> None:
 def _folder(source: str | os.PathLike[str], revision: str | None) -> Path:
     local = Path(source)
     if local.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"{str(source)!r} is a local directory, which has no revision {revision!r}; leave `revision` out, or "
+                f"give the name of a hub repository"
+            )
         return local
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=[_TENSORS, _DESCRIPTION]))
@@ -142,10 +183,26 @@ def _folder(source: str | os.PathLike[str], revision: str | None) -> Path:
         ) from error
 
 
+def _read(path: Path, most: int) -> bytes:
+    """A regular file of a sane size, read once.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is something else, such as a link to a device, or too large.
+    """
+    if not path.is_file():
+        raise ValueError("there is no such file" if not path.exists() else "it is not a regular file")
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it is larger than the {most} bytes that it may have")
+    return content
+
+
 def _read_description(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(_read(path, _LONGEST).decode())
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise CheckpointError(f"{path} does not describe shifts: expected an object with format {FORMAT!r}")
@@ -169,7 +226,8 @@ def _spec_from_dict(data: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec(data["model_type"], data["hidden_size"], layers)
 
 
-def _fill(stack: ShiftStack, tensors: Mapping[str, Tensor], where: str) -> None:
+def _problems(stack: ShiftStack, tensors: Mapping[str, Tensor]) -> str:
+    """Why tensors are not those of a stack, in words; empty: they are."""
     own = stack.state_dict()
     problems = [f"{name} is missing" for name in own if name not in tensors]
     problems += [f"{name} is not known" for name in tensors if name not in own]
@@ -178,8 +236,11 @@ def _fill(stack: ShiftStack, tensors: Mapping[str, Tensor], where: str) -> None:
         for name, x in own.items()
         if name in tensors and tensors[name].shape != x.shape
     ]
+    problems += [
+        f"{name} is {x.dtype}"
+        for name, x in tensors.items()
+        if x.dtype not in _DTYPES and (name not in own or x.dtype != own[name].dtype)
+    ]
     problems += [f"{name} holds NaN or infinity" for name in not_finite(tensors)]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise CheckpointError(f"{where} does not fit its description: {'; '.join(problems[:4])}{more}")
-    stack.load_state_dict(dict(tensors))
+    more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+    return f"{'; '.join(problems[:4])}{more}"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..errors import PatchStateError, ShapeError, UnsupportedModelError, WrongTypeError
+from ..origins import Origin
 from ..types import LayerSpec, ModelSpec
 from .base import HeadConfig, ShiftHead
 
@@ -20,6 +21,7 @@ class ShiftStack(nn.Module):
         head: The registered head class.
         config: Its options.
         spec: The spec of the model, which gives the sizes of the heads.
+        origin: The model they are made for; None: not known.
 
     Raises:
         ShapeError: the config is of another class, or `config.layers` names a layer twice or one that the model lacks.
@@ -27,13 +29,16 @@ class ShiftStack(nn.Module):
             site (linear attention in a hybrid decoder) get no head, and the error comes only if no layer is left.
     """
 
-    def __init__(self, head: type[ShiftHead], config: HeadConfig, spec: ModelSpec) -> None:
+    def __init__(
+        self, head: type[ShiftHead], config: HeadConfig, spec: ModelSpec, origin: Origin | None = None
+    ) -> None:
         super().__init__()
         if not isinstance(config, head.config_class):
             raise ShapeError(f"{head.__name__} takes a {head.config_class.__name__}, found a {type(config).__name__}")
         self.name = head.name
         self.config = config
         self.spec = spec
+        self.origin = origin
         heads = [head(config, layer) for layer in _choose(config, spec)]
         fitting = [h for h in heads if not _missing(h)]
         if not fitting or (config.layers is not None and len(fitting) < len(heads)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -56,8 +57,11 @@ def test_round_trip(case: Case, head: str, tmp_path: Path) -> None:
 def test_the_description_is_pinned(tmp_path: Path) -> None:
     mc.save_shifts(random_shifts(model_of(LLAMA), "mimic"), tmp_path)
     text = (tmp_path / "shifts.json").read_text()
-    assert json.loads(text) == DESCRIPTION
-    assert list(json.loads(text)) == list(DESCRIPTION)
+    found = json.loads(text)
+    assert list(found) == [*DESCRIPTION, "origin", "sha256"]
+    assert found["sha256"] == hashlib.sha256((tmp_path / "shifts.safetensors").read_bytes()).hexdigest()
+    assert list(found["origin"]) == ["model_type", "name_or_path", "fingerprint"]
+    assert {name: found[name] for name in DESCRIPTION} == DESCRIPTION
     assert text.endswith("}\n")
 
 
@@ -102,14 +106,14 @@ def test_files_of_version_1_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64])
-def test_parameters_are_fp32_whatever_the_model_or_the_file_holds(stored: torch.dtype, tmp_path: Path) -> None:
+def test_parameters_are_as_they_were_saved_whatever_the_model_holds(stored: torch.dtype, tmp_path: Path) -> None:
     model = model_of(LLAMA, dtype=torch.bfloat16)
     shifts = random_shifts(model, "mimic")
-    rounded = {name: x.to(stored).float() for name, x in shifts.state_dict().items()}
+    rounded = {name: x.to(stored) for name, x in shifts.state_dict().items()}
     mc.save_shifts(shifts.to(stored), tmp_path)
     loaded = mc.load_shifts(tmp_path, model)
     for name, x in loaded.state_dict().items():
-        assert x.dtype == torch.float32
+        assert x.dtype == stored
         assert torch.equal(x, rounded[name])
 
 

@@ -1,0 +1,77 @@
+"""Which model a stack was made for: its name, and a fingerprint of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .types import ModelSpec
+
+# Of how many tensors, and of how many numbers of each, a fingerprint is made: milliseconds for any model.
+_TENSORS, _NUMBERS = 16, 1024
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model that a stack was made for.
+
+    Attributes:
+        model_type: `config.model_type`.
+        name_or_path: What it was loaded from; empty: unknown.
+        fingerprint: Of the weights of its decoder layers. None if some were not in memory.
+    """
+
+    model_type: str
+    name_or_path: str
+    fingerprint: str | None
+
+    def misfit(self, other: Origin) -> str | None:
+        """How another model differs, in words. None means that it is the same one, as far as is known."""
+        if self.model_type != other.model_type:
+            return f"model type {self.model_type!r}, not {other.model_type!r}"
+        known = self.fingerprint is not None and other.fingerprint is not None
+        if known and self.fingerprint != other.fingerprint:
+            return f"the weights of {self.name_or_path or 'a model without a name'!r}, and this model's weights differ"
+        return None
+
+
+def origin_of(model: nn.Module, spec: ModelSpec) -> Origin:
+    """The origin of a model without wrappers, whether it has a head on or not.
+
+    Its fingerprint is the same for fp32 and bf16 copies of the same weights, and on every device. Parameters that PEFT
+    has added are left out. So are those that are sharded or quantised by a class of their own.
+    """
+    return Origin(spec.model_type, str(getattr(model, "name_or_path", "") or ""), _fingerprint(model, spec))
+
+
+def _fingerprint(model: nn.Module, spec: ModelSpec) -> str | None:
+    layers = ((f"{layer.index:06}", model.get_submodule(layer.path)) for layer in spec.layers)
+    weights = sorted(
+        ((f"{index}.{name}", x) for index, layer in layers for name, x in _weights(layer)), key=lambda named: named[0]
+    )
+    if not weights or any(x.device.type == "meta" for _, x in weights):
+        return None
+    found = hashlib.sha256(f"{len(weights)} tensors".encode())
+    for i in range(min(_TENSORS, len(weights))):
+        # The first, the last, and others between.
+        name, x = weights[i * (len(weights) - 1) // max(1, min(_TENSORS, len(weights)) - 1)]
+        numbers = x.detach().reshape(-1)
+        numbers = numbers[:: max(1, len(numbers) // _NUMBERS)][:_NUMBERS].to("cpu", torch.float32).bfloat16()
+        found.update(f"{name} {list(x.shape)}".encode())
+        found.update(numbers.view(torch.int16).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _weights(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A layer's own floating-point parameters. PEFT names those it has added, and wraps others as `base_layer`."""
+    added: set[str] = set()
+    for path, module in layer.named_modules():
+        names = (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ()))
+        added |= {f"{path}.{name}." for name in names}
+    for name, x in layer.named_parameters():
+        if type(x) is nn.Parameter and x.is_floating_point() and not any(f"{name}.".startswith(one) for one in added):
+            yield name.replace(".base_layer.", "."), x
