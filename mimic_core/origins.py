@@ -56,9 +56,10 @@ def _fingerprint(model: nn.Module, spec: ModelSpec) -> str | None:
     if not weights or any(x.device.type == "meta" for _, x in weights):
         return None
     found = hashlib.sha256(f"{len(weights)} tensors".encode())
-    for i in range(min(_TENSORS, len(weights))):
+    count = min(_TENSORS, len(weights))
+    for i in range(count):
         # The first, the last, and others between.
-        name, x = weights[i * (len(weights) - 1) // max(1, min(_TENSORS, len(weights)) - 1)]
+        name, x = weights[i * (len(weights) - 1) // max(1, count - 1)]
         numbers = x.detach().reshape(-1)
         numbers = numbers[:: max(1, len(numbers) // _NUMBERS)][:_NUMBERS].to("cpu", torch.float32).bfloat16()
         found.update(f"{name} {list(x.shape)}".encode())
