@@ -50,7 +50,10 @@ class Capture:
         self._taken: dict[Site, dict[int, Tensor]] = {name: {} for name in names}
         self._found = locate(model)
         chosen = choose_layers(self._found, names, layers)
-        self._edits = [SiteEdit(layer, name, partial(self._take, name)) for name in names for layer in chosen]
+        keeps = where is None  # A selection is a copy.
+        self._edits = [
+            SiteEdit(layer, name, partial(self._take, name), keeps=keeps) for name in names for layer in chosen
+        ]
         self._installation: Installation | None = None
 
     def __enter__(self) -> Capture:
@@ -149,8 +152,9 @@ def capture(
             model(**inputs)
         seen["mlp_out"][0]      # [n c] of layer 0, for the n tokens chosen by `where`
 
-    The capture holds the value after the edits that were installed before it was opened. It records only the thread
-    that opened it.
+    The capture holds the value after the edits that were installed before it was opened. The model's later writes do
+    not reach it: at every site but `lse`, one copy is made of the tensor, or of the tokens that `where` chooses. It
+    records only the thread that opened it.
 
     Args:
         sites: One or several of `mimic_core.types.SITES`.

@@ -128,7 +128,9 @@ def hook(
         site: One of `mimic_core.types.SITES`; see `mimic_core.types.Site` for the shapes.
         fn: Called with the value of the site and an `At` (`at.layer`, `at.module`, `at.prompt_end`; at attention sites
             also `at.query`, `at.key`, `at.value`, `at.mask`, `at.scale`, `at.lse`). It returns the new value, or None
-            to keep the value.
+            to keep the value. It may store what it gets, and use it later: the model's later writes do not reach it.
+            For this, one copy is made at `key` and `value`, each time `at.key` or `at.value` is read, and at the other
+            sites if the function returns None or the tensor it got.
         layers: Which decoder layers; None means all that have the site.
 
     Raises:
@@ -144,7 +146,7 @@ def hook(
     name = check_site(site)
     found = locate(model)
     chosen = choose_layers(found, (name,), layers)
-    edits = [SiteEdit(layer, name, fn, needs_prompt_end=True) for layer in chosen]
+    edits = [SiteEdit(layer, name, fn, needs_prompt_end=True, keeps=True) for layer in chosen]
     return Handle(Installation(found, edits))
 
 

@@ -198,7 +198,7 @@ class At:
         module: The module the site belongs to.
     """
 
-    __slots__ = ("_attention", "_forward", "_value", "layer", "module", "site")
+    __slots__ = ("_attention", "_copies", "_forward", "_value", "layer", "module", "site")
 
     def __init__(
         self,
@@ -208,6 +208,7 @@ class At:
         attention: AttentionView | None = None,
         forward: ForwardView | None = None,
         value: Tensor | None = None,
+        copies: bool = False,
     ) -> None:
         self.layer = layer
         self.site: Site = site
@@ -215,6 +216,7 @@ class At:
         self._attention = attention
         self._forward = forward
         self._value = value
+        self._copies = copies  # Whether `key` and `value` may be kept: they are views of the cache.
 
     def _seen(self, name: str) -> AttentionView:
         if self._attention is None:
@@ -252,12 +254,14 @@ class At:
     @property
     def key(self) -> Float[Tensor, "b g s d"]:
         """After RoPE, k norm, cache update and earlier edits; not repeated to h heads."""
-        return self._seen("key").key
+        key = self._seen("key").key
+        return key.clone() if self._copies else key
 
     @property
     def value(self) -> Float[Tensor, "b g s e"]:
         """After the cache update and earlier edits; not repeated to h heads."""
-        return self._seen("value").value
+        value = self._seen("value").value
+        return value.clone() if self._copies else value
 
     @property
     def mask(self) -> Any:

@@ -25,6 +25,7 @@ class SiteEdit:
         needs_lse: `run` reads `at.lse`. At site `lse` this is not needed.
         needs_prompt_end: `run` may read `at.prompt_end`, so the mask and the cache of the forward are read.
         needs_at: `run` reads its `At`. If False, it gets None.
+        keeps: `run` may keep what it is given after the call. So the model never writes to it later.
     """
 
     layer: int
@@ -35,6 +36,7 @@ class SiteEdit:
     needs_lse: bool = False
     needs_prompt_end: bool = False
     needs_at: bool = True
+    keeps: bool = False
 
 
 @runtime_checkable
@@ -74,13 +76,20 @@ class Entry:
 
     def apply(self, value: Tensor, module: nn.Module, attention: AttentionView | None = None) -> Tensor:
         edit, owner = self.edit, self.owner
+        if edit.keeps and edit.site in _IN_CACHE:
+            value = value.clone()
         at = None
         if edit.needs_at:
             forward = owner.forward if edit.needs_prompt_end else None
-            at = At(edit.layer, edit.site, module, attention, forward, value)
+            at = At(edit.layer, edit.site, module, attention, forward, value, edit.keeps)
         result = edit.run(value, at)  # pyright: ignore[reportArgumentType]
         owner.reached(edit.layer, edit.site)
-        return value if result is None else self._checked(result, value)
+        if result is not None:
+            result = self._checked(result, value)
+        if not edit.keeps or edit.site in _IN_CACHE or edit.site in READ_ONLY_SITES:
+            return value if result is None else result
+        # The model may write to what it gets, as Falcon adds to its MLP's output in place.
+        return value.clone() if result is None or _shares_memory(result, value) else result
 
     def _checked(self, result: Tensor, value: Tensor) -> Tensor:
         site, layer = self.edit.site, self.edit.layer
@@ -97,6 +106,15 @@ class Entry:
                 f"{_words(*wanted)}; found {_words(*found)}"
             )
         return result
+
+
+_IN_CACHE = ("key", "value")  # Views of the cache: a static cache writes the next tokens into the same memory.
+
+
+def _shares_memory(one: Tensor, other: Tensor) -> bool:
+    if one is other or torch.compiler.is_compiling():
+        return one is other
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _words(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
