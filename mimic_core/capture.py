@@ -15,7 +15,8 @@ from .adapters import locate
 from .edits import Installation, SiteEdit
 from .errors import PatchStateError, ShapeError, UnknownNameError
 from .patch import choose_layers
-from .types import At, Site, check_site
+from .positions import Positions, check_mask, check_positions
+from .types import TOKEN_SITES, At, Site, check_site
 
 # Sites whose tensors have the axis of attention heads before that of the tokens.
 _TOKENS_FIRST: dict[str, str] = {
@@ -34,25 +35,29 @@ class Capture:
         self,
         model: nn.Module,
         sites: str | Iterable[str],
-        where: Bool[Tensor, "b t"] | None = None,
+        where: Bool[Tensor, "b t"] | Positions | None = None,
         layers: Iterable[int] | None = None,
         grad: bool = True,
     ) -> None:
         names: list[Site] = [check_site(s) for s in ([sites] if isinstance(sites, str) else sites)]
         if not names or len(set(names)) < len(names):
             raise UnknownNameError(f"capture needs distinct sites, at least one; found {names}")
-        if where is not None and (where.dtype != torch.bool or where.ndim != 2):
-            raise ShapeError(
-                f"where should be a bool mask [b t] of the tokens to keep, found {list(where.shape)} {where.dtype}"
+        self._where: Tensor | Positions | None = check_where(where)
+        self._samples: Tensor | None = None
+        by_name = where is not None and not isinstance(where, Tensor)
+        if by_name and (odd := [name for name in names if name not in TOKEN_SITES]):
+            raise PatchStateError(
+                f"where={where!r} is for {', '.join(TOKEN_SITES)}, but {', '.join(odd)} was asked for: give a mask"
             )
-        self._where = where
         self._grad = grad
         self._taken: dict[Site, dict[int, Tensor]] = {name: {} for name in names}
         self._found = locate(model)
         chosen = choose_layers(self._found, names, layers)
         keeps = where is None  # A selection is a copy.
         self._edits = [
-            SiteEdit(layer, name, partial(self._take, name), keeps=keeps) for name in names for layer in chosen
+            SiteEdit(layer, name, partial(self._take, name), needs_positions=by_name, keeps=keeps)
+            for name in names
+            for layer in chosen
         ]
         self._installation: Installation | None = None
 
@@ -98,7 +103,8 @@ class Capture:
     @property
     def samples(self) -> Int[Tensor, " n"] | None:
         """The index of the sample each captured token comes from; None without `where`."""
-        return None if self._where is None else self._where.nonzero()[:, 0]
+        where = self._where
+        return where.nonzero()[:, 0] if isinstance(where, Tensor) else self._samples
 
     def _take(self, site: Site, value: Tensor, at: At) -> None:
         installation = self._installation
@@ -121,18 +127,29 @@ class Capture:
         taken[at.layer] = self._select(site, value if self._grad else value.detach(), at)
 
     def _select(self, site: Site, value: Tensor, at: At) -> Tensor:
-        if self._where is None:
+        where = self._where
+        if where is None:
             return value
+        if not isinstance(where, Tensor):
+            where = at.positions(where)
+            self._samples = where.nonzero()[:, 0] if self._samples is None else self._samples
         tokens_first = rearrange(value, _TOKENS_FIRST[site]) if site in _TOKENS_FIRST else value
-        if tokens_first.shape[:2] != self._where.shape:
+        if tokens_first.shape[:2] != where.shape:
             raise ShapeError(
-                f"where is [b t] = {list(self._where.shape)}, site {site!r} of layer {at.layer} holds "
+                f"where is [b t] = {list(where.shape)}, site {site!r} of layer {at.layer} holds "
                 f"{list(tokens_first.shape[:2])} tokens"
             )
         # Gradient checkpointing counts the tensors that a layer saves, and the second run has no capture. So these
         # hooks hide from it what the selection saves.
         with torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
-            return tokens_first[self._where.to(value.device)]
+            return tokens_first[where.to(value.device)]
+
+
+def check_where(where: object) -> Tensor | Positions | None:
+    """Return `where`, if it is None, a bool mask or positions."""
+    if where is None or isinstance(where, Tensor):
+        return None if where is None else check_mask(where, "where")
+    return check_positions(where)
 
 
 def _keep(tensor: Tensor) -> Tensor:
@@ -142,7 +159,7 @@ def _keep(tensor: Tensor) -> Tensor:
 def capture(
     model: nn.Module,
     sites: str | Iterable[str],
-    where: Bool[Tensor, "b t"] | None = None,
+    where: Bool[Tensor, "b t"] | Positions | None = None,
     layers: Iterable[int] | None = None,
     grad: bool = True,
 ) -> Capture:
@@ -158,15 +175,19 @@ def capture(
 
     Args:
         sites: One or several of `mimic_core.types.SITES`.
-        where: The tokens to keep. Only these are copied. The token axis comes first, with the samples in order:
-            `mlp_out` [n c], `attn_heads` and `query` [n h d], `lse` [n h]. None keeps the whole tensor of the site.
+        where: The tokens to keep: a mask, or positions such as "prompt_end" (see `mimic_core.positions.Positions`).
+            Only these are copied. The token axis comes first, with the samples in order: `mlp_out` [n c], `attn_heads`
+            and `query` [n h d], `lse` [n h]. None keeps the whole tensor of the site.
         layers: Which decoder layers; None means all that have the sites.
         grad: False detaches the tensors. With True they carry gradient if the forward does.
 
     Raises:
-        UnknownNameError: there is no such site.
-        ShapeError: `where` is not a bool mask [b t]. The forward raises it if `where` does not fit the tokens.
+        UnknownNameError: there is no such site, or no such positions.
+        ShapeError: `where` is a tensor, but not a bool mask [b t]. The forward raises it if `where` does not fit its
+            tokens.
         UnsupportedModelError: no adapter fits, or a layer lacks a site.
+        PatchStateError: `where` names positions, and a site is `key`, `value` or `lse`. The forward raises it if it
+            does not say where its prompt ends, see `Handle.at`.
 
     A second forward inside the same capture raises PatchStateError.
     """

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from . import optimizers
 from .adapters import locate, unwrap
-from .edits import Installation, SiteEdit, installed
+from .edits import Given, Installation, SiteEdit, installed
 from .errors import PatchStateError, ShapeError, WrongTypeError
 from .heads import ShiftStack
 from .heads.stack import check_stack
-from .types import At, Located, check_site
+from .positions import Positions, check_mask, check_positions
+from .types import TOKEN_SITES, At, Located, Site, check_site
 
 
 class Handle:
@@ -48,6 +50,40 @@ class Handle:
             yield
         finally:
             self._installation.switch_on()
+
+    @contextmanager
+    def at(
+        self, *, positions: Bool[Tensor, "b t"] | None = None, prompt: Bool[Tensor, "b s"] | None = None
+    ) -> Iterator[None]:
+        """Say where the edits act, or where the prompt is, in the forwards inside the `with`, in this thread.
+
+            with handle.at(prompt=labels.eq(-100) & mask):      # rows that go on with the answer
+                loss = model(**batch, labels=labels).loss
+
+        A forward alone cannot know where its prompt ends if its rows go on with an answer, or if the prompt comes in
+        several forwards. `model.generate` says it by itself.
+
+        Args:
+            positions: The tokens of each forward on which the edits act, whatever positions they were built with.
+                `at.positions` and `at.prompt_end` are then this mask too.
+            prompt: The tokens of the prompt. s counts from the beginning of the cache. Tokens after s are not in the
+                prompt.
+
+        Raises:
+            ShapeError: not exactly one of the two is given, or it is not a bool mask of two axes. A forward raises it
+                if the mask does not fit its tokens.
+            PatchStateError: the handle was removed. A forward raises it if an edit is at `key`, `value` or `lse`.
+        """
+        if not self.installed:
+            raise PatchStateError("this handle was removed; patch the model again for a new one")
+        if (positions is None) == (prompt is None):
+            raise ShapeError("handle.at needs either positions=mask or prompt=mask")
+        given = Given(
+            positions=None if positions is None else check_mask(positions, "positions"),
+            prompt=None if prompt is None else check_mask(prompt, "prompt"),
+        )
+        with self._installation.at(given):
+            yield
 
     def __enter__(self) -> Handle:
         if not self.installed:
@@ -94,8 +130,9 @@ def patch(model: nn.Module, shifts: ShiftStack) -> Handle:
             shift=head.gated_shift if site == "attn_heads" and head.is_gated_shift else None,
             fused=head.fused if site == "attn_heads" else None,
             needs_lse=head.needs_lse and site == "attn_heads",
-            needs_prompt_end=head.needs_prompt_end,
+            needs_positions=head.needs_prompt_end,
             needs_at=head.needs_at,
+            positions=positions_at(site, head.config.positions),
         )
         for head in shifts
         for site, run in head.edits().items()
@@ -121,21 +158,26 @@ def hook(
     site: str,
     fn: Callable[[Tensor, At], Tensor | None],
     layers: Iterable[int] | None = None,
+    positions: Positions | Bool[Tensor, "b t"] = "all",
 ) -> Handle:
     """Edit or read a site with a function.
 
     Args:
         site: One of `mimic_core.types.SITES`; see `mimic_core.types.Site` for the shapes.
-        fn: Called with the value of the site and an `At` (`at.layer`, `at.module`, `at.prompt_end`; at attention sites
-            also `at.query`, `at.key`, `at.value`, `at.mask`, `at.scale`, `at.lse`). It returns the new value, or None
-            to keep the value. It may store what it gets, and use it later: the model's later writes do not reach it.
-            For this, one copy is made at `key` and `value`, each time `at.key` or `at.value` is read, and at the other
-            sites if the function returns None or the tensor it got.
+        fn: Called with the value of the site and an `At` (`at.layer`, `at.module`, `at.positions(...)`; at attention
+            sites also `at.query`, `at.key`, `at.value`, `at.mask`, `at.scale`, `at.lse`). It returns the new value, or
+            None to keep the value. It may store what it gets and use it later: later writes of the model do not reach
+            it. For this, one copy is made at `key` and `value`, each time `at.key` or `at.value` is read, and at the
+            other sites if the function returns None or the tensor it got.
         layers: Which decoder layers; None means all that have the site.
+        positions: The tokens on which the function acts; see `mimic_core.positions.Positions`. It gets the value of
+            all tokens, and what it returns is used at these. A mask [b t] is for forwards of this shape only.
 
     Raises:
         WrongTypeError: `fn` is not callable.
-        UnknownNameError: there is no such site.
+        UnknownNameError: there is no such site, or no such positions.
+        ShapeError: `positions` is a tensor, but not a bool mask [b t].
+        PatchStateError: the edit is limited to positions at `key`, `value` or `lse`.
         UnsupportedModelError: no adapter fits, or a layer lacks the site.
 
     A later forward raises ShapeError if `fn` returns another shape, dtype or device. It raises PatchStateError if `fn`
@@ -146,8 +188,20 @@ def hook(
     name = check_site(site)
     found = locate(model)
     chosen = choose_layers(found, (name,), layers)
-    edits = [SiteEdit(layer, name, fn, needs_prompt_end=True, keeps=True) for layer in chosen]
+    where = positions_at(name, positions)
+    edits = [SiteEdit(layer, name, fn, needs_positions=True, keeps=True, positions=where) for layer in chosen]
     return Handle(Installation(found, edits))
+
+
+def positions_at(site: Site, positions: object) -> Positions | Tensor:
+    """Return `positions`, if an edit at the site can be limited to them."""
+    checked = check_mask(positions, "positions") if isinstance(positions, Tensor) else check_positions(positions)
+    if site not in TOKEN_SITES and (isinstance(checked, Tensor) or checked != "all"):
+        raise PatchStateError(
+            f"an edit at site {site!r} cannot be limited to positions: its value also holds the tokens of the cache; "
+            f"positions are for {', '.join(TOKEN_SITES)}"
+        )
+    return checked
 
 
 def choose_layers(found: Located, sites: Iterable[str], layers: Iterable[int] | None) -> list[int]:

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .errors import PatchStateError, UnknownNameError, UnsupportedModelError
+from .positions import Positions, check_positions
 
 Site = Literal["query", "key", "value", "lse", "attn_heads", "attn_out", "mlp_out", "layer_out"]
 """A named place in a decoder layer. Shapes, with `b` batch, `t` query positions, `s` key positions,
@@ -30,7 +32,13 @@ Site = Literal["query", "key", "value", "lse", "attn_heads", "attn_out", "mlp_ou
 SITES: tuple[Site, ...] = get_args(Site)
 ATTENTION_SITES: tuple[Site, ...] = ("query", "key", "value", "lse", "attn_heads")
 READ_ONLY_SITES: tuple[Site, ...] = ("lse",)
-PROMPT_SITES: tuple[Site, ...] = ("attn_heads", "attn_out", "mlp_out", "layer_out")
+TOKEN_SITES: tuple[Site, ...] = ("query", "attn_heads", "attn_out", "mlp_out", "layer_out")
+"""The sites with one value for each token of the forward. Only there an edit can act at some positions."""
+
+
+def tokens_of(site: Site, value: Tensor) -> tuple[int, int]:
+    """b and t of the value of one of `TOKEN_SITES`."""
+    return value.shape[0], value.shape[2 if site == "query" else 1]
 
 
 def check_site(name: object) -> Site:
@@ -185,8 +193,12 @@ class ForwardView(ABC):
     """The forward in which an edit runs. `At` gives access to it."""
 
     @abstractmethod
-    def prompt_end(self, value: Tensor) -> Tensor:
-        """See `At.prompt_end`. `value` is the value of the site; the mask has its b, t and device."""
+    def tokens(self, positions: Positions, b: int, t: int, device: torch.device) -> Tensor:
+        """See `At.positions`. The mask is [b t] on `device`."""
+
+    @abstractmethod
+    def chosen(self, positions: Positions | Tensor, b: int, t: int, device: torch.device) -> Tensor | None:
+        """The tokens [b t] on which an edit with these positions acts. None means all of them."""
 
 
 class At:
@@ -226,25 +238,31 @@ class At:
             )
         return self._attention
 
-    @property
-    def prompt_end(self) -> Bool[Tensor, "b t"]:
-        """True at the last token of each sample's prompt that is not padding.
+    def positions(self, positions: Positions) -> Bool[Tensor, "b t"]:
+        """True at the tokens of this forward that `positions` names, such as "prompt" or ("last", 3).
 
-        It is available at `attn_heads`, `attn_out`, `mlp_out` and `layer_out`, to functions of `hook` and to heads with
-        `needs_prompt_end`. A forward that continues a cache with tokens in it counts as decoding: it is False
-        everywhere.
+        Inside `handle.at(positions=mask)`, it is that mask, for all names. It is available at `query`, `attn_heads`,
+        `attn_out`, `mlp_out` and `layer_out`, to functions of `hook` and to heads with `needs_prompt_end`.
 
         Raises:
-            PatchStateError: at another site, in a head without `needs_prompt_end`, inside torch.compile, or when
-                gradient checkpointing runs a layer again, because that is outside a forward.
-            ShapeError: the attention mask of the decoder does not fit its tokens.
+            UnknownNameError: there are no such positions.
+            PatchStateError: the forward does not say where its prompt ends, see `Handle.at`. Also at another site, in a
+                head without `needs_prompt_end`, inside torch.compile, or when gradient checkpointing runs a layer
+                again, because that is outside a forward.
+            ShapeError: the attention mask of the decoder, or the mask that the caller gave, does not fit its tokens.
         """
-        if self._forward is None or self._value is None or self.site not in PROMPT_SITES:
+        if self._forward is None or self._value is None or self.site not in TOKEN_SITES:
             raise PatchStateError(
-                f"`at.prompt_end` was asked for at site {self.site!r} of layer {self.layer}; it is available at "
-                f"{', '.join(PROMPT_SITES)}, to functions of mimic_core.hook and heads with needs_prompt_end = True"
+                f"positions were asked for at site {self.site!r} of layer {self.layer}; they are available at "
+                f"{', '.join(TOKEN_SITES)}, to functions of mimic_core.hook and heads with needs_prompt_end = True"
             )
-        return self._forward.prompt_end(self._value)
+        b, t = tokens_of(self.site, self._value)
+        return self._forward.tokens(check_positions(positions), b, t, self._value.device)
+
+    @property
+    def prompt_end(self) -> Bool[Tensor, "b t"]:
+        """True at the last token of each sample's prompt that is not padding: `positions("prompt_end")`."""
+        return self.positions("prompt_end")
 
     @property
     def query(self) -> Float[Tensor, "b h t d"]:

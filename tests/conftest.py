@@ -104,7 +104,7 @@ def let_go_of_patched_models() -> Callable[[], None]:
 
     def collect() -> None:
         interface = sys.modules.get("mimic_core.edits.interface")
-        if interface is not None and interface._holders:
+        if interface is not None and interface.wrapper.holders:
             gc.collect()
 
     collect()

@@ -56,6 +56,7 @@ class _Watcher:
     """The owner of the probe's entries. It is always active and ignores reports."""
 
     active = in_forward = True
+    has_callers = False
     forward = None
 
     def reached(self, layer: int, site: Site) -> None: ...

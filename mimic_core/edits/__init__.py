@@ -2,5 +2,6 @@
 
 from .entry import SiteEdit
 from .install import Installation, installed
+from .prompts import Given
 
-__all__ = ["Installation", "SiteEdit", "installed"]
+__all__ = ["Given", "Installation", "SiteEdit", "installed"]

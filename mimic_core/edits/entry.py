@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PatchStateError, ShapeError
-from ..types import READ_ONLY_SITES, At, AttentionView, ForwardView, Site
+from ..positions import Positions
+from ..types import READ_ONLY_SITES, TOKEN_SITES, At, AttentionView, ForwardView, Site, tokens_of
 from .scope import LayerScope
 
 
@@ -23,9 +24,11 @@ class SiteEdit:
         shift: At `attn_heads`: gives the parameters of `ops.gated_shift` if `run` is exactly that, else None.
         fused: At `attn_heads`: attention and edit in one call. It returns None if it cannot run the call.
         needs_lse: `run` reads `at.lse`. At site `lse` this is not needed.
-        needs_prompt_end: `run` may read `at.prompt_end`, so the mask and the cache of the forward are read.
+        needs_positions: `run` may read `at.positions`, so the mask and the cache of the forward are read.
         needs_at: `run` reads its `At`. If False, it gets None.
         keeps: `run` may keep what it is given after the call. So the model never writes to it later.
+        positions: The tokens on which it acts; the values of the others stay as they are. A mask [b t] is for every
+            forward.
     """
 
     layer: int
@@ -34,9 +37,20 @@ class SiteEdit:
     shift: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
     fused: Callable[[At], Tensor | None] | None = None
     needs_lse: bool = False
-    needs_prompt_end: bool = False
+    needs_positions: bool = False
     needs_at: bool = True
     keeps: bool = False
+    positions: Positions | Tensor = "all"
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it acts only on some tokens."""
+        return isinstance(self.positions, Tensor) or self.positions != "all"
+
+    @property
+    def looks(self) -> bool:
+        """Whether the prompts of a forward must be known."""
+        return self.needs_positions or self.is_limited
 
 
 @runtime_checkable
@@ -51,6 +65,9 @@ class Owner(Protocol):
 
     @property
     def forward(self) -> ForwardView | None: ...
+
+    @property
+    def has_callers(self) -> bool: ...
 
     def reached(self, layer: int, site: Site) -> None: ...
 
@@ -68,7 +85,12 @@ class Entry:
     @property
     def is_shift_alone(self) -> bool:
         """Whether it is a gated shift that does not depend on the layer that runs."""
-        return self.edit.shift is not None and self.scope is None
+        return self.edit.shift is not None and self.scope is None and not self.is_limited
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it acts only on some tokens. Then it must run apart from the attention."""
+        return self.edit.is_limited or self.owner.has_callers
 
     @property
     def active(self) -> bool:
@@ -80,8 +102,10 @@ class Entry:
             value = value.clone()
         at = None
         if edit.needs_at:
-            forward = owner.forward if edit.needs_prompt_end else None
+            forward = owner.forward if edit.needs_positions or owner.has_callers else None
             at = At(edit.layer, edit.site, module, attention, forward, value, edit.keeps)
+        if self.is_limited and edit.site not in READ_ONLY_SITES:
+            return self._limited(value, at)
         result = edit.run(value, at)  # pyright: ignore[reportArgumentType]
         owner.reached(edit.layer, edit.site)
         if result is not None:
@@ -90,6 +114,29 @@ class Entry:
             return value if result is None else result
         # The model may write to what it gets, as Falcon adds to its MLP's output in place.
         return value.clone() if result is None or _shares_memory(result, value) else result
+
+    def _limited(self, value: Tensor, at: At | None) -> Tensor:
+        """The edit at some positions. The value of the other tokens stays as it is."""
+        edit, owner = self.edit, self.owner
+        if torch.compiler.is_compiling() and not isinstance(edit.positions, Tensor):
+            raise PatchStateError("positions are not available inside torch.compile; run the model uncompiled")
+        if edit.site not in TOKEN_SITES:
+            raise PatchStateError(
+                f"an edit at site {edit.site!r} cannot be limited to positions: its value also holds the tokens of the "
+                f"cache; positions are for {', '.join(TOKEN_SITES)}"
+            )
+        assert owner.forward is not None
+        chosen = owner.forward.chosen(edit.positions, *tokens_of(edit.site, value), value.device)
+        # A copy, because the function may write into it.
+        given = value.clone() if edit.keeps else value
+        result = edit.run(given, at)  # pyright: ignore[reportArgumentType]
+        owner.reached(edit.layer, edit.site)
+        result = given if result is None else self._checked(result, value)
+        if chosen is None:
+            return result
+        # Indexed, not with einops, because this also runs for each decoded token.
+        chosen = chosen[:, None, :, None] if edit.site == "query" else chosen[..., None]
+        return torch.where(chosen[..., None] if edit.site == "attn_heads" else chosen, result, value)
 
     def _checked(self, result: Tensor, value: Tensor) -> Tensor:
         site, layer = self.edit.site, self.edit.layer

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import PatchStateError, ShapeError
-from ..types import ATTENTION_SITES, Located, Site
+from ..types import ATTENTION_SITES, ForwardView, Located, Site
 from .compiled import asked_about, runs_compiled
 from .entry import Entry, SiteEdit
-from .forward import Forward
 from .interface import SLOT, AttentionSlot
 from .outputs import EditedForward
+from .prompts import Given, current_generation
 from .scope import LayerScope
-from .watch import ForwardWatch
+from .watch import ForwardWatch, by_name
 
 _orders = itertools.count()
 
@@ -48,7 +50,7 @@ class Installation:
         self.key = key
         self.order = next(_orders)
         self._watch = ForwardWatch(
-            looks=any(edit.needs_prompt_end for edit in edits),
+            looks=any(edit.looks for edit in edits),
             wants_sizes=any(edit.site not in ATTENTION_SITES for edit in edits),
         )
         self._hooks: list[RemovableHandle] = []
@@ -73,8 +75,9 @@ class Installation:
                 entry = Entry(edit, self, scope)
                 self._entries.append(entry)
                 self._attach(entry, module)
-            self._forwards.append(EditedForward.claim(found.adapter.decoder(model), around=self))
-            self._hooks.append(model.register_forward_pre_hook(self._model_begins))
+            self._decoder = found.adapter.decoder(model)
+            self._forwards.append(EditedForward.claim(self._decoder, around=self))
+            self._hooks.append(model.register_forward_pre_hook(self._model_begins, with_kwargs=True))
             self._hooks.append(model.register_forward_hook(self._model_ends))
         except BaseException:
             self.remove()
@@ -107,6 +110,7 @@ class Installation:
         for forward in self._forwards:
             forward.release(self)
         self._hooks, self._edited, self._forwards = [], [], []
+        self._watch.close()
 
     @property
     def active(self) -> bool:
@@ -151,9 +155,24 @@ class Installation:
         return self._watch.forward_has_grad
 
     @property
-    def forward(self) -> Forward | None:
+    def forward(self) -> ForwardView | None:
         """See `ForwardWatch.forward`."""
         return self._watch.forward
+
+    @property
+    def has_callers(self) -> bool:
+        """See `ForwardWatch.has_callers`."""
+        return self._watch.has_callers
+
+    @contextmanager
+    def at(self, given: Given) -> Iterator[None]:
+        """See `ForwardWatch.at`."""
+        try:
+            with self._watch.at(given):
+                self._refresh()
+                yield
+        finally:
+            self._refresh()
 
     def reached(self, layer: int, site: Site) -> None:
         if not torch.compiler.is_compiling():
@@ -174,7 +193,7 @@ class Installation:
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The decoder's forward begins."""
-        self._watch.begin(args, kwargs)
+        self._watch.begin(by_name(type(self._decoder).forward, args, kwargs))
 
     def leave(self, raised: bool) -> None:
         """The decoder's forward ends.
@@ -193,7 +212,7 @@ class Installation:
         if not reached >= self._places and self.active and self.installed:
             self._complain(self._missed(reached))
 
-    def _model_begins(self, module: nn.Module, args: Any) -> None:
+    def _model_begins(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
         if getattr(module, "_is_replica", False):
@@ -201,12 +220,21 @@ class Installation:
                 "nn.DataParallel runs copies of a patched model that share its edits, on other devices: use "
                 "DistributedDataParallel, or one device"
             )
-        self._watch.model_begins()
+        self._watch.model_begins(has_labels=kwargs.get("labels") is not None)
 
     def _model_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         """Check that a forward of the model has run its decoder."""
-        if not torch.compiler.is_compiling() and not self._watch.decoder_ran and self.active:
+        if torch.compiler.is_compiling():
+            return
+        self._watch.model_ends()
+        if not self._watch.decoder_ran and self.active:
             self._complain(self._missed(set()))
+
+    @property
+    def _depth(self) -> float:
+        """How many layers the decoder runs. Assisted decoding with early exit sets fewer for a draft."""
+        layers = getattr(getattr(self._decoder, "config", None), "num_hidden_layers", None)
+        return layers if isinstance(layers, int) and current_generation() is not None else math.inf
 
     def _complain(self, missed: list[SiteEdit]) -> None:
         if missed:
@@ -216,7 +244,7 @@ class Installation:
                 f"a forward of {type(self._model).__name__} never reached {where}{more}, so the edits there did "
                 f"nothing. Perhaps its attention does not go through transformers' AttentionInterface, or its adapter "
                 f"names wrong modules. Or something has replaced the forward of these modules since: then remove the "
-                f"patch and patch again"
+                f"patch and patch again. Or torch.compile could not compile the edits: then run the model uncompiled"
             )
 
     def _missed(self, reached: set[tuple[int, Site]]) -> list[SiteEdit]:
@@ -224,7 +252,7 @@ class Installation:
         missed = [
             (entry.edit, module)
             for entry, module in zip(self._entries, self._edited, strict=True)
-            if (entry.edit.layer, entry.edit.site) not in reached
+            if (entry.edit.layer, entry.edit.site) not in reached and entry.edit.layer < self._depth
         ]
         return [edit for edit, module in missed if not runs_compiled(self._model, module)]
 

@@ -7,8 +7,6 @@ original function. So masks, configs, the vision tower and cross-attention are n
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +18,7 @@ from transformers.modeling_utils import AttentionInterface
 from ..errors import UnsupportedModelError
 from .call import UNUSUAL, AttentionCall, Plan, shifted
 from .entry import Entry
+from .replaced import ReplacedMethod
 
 SLOT = "_mimic_core_sites"
 """Key of a module's slot in its `__dict__`. So deepcopy and pickle include the slot, and state_dict does not."""
@@ -37,7 +36,7 @@ class AttentionSlot:
 
     def __init__(self) -> None:
         self.hold(())
-        self._release = _retain(self)
+        self._release = wrapper.retain(self)
 
     def hold(self, entries: tuple[Entry, ...]) -> None:
         self.entries = entries
@@ -69,7 +68,7 @@ class AttentionSlot:
         # entries may not be complete yet, so the first call makes the plan.
         self.entries = state["entries"]
         self.plan, self.asks = Plan(()), True
-        self._release = _retain(self)
+        self._release = wrapper.retain(self)
 
 
 def _attention(
@@ -108,41 +107,12 @@ def _attention(
     return call.run(plan)
 
 
-def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap(original: Callable[..., Any], in_use: Callable[[], bool]) -> Callable[..., Any]:
     def get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Any:
         base = original(self, attn_implementation, default)
-        if _live is not get_interface:
-            return base  # another wrapper still calls this one, but its patches are gone
-        return partial(_attention, base, attn_implementation or "eager")
+        return partial(_attention, base, attn_implementation or "eager") if in_use() else base
 
     return get_interface
 
 
-_lock = threading.RLock()  # reentrant: garbage collection can call _drop while this thread holds the lock
-_holders = 0
-_below: Callable[..., Any] = AttentionInterface.get_interface
-_live: Callable[..., Any] | None = None
-
-
-def _retain(slot: AttentionSlot) -> Callable[[], object]:
-    """Keep the wrapper in place until the slot is released or garbage-collected."""
-    global _holders, _below, _live
-    with _lock:
-        _holders += 1
-        if _holders == 1:
-            _below = AttentionInterface.get_interface
-            _live = AttentionInterface.get_interface = _wrapped(_below)
-    finalizer = weakref.finalize(slot, _drop)
-    finalizer.atexit = False
-    return finalizer
-
-
-def _drop() -> None:
-    global _holders, _live
-    with _lock:
-        _holders -= 1
-        if _holders == 0:
-            # If somebody has wrapped it after us, ours stays underneath and only calls the original.
-            if AttentionInterface.get_interface is _live:
-                AttentionInterface.get_interface = _below
-            _live = None
+wrapper = ReplacedMethod(lambda: AttentionInterface, "get_interface", _wrap)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..errors import PatchStateError
-from ..types import Site
-from .forward import AGAIN, Forward
+from ..types import ForwardView, Site
+from .forward import Again, Forward
+from .prompts import Given, current_generation, watched_generate
 
 # What a decoder's tokens are called, the likelier first.
 _TOKENS = ("inputs_embeds", "input_ids", "decoder_inputs_embeds", "decoder_input_ids", "hidden_states")
@@ -36,6 +42,7 @@ class _State(threading.local):
     depth = 0
     ran = False  # the decoder, since the model last began
     grad_enabled = False
+    has_labels = False  # the model was given labels
     tokens: tuple[int, int] = (0, 0)  # b and t
     forward: Forward | None = None
 
@@ -47,7 +54,7 @@ class ForwardWatch:
     """The forwards of a decoder, thread by thread. A copy or a loaded pickle starts outside of any.
 
     Args:
-        looks: Whether an edit needs to know where the prompt ends.
+        looks: Whether an edit acts at some positions, or may ask for them.
         wants_sizes: Whether an edit may be handed tokens without their batch.
     """
 
@@ -62,6 +69,35 @@ class ForwardWatch:
         self._off: list[int] = []
         self.ended_by: int | None = None
         self._lock = threading.Lock()  # between what other threads do and what is done for it
+        self._callers = 0  # how often `Handle.at` is in use, in all threads
+        self._release = watched_generate.retain(self)
+
+    def close(self) -> None:
+        """No edit is left."""
+        self._release()
+
+    @contextmanager
+    def at(self, given: Given) -> Iterator[None]:
+        """In this thread, forwards have these positions or this prompt."""
+        with self._lock:
+            self._callers += 1
+        token = _given.set((*_given.get(), (self, given)))
+        try:
+            yield
+        finally:
+            _given.reset(token)
+            with self._lock:
+                self._callers -= 1
+
+    @property
+    def has_callers(self) -> bool:
+        """Whether `at` is in use."""
+        return self._callers > 0
+
+    @property
+    def given(self) -> Given | None:
+        """What the caller says about forwards in this thread."""
+        return next((given for watch, given in reversed(_given.get()) if watch is self), None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_looks": self._looks, "_wants_sizes": self._wants_sizes}
@@ -70,7 +106,7 @@ class ForwardWatch:
         self.__dict__.update(state)
         self._start_outside()
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, arguments: Mapping[str, Any]) -> None:
         """A forward of the decoder begins.
 
         Raises:
@@ -91,10 +127,16 @@ class ForwardWatch:
         state.depth += 1
         state.ran = True
         if self._wants_sizes:
-            state.tokens = _sizes_of_tokens(args, kwargs) or state.tokens
-        if self._looks:
-            # The decoder's own, which comes last: an encoder has another mask.
-            state.forward = Forward.of(kwargs)
+            state.tokens = _sizes_of_tokens(arguments) or state.tokens
+        if self._looks or self._callers:
+            sizes = _sizes_of_tokens(arguments)
+            if sizes is None:
+                raise PatchStateError(
+                    f"an edit acts at some positions, but the tokens of the decoder are not among its arguments "
+                    f"({', '.join(arguments)})"
+                )
+            generation, given = current_generation(), self.given
+            state.forward = Forward(*sizes, arguments, id(self), generation, given, state.has_labels)
 
     def end(self) -> set[tuple[int, Site]] | None:
         """It ends, however. Returns what it has reached, where it is the outermost."""
@@ -106,8 +148,11 @@ class ForwardWatch:
         self._inside.discard(threading.get_ident())
         return state.reached
 
-    def model_begins(self) -> None:
-        self._state.ran = False
+    def model_begins(self, has_labels: bool) -> None:
+        self._state.ran, self._state.has_labels = False, has_labels
+
+    def model_ends(self) -> None:
+        self._state.has_labels = False
 
     @property
     def decoder_ran(self) -> bool:
@@ -155,9 +200,9 @@ class ForwardWatch:
         return self._state.grad_enabled
 
     @property
-    def forward(self) -> Forward | None:
+    def forward(self) -> ForwardView | None:
         """What is known of the forward this thread is in, where an edit needs it."""
-        return self._state.forward if self.in_forward else AGAIN
+        return self._state.forward if self.in_forward else _AGAIN
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -168,9 +213,23 @@ class ForwardWatch:
         self._state.reached.add((layer, site))
 
 
-def _sizes_of_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+def _sizes_of_tokens(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
     """Batch and length of a decoder's tokens."""
-    for x in (*args[:1], *map(kwargs.get, _TOKENS)):
+    for x in (*map(arguments.get, _TOKENS), *[*arguments.values()][:1]):
         if isinstance(x, Tensor):
             return (x.shape[0], x.shape[1]) if x.ndim > 1 else None
     return None
+
+
+def by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a method of a module, without `self`."""
+    return {**dict(zip(_names(forward), args, strict=False)), **kwargs} if args else kwargs
+
+
+@cache
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+_given: ContextVar[tuple[tuple[ForwardWatch, Given], ...]] = ContextVar("mimic_core_given", default=())
+_AGAIN = Again()

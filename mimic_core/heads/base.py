@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..errors import UnknownNameError
+from ..positions import Positions, check_positions
 from ..registry import Registry
 from ..types import At, LayerSpec, Site
 
@@ -21,11 +22,17 @@ class HeadConfig:
 
     Attributes:
         layers: Indices of the decoder layers to shift; None means all of them.
+        positions: The tokens on which the head acts; see `mimic_core.positions.Positions`.
+
+    Raises:
+        UnknownNameError: there are no such positions.
     """
 
     layers: tuple[int, ...] | None = None
+    positions: Positions = field(default="all", kw_only=True)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "positions", check_positions(self.positions))
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
 
@@ -56,7 +63,8 @@ class ShiftHead(nn.Module):
         site: The site that `forward` edits.
         config_class: The dataclass of its options.
         needs_lse: `forward` reads `at.lse`, so attention should keep the LSE.
-        needs_prompt_end: `forward` reads `at.prompt_end`.
+        needs_prompt_end: `forward` reads `at.prompt_end` or `at.positions`. A head whose formula is the same for all
+            tokens does not need it: its config says on which it acts.
         needs_at: `forward` reads its `At`. If False, it gets None, which saves time.
         is_gated_shift: `site` is `attn_heads`, and `forward` is exactly `ops.gated_shift` with the parameters that
             `gated_shift` returns. Attention and shift are then one call, wherever that gives the same bits.

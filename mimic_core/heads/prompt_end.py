@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..positions import Positions
 from ..types import At, LayerSpec, Site
 from .base import HeadConfig, ShiftHead, register_head
 
 
-class _PromptEndHead(ShiftHead):
-    """Applies a vector to the layer's output at the last token of each prompt."""
+class _LayerVector(ShiftHead):
+    """One vector for the layer's output."""
 
     site: Site = "layer_out"
-    needs_prompt_end = True
+    needs_at = False
 
     def __init__(self, config: HeadConfig, layer: LayerSpec) -> None:
         super().__init__(config, layer)
         self.vector = nn.Parameter(torch.zeros(layer.hidden_size, dtype=torch.float32))
-
-    def forward(self, value: Float[Tensor, "b t c"], at: At) -> Float[Tensor, "b t c"]:
-        return torch.where(at.prompt_end[..., None], self._shifted(value).to(value.dtype), value)
-
-    def _shifted(self, value: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -36,11 +31,14 @@ class TaskVectorConfig(HeadConfig):
     Attributes:
         layers: Indices of the decoder layers. The method uses one, chosen on held-out samples. None means all of them,
             which allows trying each layer: a head acts only if its `weight` is not zero.
+        positions: The tokens on which it acts. In the published method, the last one of the prompt.
     """
+
+    positions: Positions = field(default="prompt_end", kw_only=True)
 
 
 @register_head("task_vector")
-class TaskVectorHead(_PromptEndHead):
+class TaskVectorHead(_LayerVector):
     """h' = (1 - weight) * h + weight * vector, on the layer's output at the last token of each prompt.
 
     Parameters: `vector` [c], `weight` []; both are zero at first. Weight 0 changes nothing. Weight 1 replaces the
@@ -56,9 +54,9 @@ class TaskVectorHead(_PromptEndHead):
         super().__init__(config, layer)
         self.weight = nn.Parameter(torch.zeros((), dtype=torch.float32))
 
-    def _shifted(self, value: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+    def forward(self, value: Float[Tensor, "b t c"], at: At | None) -> Float[Tensor, "b t c"]:
         weight = self.weight.to(value.device)
-        return (1 - weight) * value + weight * self.vector.to(value.device)
+        return ((1 - weight) * value + weight * self.vector.to(value.device)).to(value.dtype)
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,14 @@ class FunctionVectorConfig(HeadConfig):
 
     Attributes:
         layers: Indices of the decoder layers. The method uses one, at about a third of the depth. None means all.
+        positions: The tokens on which it acts. In the published method, the last one of the prompt.
     """
+
+    positions: Positions = field(default="prompt_end", kw_only=True)
 
 
 @register_head("function_vector")
-class FunctionVectorHead(_PromptEndHead):
+class FunctionVectorHead(_LayerVector):
     """h' = h + vector, on the layer's output at the last token of each prompt.
 
     Parameters: `vector` [c], zero at first, which changes nothing. In the published method it is a sum over a few
@@ -83,5 +84,5 @@ class FunctionVectorHead(_PromptEndHead):
 
     config_class = FunctionVectorConfig
 
-    def _shifted(self, value: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
-        return value + self.vector.to(value.device)
+    def forward(self, value: Float[Tensor, "b t c"], at: At | None) -> Float[Tensor, "b t c"]:
+        return (value + self.vector.to(value.device)).to(value.dtype)

@@ -29,6 +29,7 @@ from tests.support.cases import (
     zero_vectors,
 )
 from tests.support.oracle_model import shifted
+from tests.support.oracle_params import decoder_layers, oracle_params
 from tests.support.snapshot import snapshot
 
 EXACT_HEADS = [head for head in HEADS if head != "mimic-all-keys"]
@@ -171,33 +172,6 @@ def test_padding_does_not_matter(case: Case, head: str, attention: str) -> None:
                 torch.testing.assert_close(together[i][real], alone[i], **CLOSE)
 
 
-def oracle_params(shifts: mc.ShiftStack, depth: int) -> tuple[list[dict[str, Any] | None], dict[str, Tensor]]:
-    """The stack's numbers in fp64, as the oracle takes them, and the leaves whose gradients are wanted."""
-    leaves = {name: p.detach().double().requires_grad_() for name, p in shifts.named_parameters()}
-    params: list[dict[str, Any] | None] = [None] * depth
-    for head in shifts:
-        prefix = f"heads.{head.layer.index}."
-        tensors = {name.removeprefix(prefix): x for name, x in leaves.items() if name.startswith(prefix)}
-        config = head.config
-        if isinstance(config, mc.MimICConfig):
-            options = {"kind": "mimic", "shared": config.shared, "all_keys": config.log_z2 == "all_keys"}
-        elif isinstance(config, (mc.TaskVectorConfig, mc.FunctionVectorConfig)):
-            options = {"kind": "prompt_end"}
-        else:
-            assert isinstance(config, mc.LIVEConfig)
-            options = {"kind": "live", "site": config.site, "sigmoid": config.sigmoid}
-            tensors.setdefault("scale", torch.tensor(config.scale_init, dtype=torch.float64))
-        params[head.layer.index] = options | tensors
-    return params, leaves
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    path = mc.adapter_for(model).spec(model).layers[0].path.removesuffix(".0")
-    layers = model.get_submodule(path)
-    assert isinstance(layers, nn.ModuleList)
-    return layers
-
-
 @over_attention
 @over_heads
 @over_cases
@@ -212,7 +186,8 @@ def test_logits_and_gradients_equal_the_oracle(case: Case, head: str, attention:
 
     shifts = random_shifts(model_of(case, attention), head)
     params, leaves = oracle_params(shifts, len(layers))
-    with shifted(wide_model, layers, params, last=(real.sum(1) - 1).tolist()):
+    last = (real.cumsum(1) == real.sum(1, keepdim=True)) & real
+    with shifted(wide_model, layers, params, chosen=last.tolist() if head in PROMPT_HEADS else None):
         wanted = logits_of(wide_model, as_dtype(inputs, torch.float64))
         loss_of(wanted).backward()
     largest = {name: leaf.grad.abs().max().item() for name, leaf in leaves.items() if leaf.grad is not None}

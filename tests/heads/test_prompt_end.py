@@ -120,7 +120,7 @@ def test_where_it_is_not_there(no_shape_checks: None) -> None:
     def read(value: Tensor, at: mc.At) -> None:
         assert at.prompt_end is not None
 
-    with mc.hook(model, "query", read), pytest.raises(mc.PatchStateError, match="asked for at site 'query'"):
+    with mc.hook(model, "key", read), pytest.raises(mc.PatchStateError, match="asked for at site 'key'"):
         logits_of(model, inputs)
 
     @mc.register_head("undeclared-for-test")
@@ -148,7 +148,7 @@ def decoder_forward(model: nn.Module, mask: Tensor) -> dict[str, Any]:
     from mimic_core.edits.install import installed
 
     state = installed(*model.modules())[0]._watch._state
-    state.depth, state.forward = 1, Forward(mask=mask)
+    state.depth, state.forward = 1, Forward(2, 11, {"attention_mask": mask})
     positions = torch.arange(11)[None]
     return {"position_embeddings": model.model.rotary_emb(torch.zeros(2, 11, 32), positions)}
 

@@ -36,7 +36,8 @@ def _attention(
     if params is not None:
         if params["all_keys"]:
             log_z2 = log_z2_all
-        out = _shift(out, query, log_z2, params)
+        shifted = _shift(out, query, log_z2, params)
+        out = [_only(new, old, params["chosen"]) for new, old in zip(shifted, out, strict=True)]
     return torch.stack(out, dim=2), None
 
 
@@ -74,44 +75,53 @@ def _edit_output(function: Any) -> Any:
     return hook
 
 
-def _at_one_token(h: Tensor, last: list[int], p: dict[str, Any]) -> Tensor:
-    rows = []
-    for states, i in zip(h, last, strict=True):
-        weight = p.get("weight")
-        moved = states[i] + p["vector"] if weight is None else states[i] + weight * (p["vector"] - states[i])
-        rows.append(torch.cat([states[:i], moved[None], states[i + 1 :]]))
+def _vector(h: Tensor, p: dict[str, Any]) -> Tensor:
+    weight = p.get("weight")
+    return h + p["vector"] if weight is None else h + weight * (p["vector"] - h)
+
+
+def _only(new: Tensor, old: Tensor, chosen: list[list[bool]] | None) -> Tensor:
+    """The new states [b t c] at the chosen tokens, the old ones at the others."""
+    if chosen is None:
+        return new
+    rows = [
+        torch.stack([new[i, j] if chosen[i][j] else old[i, j] for j in range(old.shape[1])])
+        for i in range(old.shape[0])
+    ]
     return torch.stack(rows)
 
 
 @contextmanager
 def shifted(
-    model: nn.Module, layers: nn.ModuleList, params: list[dict[str, Any] | None], last: list[int] | None = None
+    model: nn.Module, layers: nn.ModuleList, params: list[dict[str, Any] | None], chosen: list[list[bool]] | None = None
 ) -> Iterator[None]:
     """Inside, `model` runs with the shifts of `params`, one entry per layer (None: not shifted).
 
-    An entry has "kind" ("mimic", "live" or "prompt_end") and the tensors of that method. `last`: where each sample's
-    prompt ends.
+    An entry has "kind" ("mimic", "live" or "vector") and the tensors of that method. `chosen`: the tokens to shift, by
+    sample; None shifts all.
     """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, eager_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
-    hooks = []
+    hooks: list[Any] = []
+
+    def edit(module: nn.Module, function: Any) -> None:
+        hooks.append(module.register_forward_hook(_edit_output(lambda h: _only(function(h), h, chosen))))
+
     for layer, p in zip(layers, params, strict=True):
         if p is None:
             continue
         if p["kind"] == "mimic":
-            layer.self_attn.__dict__["oracle_params"] = p
+            layer.self_attn.__dict__["oracle_params"] = p | {"chosen": chosen}
             if "mlp_vector" in p:
-                move = p["mlp_vector"]
-                hooks.append(layer.mlp.register_forward_hook(_edit_output(lambda h, m=move: _keep_length(h, m))))
-        elif p["kind"] == "prompt_end":
-            hooks.append(layer.register_forward_hook(_edit_output(lambda h, p=p: _at_one_token(h, last or [], p))))
+                edit(layer.mlp, lambda h, m=p["mlp_vector"]: _keep_length(h, m))
+        elif p["kind"] == "vector":
+            edit(layer, lambda h, p=p: _vector(h, p))
         else:
             module = {"mlp_out": layer.mlp, "attn_out": layer.self_attn, "layer_out": layer}[p["site"]]
             factor = torch.sigmoid(p["scale"]) if p["sigmoid"] else p["scale"]
-            move = factor * p["vector"]
-            hooks.append(module.register_forward_hook(_edit_output(lambda h, m=move: _keep_length(h, m))))
+            edit(module, lambda h, m=factor * p["vector"]: _keep_length(h, m))
     try:
         yield
     finally:

@@ -1,0 +1,92 @@
+"""Positions: which tokens of a row an edit acts on."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from .errors import ShapeError, UnknownNameError
+
+Positions = Literal["all", "prompt", "prompt_end", "generated"] | tuple[Literal["first", "last"], int]
+"""Which tokens of a row an edit acts on. A row is all tokens of one sample, also those in the cache. Its prompt is what
+`model.generate` was given, or what `Handle.at` says, or else the whole row of a forward without a cache.
+
+| positions | tokens |
+|---|---|
+| `"all"` | every token, also padding |
+| `"prompt"` | the tokens of the prompt that are not padding |
+| `"prompt_end"` | the last of them |
+| `("first", k)`, `("last", k)` | the first or last k of them |
+| `"generated"` | the tokens after the prompt |
+
+If several samples are packed into a row, each has a prompt of its own.
+"""
+
+_NAMES = ("all", "prompt", "prompt_end", "generated")
+
+
+def check_positions(positions: Any) -> Positions:
+    """Return `positions` as `Positions`.
+
+    Raises:
+        UnknownNameError: it is neither a name nor ("first", k) or ("last", k) with k of at least 1.
+    """
+    if isinstance(positions, str) and positions in _NAMES:
+        return positions  # pyright: ignore[reportReturnType]
+    if isinstance(positions, (tuple, list)) and len(positions) == 2 and positions[0] in ("first", "last"):
+        count = positions[1]
+        if isinstance(count, int) and not isinstance(count, bool) and count >= 1:
+            return (positions[0], count)
+    raise UnknownNameError(
+        f"positions should be {', '.join(map(repr, _NAMES))}, ('first', k) or ('last', k) with k >= 1; found "
+        f"{positions!r}"
+    )
+
+
+def select(
+    positions: Positions,
+    prompt: Bool[Tensor, "b s"],
+    real: Bool[Tensor, "b s"],
+    begins: Bool[Tensor, "b s"],
+) -> Bool[Tensor, "b s"]:
+    """The tokens of whole rows that `positions` names.
+
+    Args:
+        prompt: Whether a token belongs to the prompt.
+        real: Whether a token is not padding. It matters only for "generated".
+        begins: True at the first token of each packed sample. A row begins a sample anyway.
+    """
+    if positions == "all":
+        return torch.ones_like(prompt)
+    if positions == "prompt":
+        return prompt
+    ends = torch.cat([begins[:, 1:], torch.ones_like(begins[:, :1])], dim=1)
+    from_end = _counted(prompt.flip(1), ends.flip(1)).flip(1)
+    if positions == "generated":
+        return real & ~prompt & (from_end == 0)
+    if positions == "prompt_end":
+        return prompt & (from_end == 1)
+    which, count = positions
+    return prompt & ((_counted(prompt, begins) if which == "first" else from_end) <= count)
+
+
+def _counted(prompt: Tensor, begins: Tensor) -> Tensor:
+    """How many prompt tokens of the sample there are up to each token, with itself."""
+    count = prompt.long().cumsum(1)
+    earlier = torch.where(begins, count - prompt.long(), 0).cummax(1).values
+    return count - earlier
+
+
+def check_mask(mask: object, name: str) -> Bool[Tensor, "b t"]:
+    """Return `mask`.
+
+    Raises:
+        ShapeError: it is not a bool mask [b t].
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 2:
+        found = f"{list(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ShapeError(f"{name} should be a bool mask [b t], found {found}")
+    return mask

@@ -1,0 +1,37 @@
+"""What the oracle model needs to know of a stack and of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mimic_core as mc
+
+
+def oracle_params(shifts: mc.ShiftStack, depth: int) -> tuple[list[dict[str, Any] | None], dict[str, Tensor]]:
+    """The stack's numbers in fp64, as the oracle takes them, and the leaves whose gradients are wanted."""
+    leaves = {name: p.detach().double().requires_grad_() for name, p in shifts.named_parameters()}
+    params: list[dict[str, Any] | None] = [None] * depth
+    for head in shifts:
+        prefix = f"heads.{head.layer.index}."
+        tensors = {name.removeprefix(prefix): x for name, x in leaves.items() if name.startswith(prefix)}
+        config = head.config
+        if isinstance(config, mc.MimICConfig):
+            options = {"kind": "mimic", "shared": config.shared, "all_keys": config.log_z2 == "all_keys"}
+        elif isinstance(config, (mc.TaskVectorConfig, mc.FunctionVectorConfig)):
+            options = {"kind": "vector"}
+        else:
+            assert isinstance(config, mc.LIVEConfig)
+            options = {"kind": "live", "site": config.site, "sigmoid": config.sigmoid}
+            tensors.setdefault("scale", torch.tensor(config.scale_init, dtype=torch.float64))
+        params[head.layer.index] = options | tensors
+    return params, leaves
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    path = mc.adapter_for(model).spec(model).layers[0].path.removesuffix(".0")
+    layers = model.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
