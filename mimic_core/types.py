@@ -156,7 +156,22 @@ class Located(NamedTuple):
             raise UnsupportedModelError(
                 f"site {site!r} was asked for; layer {layer} ({layers[layer].path}) has {layers[layer].offer()}"
             )
-        return self.adapter.module(self.model, layer, site)
+        module = self.adapter.module(self.model, layer, site)
+        return unwrapped(module) if site in ATTENTION_SITES else module
+
+
+# What wrappers whose output is that of the module inside call it: torch.compile, activation checkpointing, FSDP.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def unwrapped(module: Any) -> Any:
+    """The module inside wrappers with the same output. It calls the attention interface, and they do not."""
+    while module is not None:
+        inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
+        if inner is None:
+            break
+        module = inner
+    return module
 
 
 class AttentionView(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import threading
@@ -20,6 +21,7 @@ from .compiled import asked_about, runs_compiled
 from .entry import Entry, SiteEdit
 from .interface import SLOT, AttentionSlot
 from .outputs import EditedForward
+from .places import Places
 from .prompts import Given, current_generation
 from .scope import LayerScope
 from .watch import ForwardWatch, by_name
@@ -65,6 +67,7 @@ class Installation:
                 "these shifts are already in this model; remove their handle first, or build another stack"
             )
         shared = _shared_modules(found, {edit.site for edit in edits})
+        _check_layers(found, shared)
         try:
             for edit, module in zip(edits, places, strict=True):
                 scope = None
@@ -76,12 +79,25 @@ class Installation:
                 self._entries.append(entry)
                 self._attach(entry, module)
             self._decoder = found.adapter.decoder(model)
+            self._standing = Places(model, (self._decoder, *self._edited))
             self._forwards.append(EditedForward.claim(self._decoder, around=self))
             self._hooks.append(model.register_forward_pre_hook(self._model_begins, with_kwargs=True))
             self._hooks.append(model.register_forward_hook(self._model_ends))
         except BaseException:
             self.remove()
             raise
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Installation | _Nowhere:
+        """A copy of a part of a model has no edits. PEFT makes one for its `modules_to_save`.
+
+        Otherwise a copy of the whole model would come with it, and its edits would run beside these.
+        """
+        if id(self._model) not in memo and id(self._decoder) not in memo:
+            memo[id(self)] = nowhere = _Nowhere()
+            return nowhere
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def _attach(self, entry: Entry, module: nn.Module) -> None:
         inside = entry.edit.site in ATTENTION_SITES
@@ -191,8 +207,39 @@ class Installation:
             )
         return states.unflatten(0, (b, t))
 
+    def check_places(self) -> None:
+        """Check that the modules with edits are still where the edits belong.
+
+        Raises:
+            PatchStateError: something else stands there.
+        """
+        if not self._standing.kept:
+            raise PatchStateError(
+                f"modules were replaced since the patch, hook or capture: {self._standing.changes()}. Its edits are on "
+                f"the old ones, so their result would depend on the order: remove its handle and patch again, or "
+                f"change the model before the patch"
+            )
+
+    def traced(self) -> None:
+        """torch.compile traces the decoder's forward.
+
+        Raises:
+            PatchStateError: see `check_places`. Then torch.compile runs the decoder uncompiled, which raises it again.
+        """
+        if self._is_out_of_place():
+            raise PatchStateError("modules were replaced since the patch")
+
+    @torch.compiler.assume_constant_result  # the graph checks which modules it calls
+    def _is_out_of_place(self) -> bool:
+        return not self._standing.kept
+
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The decoder's forward begins."""
+        """The decoder's forward begins.
+
+        Raises:
+            PatchStateError: see `check_places`, and `ForwardWatch.begin`.
+        """
+        self.check_places()
         self._watch.begin(by_name(type(self._decoder).forward, args, kwargs))
 
     def leave(self, raised: bool) -> None:
@@ -228,6 +275,7 @@ class Installation:
             return
         self._watch.model_ends()
         if not self._watch.decoder_ran and self.active:
+            self.check_places()
             self._complain(self._missed(set()))
 
     @property
@@ -255,6 +303,36 @@ class Installation:
             if (entry.edit.layer, entry.edit.site) not in reached and entry.edit.layer < self._depth
         ]
         return [edit for edit, module in missed if not runs_compiled(self._model, module)]
+
+
+def _check_layers(found: Located, shared: set[tuple[nn.Module, Site]]) -> None:
+    """Check that the layers that share a module can be told apart.
+
+    Raises:
+        PatchStateError: two layers are the same module.
+    """
+    if not shared:
+        return
+    first: dict[nn.Module, int] = {}
+    for layer in found.spec.layers:
+        module = found.model.get_submodule(layer.path)
+        if (index := first.setdefault(module, layer.index)) != layer.index:
+            raise PatchStateError(
+                f"decoder layers {index} and {layer.index} are the same module, so it is not known which of them runs: "
+                f"make a copy for each of these layers"
+            )
+
+
+class _Nowhere:
+    """The owner of edits in a copy of a part of a patched model. They never run."""
+
+    active = in_forward = has_callers = False
+    forward = None
+
+    def reached(self, layer: int, site: Site) -> None: ...
+
+    def unflatten(self, states: Tensor) -> Tensor:
+        return states
 
 
 def _shared_modules(found: Located, sites: Iterable[Site]) -> set[tuple[nn.Module, Site]]:

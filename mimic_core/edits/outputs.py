@@ -69,7 +69,11 @@ class EditedForward:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         around = self._around
-        if not around or torch.compiler.is_compiling():
+        if not around:
+            return self._edited(args, kwargs)
+        if torch.compiler.is_compiling():
+            for one in around:
+                one.traced()
             return self._edited(args, kwargs)
         entered: list[Around] = []
         try:

@@ -34,6 +34,8 @@ class LayerScope:
     def leave(self, raised: bool) -> None:
         self._here.depth -= 1
 
+    def traced(self) -> None: ...
+
 
 class _Here(threading.local):
     """A copy or a pickle starts outside the layer."""

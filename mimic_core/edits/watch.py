@@ -35,6 +35,9 @@ class Around(Protocol):
 
     def leave(self, raised: bool) -> None: ...
 
+    def traced(self) -> None:
+        """Called instead of `enter` and `leave` while torch.compile traces."""
+
 
 class _State(threading.local):
     """Where this thread is in a forward of the model."""

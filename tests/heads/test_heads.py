@@ -111,7 +111,9 @@ def test_options_are_checked(no_shape_checks: None) -> None:
         mc.UnknownNameError, match="no shift head is called 'mimick'; known: function_vector, live, mimic, task_v"
     ):
         mc.build_shifts(model, "mimick")
-    with pytest.raises(mc.UnknownNameError, match=r"shift head 'live' has no option gate; it has layers, site"):
+    with pytest.raises(
+        mc.UnknownNameError, match=r"shift head 'live' has no option gate; it has layers, positions, site"
+    ):
         mc.build_shifts(model, "live", gate=False)
     with pytest.raises(mc.UnknownNameError, match="log_z2 should be 'attended' or 'all_keys', found 'none'"):
         mc.MimICConfig(log_z2="none")

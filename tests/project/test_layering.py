@@ -22,6 +22,7 @@ TESTS = ROOT / "tests"
 LAYERS = {
     "types": 0,
     "errors": 0,
+    "positions": 0,
     "origins": 1,
     "registry": 0,
     "ops": 1,

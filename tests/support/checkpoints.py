@@ -21,6 +21,7 @@ DESCRIPTION: dict[str, Any] = {
     "head": "mimic",
     "config": {
         "layers": None,
+        "positions": "all",
         "shared": False,
         "gate": True,
         "log_z2": "attended",
