@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -20,12 +22,15 @@ from jaxtyping import install_import_hook
 
 # The models are tiny: a second thread costs more than it does.
 torch.set_num_threads(1)
-# pytest attaches its log handlers to each logger that does not propagate, in every phase of every test. torch has sixty.
+# In every phase of every test, pytest attaches its handlers to each logger that does not propagate. torch has sixty.
 for _logger in logging.root.manager.loggerDict.values():
     if isinstance(_logger, logging.Logger):
         _logger.propagate = True
 
-NATIVE_FOLDER = Path(__file__).parent.parent / ".pytest_cache" / "native"
+# The ops in C++ are built where only tests look: also the processes that a test starts, so none builds them again.
+TORCH_HOME = Path(__file__).parent.parent / ".pytest_cache" / "torch"
+os.environ["TORCH_HOME"] = str(TORCH_HOME)
+NATIVE_FOLDER = TORCH_HOME / "mimic_core"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,17 +44,15 @@ def pytest_configure(config: pytest.Config) -> None:
         install_import_hook("mimic_core", "beartype.beartype")
     # Tests are collected while the compiler runs. Under xdist the first process does it, the others wait for its file.
     if not hasattr(config, "workerinput") and not config.getoption("collectonly"):
-        Thread(target=_build_native_ops).start()
+        # Imported here: two threads that import the package at the same time may see half of it.
+        from mimic_core import BackendUnavailableError
+        from mimic_core.ops.native import build
 
+        def build_native_ops() -> None:
+            with suppress(BackendUnavailableError):  # the fixture native_ops raises it again
+                build.build(build.library_in(NATIVE_FOLDER))
 
-def _build_native_ops() -> None:
-    from mimic_core import BackendUnavailableError
-    from mimic_core.ops.native import build
-
-    try:
-        build.build(build.library_in(NATIVE_FOLDER))
-    except BackendUnavailableError:
-        pass  # the fixture native_ops raises it again
+        Thread(target=build_native_ops).start()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -167,7 +170,7 @@ def let_go_of_patched_models() -> Callable[[], None]:
 
 @pytest.fixture(scope="session")
 def native_ops() -> ModuleType:
-    """The ops in C++, built where only tests look."""
+    """The ops in C++, from the library that all processes of a run share."""
     from mimic_core.ops import build_native, native
 
     build_native(NATIVE_FOLDER)
