@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import gc
+import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache
+from importlib import metadata
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from zlib import crc32
 
@@ -16,6 +22,15 @@ from jaxtyping import install_import_hook
 
 # The models are tiny: a second thread costs more than it does.
 torch.set_num_threads(1)
+# In every phase of every test, pytest attaches its handlers to each logger that does not propagate. torch has sixty.
+for _logger in logging.root.manager.loggerDict.values():
+    if isinstance(_logger, logging.Logger):
+        _logger.propagate = True
+
+# The ops in C++ are built where only tests look: also the processes that a test starts, so none builds them again.
+TORCH_HOME = Path(__file__).parent.parent / ".pytest_cache" / "torch"
+os.environ["TORCH_HOME"] = str(TORCH_HOME)
+NATIVE_FOLDER = TORCH_HOME / "mimic_core"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,6 +42,17 @@ def pytest_configure(config: pytest.Config) -> None:
     # Before anything imports mimic_core.
     if not config.getoption("--no-shape-checks"):
         install_import_hook("mimic_core", "beartype.beartype")
+    # Tests are collected while the compiler runs. Under xdist the first process does it, the others wait for its file.
+    if not hasattr(config, "workerinput") and not config.getoption("collectonly"):
+        # Imported here: two threads that import the package at the same time may see half of it.
+        from mimic_core import BackendUnavailableError
+        from mimic_core.ops.native import build
+
+        def build_native_ops() -> None:
+            with suppress(BackendUnavailableError):  # the fixture native_ops raises it again
+                build.build(build.library_in(NATIVE_FOLDER))
+
+        Thread(target=build_native_ops).start()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -35,6 +61,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = {item for cases in cases_of_tests(items) for item in cases[: -(-len(cases) // share)]}
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = [item for item in items if item in chosen]
+    if not torch.cuda.is_available():
+        _keep_one_case_of_each_gpu_test(config, items)
     for item in items:
         if item.get_closest_marker("newest") or item.get_closest_marker("exhaustive"):
             item.add_marker("slow")
@@ -49,6 +77,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for cases in cases_of_tests([item for item in items if not item.get_closest_marker("slow")]):
         for item in cases[1:]:
             item.add_marker("slow")
+
+
+def _keep_one_case_of_each_gpu_test(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU thousands of cases would be skipped one by one. The one that is left says why."""
+    of_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    dropped = {item for cases in cases_of_tests(of_gpu) for item in cases[1:]}
+    config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+    items[:] = [item for item in items if item not in dropped]
 
 
 def cases_of_tests(items: list[pytest.Item]) -> list[list[pytest.Item]]:
@@ -82,7 +118,28 @@ def _shape_checks_in_a_fourth_of_the_cases(request: pytest.FixtureRequest) -> No
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # torch.manual_seed formats the stack for each kind of device that is not there, which takes milliseconds
+        torch.default_generator.manual_seed(0)
+
+
+@cache
+def _installed_entry_points(group: str) -> metadata.EntryPoints:
+    return metadata.entry_points(group=group)
+
+
+@pytest.fixture(autouse=True)
+def _entry_points_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking through all installed packages takes 14 ms. A test that adds a folder to sys.path has it done anew."""
+    path = list(sys.path)
+
+    def entry_points(*, group: str, **options: str) -> metadata.EntryPoints:
+        if sys.path != path:
+            return metadata.entry_points(group=group, **options)
+        return _installed_entry_points(group).select(**options)
+
+    monkeypatch.setattr("mimic_core.registry.entry_points", entry_points)
 
 
 @pytest.fixture(autouse=True)
@@ -113,10 +170,10 @@ def let_go_of_patched_models() -> Callable[[], None]:
 
 @pytest.fixture(scope="session")
 def native_ops() -> ModuleType:
-    """The ops in C++, built where only tests look."""
+    """The ops in C++, from the library that all processes of a run share."""
     from mimic_core.ops import build_native, native
 
-    build_native(Path(__file__).parent.parent / ".pytest_cache" / "native")
+    build_native(NATIVE_FOLDER)
     assert native._ops is not None
     return native._ops
 

@@ -68,32 +68,45 @@ def logits(model: Any) -> Tensor:
 
 
 # A head inside attention and one at an output, in every way; hooks at the other sites in one way of each part.
-PATCHED = [(way, what) for way in WAYS for what in ("mimic", "live")]
-HOOKED = [
-    pytest.param(way, what, marks=() if j in (i, (i + 2) % 4) else pytest.mark.exhaustive)
+HEADS_TRIED = ("mimic", "live")
+HOOKED = {
+    way: [(site, j in (i, (i + 2) % 4)) for j, site in enumerate(("query", "attn_out", "mlp_out", "layer_out"))]
     for i, way in enumerate(("model.compile", "layer.forward", "attention.compile", "mlp.forward"))
-    for j, what in enumerate(("query", "attn_out", "mlp_out", "layer_out"))
+}
+PATCHED = [
+    *(pytest.param(way, (*HEADS_TRIED, *(site for site, ci in HOOKED.get(way, ()) if ci)), id=way) for way in WAYS),
+    *(
+        pytest.param(way, tuple(site for site, ci in sites if not ci), id=f"{way}, more", marks=pytest.mark.exhaustive)
+        for way, sites in HOOKED.items()
+    ),
 ]
 
 
-@pytest.mark.parametrize(("way", "what"), [*PATCHED, *HOOKED])
-def test_a_patch_is_there_and_gone_however_the_model_was_compiled(way: str, what: str) -> None:
+@pytest.mark.parametrize(("way", "patches"), PATCHED)
+def test_a_patch_is_there_and_gone_however_the_model_was_compiled(way: str, patches: tuple[str, ...]) -> None:
+    """One patch after the other on one compiled model: its plain graph is made once."""
     model, twin = fresh_model(SHALLOW), fresh_model(SHALLOW)
     WAYS[way](model)
     plain = logits(model)
-    if what in HEADS:
-        shifts = random_shifts(model, what)
-        handle, _ = mc.patch(model, shifts), mc.patch(twin, shifts)
-    else:
-        handle, _ = (mc.hook(m, what, lambda x, at: x.flip(-1)) for m in (model, twin))
-    wanted = logits(twin)
-    assert (wanted - plain).abs().max() > 1e-3
-    torch.testing.assert_close(logits(model), wanted)
-    with handle.disabled():
-        torch.testing.assert_close(logits(model), plain)
-    torch.testing.assert_close(logits(model), wanted)
-    handle.remove()
-    torch.testing.assert_close(logits(model), plain)
+    for what in patches:
+        if what in HEADS:
+            shifts = random_shifts(model, what)
+            handle, of_twin = mc.patch(model, shifts), mc.patch(twin, shifts)
+        else:
+            handle, of_twin = (mc.hook(m, what, lambda x, at: x.flip(-1)) for m in (model, twin))
+        wanted = logits(twin)
+        assert (wanted - plain).abs().max() > 1e-3, what
+        assert_close(logits(model), wanted, what)
+        with handle.disabled():
+            assert_close(logits(model), plain, f"{what}, disabled")
+        assert_close(logits(model), wanted, f"{what}, again")
+        handle.remove()
+        of_twin.remove()
+        assert_close(logits(model), plain, f"{what}, removed")
+
+
+def assert_close(found: Tensor, wanted: Tensor, what: str) -> None:
+    torch.testing.assert_close(found, wanted, msg=lambda said: f"{what}: {said}")
 
 
 def test_a_graph_that_begins_in_the_middle_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +121,7 @@ def test_a_graph_that_begins_in_the_middle_of_attention(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", breaks)
     model, twin = fresh_model(SHALLOW), fresh_model(SHALLOW)
-    model.compile(backend="eager")
+    WAYS["layer.compile"](model)
     plain = logits(model)
     assert graphs() > 2
     shifts = random_shifts(model, "mimic")

@@ -35,7 +35,7 @@ print(mc.ops.resolve_backend(q, q, q).why)
 @pytest.fixture
 def library(native_ops: ModuleType) -> Path:
     """The library that was built for all tests."""
-    return build.library_in(ROOT / ".pytest_cache" / "native")
+    return build.library_in(ROOT / ".pytest_cache" / "torch" / "mimic_core")
 
 
 @pytest.fixture
