@@ -41,6 +41,8 @@ class _State(threading.local):
 
     def __init__(self) -> None:
         self.reached: set[tuple[int, Site]] = set()
+        # What was known of the forwards around this one: a hook may run the model.
+        self.outer: list[tuple[Forward | None, tuple[int, int]]] = []
 
 
 class ForwardWatch:
@@ -77,6 +79,10 @@ class ForwardWatch:
             PatchStateError: another thread has switched the edits off.
         """
         state, here = self._state, threading.get_ident()
+        # What can raise comes first, because a forward that has not begun does not end. The mask is the decoder's own,
+        # which comes last: an encoder has another one.
+        forward = Forward.of(kwargs) if self._looks else None
+        tokens = _sizes_of_tokens(args, kwargs) if self._wants_sizes else None
         if state.depth == 0:
             with self._lock:
                 if self._off and here not in self._off:
@@ -88,19 +94,19 @@ class ForwardWatch:
                 self._inside.add(here)
             state.reached.clear()
             state.grad_enabled = torch.is_grad_enabled()
+        state.outer.append((state.forward, state.tokens))
         state.depth += 1
         state.ran = True
-        if self._wants_sizes:
-            state.tokens = _sizes_of_tokens(args, kwargs) or state.tokens
-        if self._looks:
-            # The decoder's own, which comes last: an encoder has another mask.
-            state.forward = Forward.of(kwargs)
+        state.forward = forward
+        state.tokens = tokens or state.tokens
 
     def end(self) -> set[tuple[int, Site]] | None:
         """It ends, however. Returns what it has reached, where it is the outermost."""
         state = self._state
         state.depth -= 1
+        forward, tokens = state.outer.pop()
         if state.depth:
+            state.forward, state.tokens = forward, tokens
             return None
         state.forward = None
         self._inside.discard(threading.get_ident())
