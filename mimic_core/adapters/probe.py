@@ -137,7 +137,7 @@ def _text_for(runner: nn.Module, vocabulary: tuple[int, torch.device]) -> dict[s
 
 @contextmanager
 def _unedited(model: nn.Module) -> Iterator[None]:
-    """Switch the edits of the model off: a capture would hold these tokens, and a hook would take them for the user's."""
+    """Switch the edits of the model off: a capture would hold these tokens, and a hook would be called with them."""
     with ExitStack() as off:
         for one in installed(*model.modules()):
             one.switch_off()
