@@ -142,7 +142,7 @@ def run_sequences(family: str, count: int, steps: int, by_chance: bool = False) 
         gc.unfreeze()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["idefics2", "llama", "opt", "gpt_oss", "gemma2"])
 def test_sequences(family: str, no_shape_checks: None) -> None:
     run_sequences(family, count=5, steps=6)
 
