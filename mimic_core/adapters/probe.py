@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from operator import is_not
 from typing import Any
@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..edits import installed
 from ..edits.entry import Entry, SiteEdit
 from ..edits.interface import SLOT, AttentionSlot
 from ..errors import UnsupportedModelError
@@ -71,16 +72,18 @@ _kept: WeakKeyDictionary[nn.Module, tuple[list[nn.Module], Probe]] = WeakKeyDict
 def probe(model: nn.Module, decoder: nn.Module) -> Probe:
     """Run `decoder`, or else `model`, on four tokens in eval mode without gradients, and record what runs.
 
-    Modules, their modes and torch's random state do not change. The result is kept as long as the model's modules are
-    the same.
+    Modules, their modes and torch's random state do not change. Edits that the model already has are off meanwhile. The
+    result is kept as long as the model's modules are the same.
 
     Raises:
         UnsupportedModelError: neither runs on text without other inputs.
+        PatchStateError: the model has edits, and another thread is inside a forward of it.
     """
     modules = list(model.modules())[1:]  # without the model: a reference from the cached value would keep it alive
     before, seen = _kept.get(model, ([], None))
     if seen is None or len(before) != len(modules) or any(map(is_not, before, modules)):
-        seen = _probe(model, decoder)
+        with _unedited(model):
+            seen = _probe(model, decoder)
         _kept[model] = modules, seen
     return seen
 
@@ -131,6 +134,16 @@ def _text_for(runner: nn.Module, vocabulary: tuple[int, torch.device]) -> dict[s
         text["decoder_input_ids"] = ids[None]
     everything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     return {name: x for name, x in text.items() if name in taken or everything}
+
+
+@contextmanager
+def _unedited(model: nn.Module) -> Iterator[None]:
+    """Switch the edits of the model off: a capture would hold these tokens, and a hook would be called with them."""
+    with ExitStack() as off:
+        for one in installed(*model.modules()):
+            one.switch_off()
+            off.callback(one.switch_on)
+        yield
 
 
 @contextmanager

@@ -51,6 +51,8 @@ class _State(threading.local):
 
     def __init__(self) -> None:
         self.reached: set[tuple[int, Site]] = set()
+        # What was known of the forwards around this one: a hook may run the model.
+        self.outer: list[tuple[Forward | None, tuple[int, int]]] = []
 
 
 class ForwardWatch:
@@ -116,6 +118,10 @@ class ForwardWatch:
             PatchStateError: another thread has switched the edits off.
         """
         state, here = self._state, threading.get_ident()
+        # What can raise comes first, because a forward that has not begun does not end. The mask is the decoder's own,
+        # which comes last: an encoder has another one.
+        sizes = _sizes_of_tokens(arguments) if self._wants_sizes or self._looks or self._callers else None
+        forward = self._look(arguments, sizes) if self._looks or self._callers else None
         if state.depth == 0:
             with self._lock:
                 if self._off and here not in self._off:
@@ -127,25 +133,27 @@ class ForwardWatch:
                 self._inside.add(here)
             state.reached.clear()
             state.grad_enabled = torch.is_grad_enabled()
+        state.outer.append((state.forward, state.tokens))
         state.depth += 1
         state.ran = True
-        if self._wants_sizes:
-            state.tokens = _sizes_of_tokens(arguments) or state.tokens
-        if self._looks or self._callers:
-            sizes = _sizes_of_tokens(arguments)
-            if sizes is None:
-                raise PatchStateError(
-                    f"an edit acts at some positions, but the tokens of the decoder are not among its arguments "
-                    f"({', '.join(arguments)})"
-                )
-            generation, given = current_generation(), self.given
-            state.forward = Forward(*sizes, arguments, id(self), generation, given, state.has_labels)
+        state.forward = forward
+        state.tokens = sizes or state.tokens
+
+    def _look(self, arguments: Mapping[str, Any], sizes: tuple[int, int] | None) -> Forward:
+        if sizes is None:
+            raise PatchStateError(
+                f"an edit acts at some positions, but the tokens of the decoder are not among its arguments "
+                f"({', '.join(arguments)})"
+            )
+        return Forward(*sizes, arguments, id(self), current_generation(), self.given, self._state.has_labels)
 
     def end(self) -> set[tuple[int, Site]] | None:
         """It ends, however. Returns what it has reached, where it is the outermost."""
         state = self._state
         state.depth -= 1
+        forward, tokens = state.outer.pop()
         if state.depth:
+            state.forward, state.tokens = forward, tokens
             return None
         state.forward = None
         self._inside.discard(threading.get_ident())

@@ -1,0 +1,336 @@
+"""The models of random sequences: what is put into one, how it runs, and what a fresh one gives with the same edits."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers.modeling_utils import AttentionInterface
+
+import mimic_core as mc
+from tests.support.cases import BY_NAME, HEADS, as_dtype, fresh_model
+from tests.zoo.tiny import tiny
+
+Outcome = tuple[Any, ...]
+DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32, "double": torch.float64}
+FAMILIES = (*BY_NAME, "gemma2", "gpt_oss", "opt", "gpt_neox")
+UNWRAPPED = AttentionInterface.get_interface
+
+
+class Interrupt(BaseException):
+    """As a KeyboardInterrupt, which pytest would take for its own."""
+
+
+@dataclass(frozen=True)
+class Put:
+    """What is put into a model, described so that it can be put into another one.
+
+    Attributes:
+        kind: "stack", "hook" or "capture".
+        name: The head in `HEADS`, or the function in `FUNCTIONS`.
+        sites: Of a hook or a capture.
+        layers: Of a hook or a capture; None means all.
+        seed: Of the numbers of a stack.
+    """
+
+    kind: str
+    name: str = ""
+    sites: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    seed: int = 0
+
+
+def _read(value: Tensor, at: mc.At) -> None:
+    assert value.ndim > 1
+
+
+def _scale(value: Tensor, at: mc.At) -> Tensor:
+    return value * 0.75
+
+
+def _read_lse(value: Tensor, at: mc.At) -> None:
+    assert at.lse.ndim == 3
+
+
+def _at_prompt_end(value: Tensor, at: mc.At) -> Tensor:
+    return torch.where(at.prompt_end[..., None], value * 0.5, value)
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "read": _read,
+    "scale": _scale,
+    "read the LSE": _read_lse,
+    "at the prompt's end": _at_prompt_end,
+}
+SITES_OF = {
+    "read": ("query", "key", "value", "lse", "attn_heads", "attn_out", "mlp_out", "layer_out"),
+    "scale": ("query", "key", "value", "attn_heads", "attn_out", "mlp_out", "layer_out"),
+    "read the LSE": ("query", "attn_heads"),
+    "at the prompt's end": ("attn_out", "mlp_out", "layer_out"),
+}
+
+
+@lru_cache
+def _built(family: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model and its inputs: two samples, the second padded on the left."""
+    if family in BY_NAME:
+        case = BY_NAME[family]
+        return fresh_model(case), case.inputs("left")
+    made = tiny(family)
+    model, inputs = made.model, made.inputs(padding="left")
+    mask = inputs["attention_mask"]
+    inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return model, inputs
+
+
+@lru_cache
+def pristine(family: str) -> nn.Module:
+    """A model that nobody changes. It has run in every way, because transformers then adds attributes."""
+    model = _built(family)[0]
+    for how in ways(family):
+        run(model, family, how, [])
+    return model
+
+
+def inputs_of(family: str, other: bool = False) -> dict[str, Tensor]:
+    """The inputs of a family; the other ones are the second sample alone, without its padding."""
+    inputs = _built(family)[1]
+    if not other:
+        return inputs
+    real = inputs["attention_mask"][1].bool()
+    return {name: x[1:, real] if x.ndim > 1 and x.shape[1] == len(real) else x[1:] for name, x in inputs.items()}
+
+
+def lora_everywhere() -> LoraConfig:
+    """LoRA at every linear layer, with an effect from the start."""
+    return LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+
+
+def change_model(outer: Any, change: str) -> Any:
+    """What users do to a model beside patching it. Returns the model to call."""
+    inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
+    if change in DTYPES:
+        outer.to(DTYPES[change])
+    elif change == "LoRA":
+        torch.manual_seed(1)
+        return get_peft_model(inner, lora_everywhere()).eval()
+    elif change == "no LoRA":
+        return outer.unload()
+    elif change == "no checkpointing":
+        inner.gradient_checkpointing_disable()
+        inner.eval()
+    else:
+        reentrant = change == "reentrant checkpointing"
+        inner.train()
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        inner.enable_input_require_grads()
+    return outer
+
+
+@lru_cache(maxsize=32)
+def plain(family: str, history: tuple[str, ...]) -> Any:
+    """A model that was changed like another one, and is never patched except for one comparison."""
+    model: Any = copy.deepcopy(pristine(family))
+    for change in history:
+        model = change_model(model, change)
+    return model
+
+
+@lru_cache
+def runs_after(family: str, history: tuple[str, ...]) -> bool:
+    """Whether the unpatched model runs after these changes: some have no operations in fp64, for instance."""
+    try:
+        return [RUNS[how] for how in ways(family) if run(plain(family, history), family, how, [])[0] != "gives"] == []
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def put(model: nn.Module, what: Put) -> Any:
+    """A handle, or a capture that has been entered."""
+    if what.kind == "hook":
+        return mc.hook(model, what.sites[0], FUNCTIONS[what.name], what.layers)
+    return mc.capture(model, what.sites, layers=what.layers, grad=what.seed % 2 == 0).__enter__()
+
+
+@lru_cache
+def _stack(family: str, what: Put) -> mc.ShiftStack:
+    shifts = mc.build_shifts(pristine(family), HEADS[what.name])
+    draw = torch.Generator().manual_seed(what.seed)
+    for parameter in shifts.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=draw)
+    return shifts
+
+
+def stack(family: str, what: Put) -> mc.ShiftStack:
+    """A stack of its own for a model of the family."""
+    return copy.deepcopy(_stack(family, what))
+
+
+def take_out(what: Any) -> None:
+    what.remove() if isinstance(what, mc.Handle) else what.__exit__(None, None, None)
+
+
+def run(model: Any, family: str, how: str, stacks: list[mc.ShiftStack]) -> Outcome:
+    """Run a model in one of the ways of `RUNS`: tensors, or that the library refused."""
+    torch.manual_seed(2)
+    dtype = next(model.parameters()).dtype
+    inputs = as_dtype(inputs_of(family, other="other" in how), dtype)
+    try:
+        return ("gives", *RUNS[how](model, inputs, stacks))
+    except mc.MimicError as error:
+        return "refused", type(error).__name__
+
+
+def _forward(model: Any, inputs: dict[str, Tensor], stacks: Any) -> Outcome:
+    with torch.no_grad():
+        return (model(**inputs, use_cache=False).logits,)
+
+
+def _base(model: Any, inputs: dict[str, Tensor], stacks: Any) -> Outcome:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with torch.no_grad():
+        return (inner.base_model(**inputs, use_cache=False).last_hidden_state,)
+
+
+def _cached(model: Any, inputs: dict[str, Tensor], stacks: Any) -> Outcome:
+    with torch.no_grad():
+        out = model(**inputs, use_cache=True)
+        mask, positions = inputs["attention_mask"], inputs["position_ids"]
+        logits = [out.logits]
+        for step in range(1, 3):
+            ids = out.logits[:, -1:].argmax(-1)
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            more = {"attention_mask": mask, "position_ids": positions[:, -1:] + step, "use_cache": True}
+            out = model(input_ids=ids, past_key_values=out.past_key_values, **more)
+            logits.append(out.logits)
+    return tuple(logits)
+
+
+def _generate(model: Any, inputs: dict[str, Tensor], stacks: Any, **options: Any) -> Outcome:
+    inputs = {name: x for name, x in inputs.items() if name != "position_ids"}
+    kept = {"return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, **kept, **options)
+    return out.sequences, *out.logits
+
+
+def _generate_static(model: Any, inputs: dict[str, Tensor], stacks: Any) -> Outcome:
+    return _generate(model, inputs, stacks, cache_implementation="static", disable_compile=True)
+
+
+def _backward(model: Any, inputs: dict[str, Tensor], stacks: list[mc.ShiftStack]) -> Outcome:
+    for module in (model, *stacks):
+        module.zero_grad(set_to_none=True)
+    logits = model(**inputs, use_cache=False).logits
+    if not logits.requires_grad:
+        return (logits,)
+    logits.float().square().mean().backward()
+    grads = [p.grad for one in (*stacks, model) for p in one.parameters() if p.requires_grad]
+    model.zero_grad(set_to_none=True)
+    return logits.detach(), *grads
+
+
+RUNS: dict[str, Callable[[Any, dict[str, Tensor], list[mc.ShiftStack]], Outcome]] = {
+    "forward": _forward,
+    "other forward": _forward,
+    "forward of the base model": _base,
+    "cached forward": _cached,
+    "generate": _generate,
+    "generate, static cache": _generate_static,
+    "backward": _backward,
+}
+_NOT_CACHED = ("idefics", "idefics2", "llava")
+
+
+def ways(family: str) -> list[str]:
+    """The runs that the unpatched model has."""
+    missing = {"cached forward"} if family in _NOT_CACHED else set()
+    return [how for how in RUNS if how not in missing | ({"generate, static cache"} if family == "idefics" else set())]
+
+
+@lru_cache(maxsize=4096)
+def expected(family: str, history: tuple[str, ...], edits: tuple[Put, ...], how: str) -> Outcome:
+    """What a model gives into which the edits were put together, and what its captures hold."""
+    model = plain(family, history)
+    found, stacks = [], []
+    try:
+        for what in edits:
+            if what.kind == "stack":
+                stacks.append(stack(family, what))
+                found.append(mc.patch(model, stacks[-1]))
+            else:
+                found.append(put(model, what))
+        outcome = run(model, family, how, stacks)
+    finally:
+        for one in found:
+            take_out(one)
+    return outcome, tuple(held(one) for one in found if not isinstance(one, mc.Handle))
+
+
+def held(capture: mc.Capture) -> Any:
+    """What a capture has taken; None if nothing."""
+    try:
+        return {site: dict(capture[site]) for site in capture._taken}
+    except mc.PatchStateError:
+        return None
+
+
+def same(found: Any, wanted: Any) -> bool:
+    """Whether two outcomes are the same, tensors bit for bit."""
+    if isinstance(wanted, Tensor):
+        return isinstance(found, Tensor) and found.dtype == wanted.dtype and torch.equal(_bits(found), _bits(wanted))
+    if isinstance(wanted, dict):
+        return found is not None and found.keys() == wanted.keys() and all(same(found[k], wanted[k]) for k in wanted)
+    if isinstance(wanted, tuple):
+        return len(found) == len(wanted) and all(map(same, found, wanted))
+    return found == wanted
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.detach().nan_to_num(nan=1e4) if x.is_floating_point() else x
+
+
+def in_thread(work: Callable[[], Any]) -> Any:
+    """What a function returns or raises in a thread of its own."""
+    found: list[Any] = []
+    error: list[BaseException] = []
+
+    def begin() -> None:
+        try:
+            found.append(work())
+        except BaseException as raised:
+            error.append(raised)
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    thread.join(timeout=60)
+    if error:
+        raise error[0]
+    return found[0]
+
+
+def changes(before: Any, after: Any) -> list[Any]:
+    """What two snapshots do not share."""
+    apart = [(name, before[0].get(name), one) for name, one in after[0].items() if before[0].get(name) != one]
+    return [*apart, *((a, b) for a, b in zip(before[1:], after[1:], strict=True) if a != b)]
+
+
+def difference(found: Any, wanted: Any) -> str:
+    """In words: how far two outcomes are apart."""
+    if found is None or found[:1] != wanted[:1] or found[0] != "gives" or len(found) != len(wanted):
+        return f"{_words(found)} and not {_words(wanted)}"
+    pairs = [
+        (a, b) for a, b in zip(found[1:], wanted[1:], strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)
+    ]
+    apart = [(a - b).abs().max().item() if a.shape == b.shape else a.shape for a, b in pairs]
+    return f"{apart} apart"
+
+
+def _words(outcome: Any) -> str:
+    return str(outcome if outcome is None or outcome[0] == "refused" else outcome[0])
