@@ -147,16 +147,24 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+# transformers 5.1 itself is wrong there: an index error, and logits 2.0 apart from those of the whole text, unpatched.
+NEWEST_ONLY = ("chunks, static", "chunks and a window")
+
+
+def ways(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.newest if name in NEWEST_ONLY else ()) for name in names]
+
+
 @over_positions
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ways(*WAYS))
 def test_generation_acts_where_it_is_asked(way: str, positions: Any) -> None:
     check_generation(model_of(LLAMA), positions, "left", **WAYS[way])
 
 
 @over_positions
-@pytest.mark.parametrize("way", ["greedy", "static", "chunks", "no cache"])
+@pytest.mark.parametrize("way", ways("greedy", "static", "chunks and a window", "no cache"))
 def test_generation_with_a_sliding_window(way: str, positions: Any) -> None:
-    check_generation(model_of(BY_NAME["mistral"]), positions, "none", **WAYS[way])
+    check_generation(model_of(BY_NAME["mistral"]), positions, "none", **WAYS[way.removesuffix(" and a window")])
 
 
 @over_positions

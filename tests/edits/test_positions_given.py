@@ -164,6 +164,7 @@ def test_labels_need_the_prompt() -> None:
         logits_of(model, inputs)  # without labels, the row is the prompt
 
 
+@pytest.mark.newest  # transformers 5.1 refuses early exit with a minimal length
 @pytest.mark.parametrize("early_exit", [False, True])
 def test_an_assistant(early_exit: bool) -> None:
     """Assisted decoding gives the text of greedy decoding, with the edit in the model and in its assistant."""

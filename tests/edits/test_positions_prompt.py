@@ -144,6 +144,7 @@ def test_padding_is_no_packed_sample() -> None:
             assert found == [[[10], [10 if padding == "left" else 7]]]
 
 
+@pytest.mark.newest  # transformers 5.1 runs the chunks of the whole prompt again
 def test_a_prompt_that_begins_in_the_cache() -> None:
     model, ids = model_of(LLAMA), LLAMA.sample(0)["input_ids"]
     options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}

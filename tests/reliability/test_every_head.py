@@ -25,6 +25,8 @@ from mimic_core.testing.verdicts import NotApplicable
 from tests.support.sequence_models import lora_everywhere
 from tests.zoo.tiny import tiny
 
+pytestmark = pytest.mark.newest
+
 # Chosen for variety: images in the text or beside it, fused projections, no MLP module, experts, linear attention.
 ARCHITECTURES = (
     "qwen2_5_vl",

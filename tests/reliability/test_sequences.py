@@ -15,6 +15,8 @@ from tests.support.cases import HEADS
 from tests.support.sequence_models import FAMILIES, FUNCTIONS, SITES_OF, Interrupt, Put, take_out, ways
 from tests.support.sequences import World
 
+pytestmark = pytest.mark.newest
+
 indices = st.integers(0, 5)
 parts = st.sampled_from(["whole", "inner", "base"])
 some_layers = st.sampled_from([None, (0,), (1,), (0, 2)])
