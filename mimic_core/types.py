@@ -207,6 +207,11 @@ class AttentionView(ABC):
 class ForwardView(ABC):
     """The forward in which an edit runs. `At` gives access to it."""
 
+    @property
+    def is_guess(self) -> bool:
+        """Whether the whole row was taken for the prompt because nobody said more."""
+        return False
+
     @abstractmethod
     def tokens(self, positions: Positions, b: int, t: int, device: torch.device) -> Tensor:
         """See `At.positions`. The mask is [b t] on `device`."""

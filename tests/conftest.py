@@ -161,7 +161,8 @@ def let_go_of_patched_models() -> Callable[[], None]:
 
     def collect() -> None:
         interface = sys.modules.get("mimic_core.edits.interface")
-        if interface is not None and interface.wrapper.holders:
+        prompts = sys.modules.get("mimic_core.edits.prompts")
+        if interface is not None and (interface.wrapper.holders or prompts.watched_generate.holders):
             gc.collect()
 
     collect()

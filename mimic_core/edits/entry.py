@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -133,10 +135,14 @@ class Entry:
         owner.reached(edit.layer, edit.site)
         result = given if result is None else self._checked(result, value)
         if chosen is None:
-            return result
+            return result.clone() if edit.keeps and _shares_memory(result, given) else result
         # Indexed, not with einops, because this also runs for each decoded token.
         chosen = chosen[:, None, :, None] if edit.site == "query" else chosen[..., None]
-        return torch.where(chosen[..., None] if edit.site == "attn_heads" else chosen, result, value)
+        chosen = chosen[..., None] if edit.site == "attn_heads" else chosen
+        result = torch.where(chosen, result, value)
+        if owner.forward.is_guess and result.requires_grad and not torch.compiler.is_compiling():
+            result.register_hook(partial(_warn_of_no_gradient, chosen, edit))
+        return result
 
     def _checked(self, result: Tensor, value: Tensor) -> Tensor:
         site, layer = self.edit.site, self.edit.layer
@@ -162,6 +168,16 @@ def _shares_memory(one: Tensor, other: Tensor) -> bool:
     if one is other or torch.compiler.is_compiling():
         return one is other
     return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def _warn_of_no_gradient(chosen: Tensor, edit: SiteEdit, gradient: Tensor) -> None:
+    if not bool((gradient * chosen).any()):
+        warnings.warn(
+            f"the gradient is exactly 0 at the tokens where an edit at {edit.site!r} of layer {edit.layer} acts "
+            f"(positions {edit.positions!r}). If the rows go on with an answer, say where the prompt is: run the "
+            f"model inside `with handle.at(prompt=mask)`",
+            stacklevel=2,
+        )
 
 
 def _words(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:

@@ -62,6 +62,11 @@ class Forward(ForwardView):
         except (PatchStateError, ShapeError) as error:
             self._error = error  # raised when an edit asks
 
+    @property
+    def is_guess(self) -> bool:
+        """Whether the row was taken for the prompt because nobody said more."""
+        return self._is_alone and self._given.positions is None
+
     def tokens(self, positions: Positions, b: int, t: int, device: torch.device) -> Tensor:
         if torch.compiler.is_compiling():
             raise PatchStateError("positions are not available inside torch.compile; run the model uncompiled")

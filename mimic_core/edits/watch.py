@@ -145,7 +145,9 @@ class ForwardWatch:
                 f"an edit acts at some positions, but the tokens of the decoder are not among its arguments "
                 f"({', '.join(arguments)})"
             )
-        return Forward(*sizes, arguments, id(self), current_generation(), self.given, self._state.has_labels)
+        # A hook may run the model inside `generate`: these tokens are another text.
+        generation = None if self._state.depth else current_generation()
+        return Forward(*sizes, arguments, id(self), generation, self.given, self._state.has_labels)
 
     def end(self) -> set[tuple[int, Site]] | None:
         """It ends, however. Returns what it has reached, where it is the outermost."""

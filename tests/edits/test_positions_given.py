@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import threading
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 import mimic_core as mc
 from mimic_core.types import SITES, TOKEN_SITES
@@ -259,3 +262,45 @@ def test_a_caller_and_gradient_checkpointing(reentrant: bool) -> None:
         return
     for a, b in zip(found, plain, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_gradient_of_exactly_zero_is_told() -> None:
+    """The vector sits on the last token of a row that ends with the answer, so the loss does not depend on it."""
+    model, inputs = fresh_model(LLAMA), LLAMA.sample(0)
+    ids = inputs["input_ids"]
+    shifts = random_shifts(model, "function-vector")
+
+    def loss_of(logits: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits[0, 5:-1], ids[0, 6:])
+
+    with mc.patch(model, shifts) as handle:
+        with pytest.warns(UserWarning, match=r"the gradient is exactly 0 .*handle\.at\(prompt=mask\)"):
+            loss_of(logits_of(model, inputs)).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with handle.at(prompt=torch.arange(11)[None] < 6):
+                loss_of(logits_of(model, inputs)).backward()
+            logits_of(model, inputs)[0, -1].sum().backward()
+
+
+def test_a_hook_that_runs_the_model_inside_generate() -> None:
+    model, ids = model_of(LLAMA), LLAMA.sample(0)["input_ids"]
+    seen = []
+
+    def read(value: Tensor, at: mc.At) -> None:
+        seen.append(at.prompt_end.nonzero().tolist())
+        if len(seen) == 1:
+            model(torch.cat([ids, ids[:, :4]], dim=1), use_cache=False)
+
+    with mc.hook(model, "layer_out", read, layers=[1]):
+        model.generate(ids, max_new_tokens=2, min_new_tokens=2, do_sample=False, use_cache=False)
+    assert seen == [[[0, 10]], [[0, 14]], [[0, 10]]]
+
+
+def test_generate_is_wrapped_while_it_is_needed() -> None:
+    plain = GenerationMixin.generate
+    model = fresh_model(LLAMA)
+    with mc.patch(model, random_shifts(model, "task-vector")), mc.hook(model, "mlp_out", lambda value, at: None):
+        assert GenerationMixin.generate is not plain
+        assert inspect.signature(GenerationMixin.generate) == inspect.signature(plain)
+    assert GenerationMixin.generate is plain
