@@ -40,7 +40,8 @@ class Contestant:
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """Inside, `token` has a prompt behind it."""
-        with self.around():
+        prompt = torch.ones_like(self.inputs["input_ids"], dtype=torch.bool)
+        with self.around() as handle, handle.at(prompt=prompt) if isinstance(handle, mc.Handle) else nullcontext():
             out = self.first()
             self._cache, self._next = out.past_key_values, out.logits[:, -1:].argmax(-1)
             yield

@@ -74,7 +74,7 @@ class ForwardWatch:
         self._off: list[int] = []
         self.ended_by: int | None = None
         self._lock = threading.Lock()  # between what other threads do and what is done for it
-        self._callers = 0  # how often `Handle.at` is in use, in all threads
+        self._callers = 0  # how often `Handle.at` gives positions, in all threads
         self._release = watched_generate.retain(self)
 
     def close(self) -> None:
@@ -84,19 +84,20 @@ class ForwardWatch:
     @contextmanager
     def at(self, given: Given) -> Iterator[None]:
         """In this thread, forwards have these positions or this prompt."""
+        limits = given.positions is not None  # a prompt alone changes nothing for an edit of all tokens
         with self._lock:
-            self._callers += 1
+            self._callers += limits
         token = _given.set((*_given.get(), (self, given)))
         try:
             yield
         finally:
             _given.reset(token)
             with self._lock:
-                self._callers -= 1
+                self._callers -= limits
 
     @property
     def has_callers(self) -> bool:
-        """Whether `at` is in use."""
+        """Whether `at` gives positions to any thread."""
         return self._callers > 0
 
     @property
