@@ -15,7 +15,7 @@ from .errors import PatchStateError, ShapeError, WrongTypeError
 from .heads import ShiftStack
 from .heads.stack import check_stack
 from .positions import Positions, check_mask, check_positions
-from .types import TOKEN_SITES, At, Located, Site, check_site
+from .types import At, Located, Site, check_site, check_token_site
 
 
 class Handle:
@@ -196,11 +196,8 @@ def hook(
 def positions_at(site: Site, positions: object) -> Positions | Tensor:
     """Return `positions`, if an edit at the site can be limited to them."""
     checked = check_mask(positions, "positions") if isinstance(positions, Tensor) else check_positions(positions)
-    if site not in TOKEN_SITES and (isinstance(checked, Tensor) or checked != "all"):
-        raise PatchStateError(
-            f"an edit at site {site!r} cannot be limited to positions: its value also holds the tokens of the cache; "
-            f"positions are for {', '.join(TOKEN_SITES)}"
-        )
+    if isinstance(checked, Tensor) or checked != "all":
+        check_token_site(site)
     return checked
 
 

@@ -36,6 +36,19 @@ TOKEN_SITES: tuple[Site, ...] = ("query", "attn_heads", "attn_out", "mlp_out", "
 """The sites with one value for each token of the forward. Only there an edit can act at some positions."""
 
 
+def check_token_site(site: Site) -> None:
+    """Check that an edit at `site` can be limited to positions.
+
+    Raises:
+        PatchStateError: it is none of `TOKEN_SITES`.
+    """
+    if site not in TOKEN_SITES:
+        raise PatchStateError(
+            f"an edit at site {site!r} cannot be limited to positions: its value also holds the tokens of the cache; "
+            f"positions are for {', '.join(TOKEN_SITES)}"
+        )
+
+
 def tokens_of(site: Site, value: Tensor) -> tuple[int, int]:
     """b and t of the value of one of `TOKEN_SITES`."""
     return value.shape[0], value.shape[2 if site == "query" else 1]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import PatchStateError, ShapeError
 from ..positions import Positions
-from ..types import READ_ONLY_SITES, TOKEN_SITES, At, AttentionView, ForwardView, Site, tokens_of
+from ..types import READ_ONLY_SITES, At, AttentionView, ForwardView, Site, check_token_site, tokens_of
 from .scope import LayerScope
 
 
@@ -122,11 +122,7 @@ class Entry:
         edit, owner = self.edit, self.owner
         if torch.compiler.is_compiling() and not isinstance(edit.positions, Tensor):
             raise PatchStateError("positions are not available inside torch.compile; run the model uncompiled")
-        if edit.site not in TOKEN_SITES:
-            raise PatchStateError(
-                f"an edit at site {edit.site!r} cannot be limited to positions: its value also holds the tokens of the "
-                f"cache; positions are for {', '.join(TOKEN_SITES)}"
-            )
+        check_token_site(edit.site)
         assert owner.forward is not None
         chosen = owner.forward.chosen(edit.positions, *tokens_of(edit.site, value), value.device)
         # A copy, because the function may write into it.
