@@ -155,9 +155,9 @@ def gated_shift(
     attn_out: Float[Tensor, "b t h e"],
     query: Float[Tensor, "b h t d"],
     lse: Float[Tensor, "b h t"],
-    vector: Float[Tensor, "h e"],
-    gate_weight: Float[Tensor, "h d"],
-    gate_bias: Float[Tensor, " h"],
+    vector: Float[Tensor, "*b h e"],
+    gate_weight: Float[Tensor, "*b h d"],
+    gate_bias: Float[Tensor, "*b h"],
 ) -> Float[Tensor, "b t h e"]:
     """Shift the output of each attention head towards the output that demonstrations would give.
 
@@ -167,6 +167,7 @@ def gated_shift(
         attn_out: Attention output before the output projection. The result has its dtype.
         query: After RoPE and q/k norm, unscaled.
         lse: Log-sum-exp of the attention logits (scaled, masked), in nats.
+        vector, gate_weight, gate_bias: For all samples, or for each sample its own ([b h e], [b h d] and [b h]).
 
     Raises:
         ShapeError: the shapes or devices of the arguments do not fit each other.
@@ -221,14 +222,16 @@ def shifted_attention(
 
 
 def norm_preserving_add(
-    x: Float[Tensor, "... c"], vector: Float[Tensor, " c"], scale: Float[Tensor, ""] | float
+    x: Float[Tensor, "... c"], vector: Float[Tensor, "*b c"], scale: Float[Tensor, "*b"] | float
 ) -> Float[Tensor, "... c"]:
     """Add a vector, then scale the sum to the norm of x: (x + scale * vector) * |x| / |x + scale * vector|.
+
+    A vector [b c] and a scale [b] have one for each sample, which is the first axis of x.
 
     A sum of exactly zero stays zero. Norms are over the last axis, without an epsilon.
 
     Raises:
-        ShapeError: the vector does not have the length of x's last axis.
+        ShapeError: the vector does not have the length of x's last axis, or the samples differ in number.
 
     Computed in fp32, with the result in the dtype of x. Differentiable in every argument.
     Source: Peng et al., NeurIPS 2024, arXiv:2406.13185.
@@ -237,7 +240,12 @@ def norm_preserving_add(
         out = ops.norm_preserving_add(x, vector, scale)
         if out is not None:
             return out
-    if vector.shape != x.shape[-1:]:
-        raise ShapeError(f"vector should be [{x.shape[-1]}] for x {list(x.shape)}; given {list(vector.shape)}")
+    own = x.shape[:1] if vector.ndim == 2 and x.ndim > 1 else ()
+    if vector.shape != (*own, *x.shape[-1:]) or (isinstance(scale, Tensor) and scale.shape not in ((), own)):
+        of_scale = f", scale {list(scale.shape)}" if isinstance(scale, Tensor) else ""
+        raise ShapeError(
+            f"vector should be [{x.shape[-1]}], or one for each sample of x {list(x.shape)}, and the scale [] or the "
+            f"same; given vector {list(vector.shape)}{of_scale}"
+        )
     with full_precision(x):
         return _reference.norm_preserving_add(x, vector, scale)

@@ -65,7 +65,7 @@ def check_shift(
     gate_bias: Tensor,
     lse: Tensor | None = None,
 ) -> None:
-    """Check the parameters of a shift against the attention call."""
+    """Check the parameters of a shift against the attention call. With an LSE, each sample may have its own."""
     tensors = {"query": query, "vector": vector, "gate_weight": gate_weight, "gate_bias": gate_bias}
     if lse is not None:
         tensors["lse"] = lse
@@ -74,12 +74,14 @@ def check_shift(
         problem = "the query and the attention output must have four axes each"
     else:
         b, h, t, d = query.shape
-        expected = {"vector": (h, out_shape[-1]), "gate_weight": (h, d), "gate_bias": (h,), "lse": (b, h, t)}
+        own = (b,) if lse is not None and vector.ndim == 3 else ()
+        expected = {"vector": (*own, h, out_shape[-1]), "gate_weight": (*own, h, d), "gate_bias": (*own, h)}
+        expected["lse"] = (b, h, t)
         if tuple(out_shape[:3]) != (b, t, h):
             problem = f"the attention output is {list(out_shape)}, but for this query it must be [{b} {t} {h} e]"
         for name, x in tensors.items():
             if name in expected and tuple(x.shape) != expected[name]:
-                problem = f"{name} should be {list(expected[name])}"
+                problem = problem or f"{name} should be {list(expected[name])}"
         if any(x.device != query.device for x in tensors.values()):
             problem = "the tensors are on different devices"
     if problem:

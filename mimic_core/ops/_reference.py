@@ -75,29 +75,33 @@ def gate(log_z1: Float[Tensor, ...], lse: Float[Tensor, ...]) -> Float[Tensor, .
 
 
 def gate_logit(
-    query: Float[Tensor, "b h t d"], weight: Float[Tensor, "h d"], bias: Float[Tensor, " h"]
+    query: Float[Tensor, "b h t d"], weight: Float[Tensor, "*b h d"], bias: Float[Tensor, "*b h"]
 ) -> Float[Tensor, "b h t"]:
     """query . weight + bias for each attention head: the learned estimate of log Z1."""
     q = wide(query)
-    return einsum(q, weight.to(q.dtype), "b h t d, h d -> b h t") + rearrange(bias.to(q.dtype), "h -> h 1")
+    axes = "b h d" if weight.ndim == 3 else "h d"
+    return einsum(q, weight.to(q.dtype), f"b h t d, {axes} -> b h t") + rearrange(bias.to(q.dtype), "... h -> ... h 1")
 
 
 def gated_shift(
     attn_out: Float[Tensor, "b t h e"],
     query: Float[Tensor, "b h t d"],
     lse: Float[Tensor, "b h t"],
-    vector: Float[Tensor, "h e"],
-    gate_weight: Float[Tensor, "h d"],
-    gate_bias: Float[Tensor, " h"],
+    vector: Float[Tensor, "*b h e"],
+    gate_weight: Float[Tensor, "*b h d"],
+    gate_bias: Float[Tensor, "*b h"],
 ) -> Float[Tensor, "b t h e"]:
     mu = rearrange(gate(gate_logit(query, gate_weight, gate_bias), lse), "b h t -> b t h 1")
-    return (wide(attn_out) + mu * vector.to(mu.dtype)).to(attn_out.dtype)
+    return (wide(attn_out) + mu * rearrange(vector.to(mu.dtype), "... h e -> ... 1 h e")).to(attn_out.dtype)
 
 
 def norm_preserving_add(
-    x: Float[Tensor, "... c"], vector: Float[Tensor, " c"], scale: Float[Tensor, ""] | float
+    x: Float[Tensor, "... c"], vector: Float[Tensor, "*b c"], scale: Float[Tensor, "*b"] | float
 ) -> Float[Tensor, "... c"]:
     wide_x = wide(x)
+    if vector.ndim == 2:  # one for each sample
+        vector = vector.unflatten(0, (-1, *[1] * (x.ndim - 2)))
+        scale = scale.reshape(-1, *[1] * (x.ndim - 1)) if isinstance(scale, Tensor) and scale.ndim else scale
     moved = wide_x + (scale * vector).to(wide_x.dtype)
     length = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
     # A sum of exactly zero would give NaN. It stays zero, with gradient zero.

@@ -118,6 +118,33 @@ def test_norm_preserving_add_is_the_oracle(dtype: torch.dtype, shape: tuple[int,
     assert torch.equal(ops.norm_preserving_add(x, vector, 0.7), got[0]), "a plain number as scale"
 
 
+@pytest.mark.parametrize("op", ["gated_shift", "norm_preserving_add"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+def test_parameters_for_each_sample_are_the_oracle(op: str, dtype: torch.dtype):
+    random = torch.Generator().manual_seed(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    shapes = {
+        "gated_shift": [(2, 5, 4, 6), (2, 4, 5, 8), (2, 4, 5), (2, 4, 6), (2, 4, 8), (2, 4)],
+        "norm_preserving_add": [(2, 5, 6), (2, 6), (2,)],
+    }[op]
+    states = 2 if op == "gated_shift" else 1
+    arguments = tuple(
+        torch.randn(shape, generator=random, dtype=torch.float64).to(dtype if i < states else wide)
+        for i, shape in enumerate(shapes)
+    )
+    incoming = torch.randn(shapes[0], generator=random, dtype=torch.float64).to(dtype)
+
+    def one_by_one(*x: torch.Tensor) -> torch.Tensor:
+        own = len(x) if op == "norm_preserving_add" else 3
+        parts = ([y[i : i + 1] if k < own and y.ndim > 2 else y[i] for k, y in enumerate(x)] for i in range(2))
+        return torch.cat([getattr(oracles, op)(*part) for part in parts])
+
+    got, want = (_with_grads(fn, arguments, incoming) for fn in (getattr(ops, op), one_by_one))
+    assert got[0].dtype == dtype
+    for i, (mine, exact) in enumerate(zip(got, want, strict=True)):
+        assert_near(f"{op} {i}", mine, exact, dtype)
+
+
 @DRAWN
 @given(width=st.integers(1, 20), scale=st.floats(-4, 4), seed=st.integers(0, 99))
 def test_norm_preserving_add_keeps_the_norm(width: int, scale: float, seed: int):

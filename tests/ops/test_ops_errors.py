@@ -96,6 +96,8 @@ WRONG_OUTPUT = [
         {"query": Q[0]},
         r"must have four axes each; given attention output \[2, 5, 4, 8\], query \[4, 5, 8\]",
     ),
+    ("vectors of samples alone", {"vector": torch.zeros(2, 4, 8)}, r"gate_weight should be \[2, 4, 8\]"),
+    ("vectors of 3 samples", {"vector": torch.zeros(3, 4, 8)}, r"vector should be \[2, 4, 8\]"),
     ("output rank", {"attn_out": Q.flatten(2)}, "must have four axes each"),
     ("value width", {"attn_out": torch.zeros(2, 5, 4, 6)}, r"vector should be \[4, 6\]"),
 ]
@@ -114,6 +116,16 @@ def test_wrong_gated_shift(_id: str, change: dict[str, Tensor], message: str):
     arguments = {"attn_out": Q.transpose(1, 2), "query": Q, "lse": torch.zeros(2, 4, 5), **SHIFT}
     with pytest.raises(ShapeError, match=message):
         plain(ops.gated_shift)(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("vector", "scale"),
+    [((5,), ()), ((3, 6), ()), ((2, 6), (3,)), ((6,), (2,)), ((2, 1, 6), ()), ((6,), (1,))],
+    ids=str,
+)
+def test_wrong_norm_preserving_add(vector: tuple[int, ...], scale: tuple[int, ...]):
+    with pytest.raises(ShapeError, match=r"vector should be \[6\], or one for each sample of x \[2, 4, 6\]"):
+        plain(ops.norm_preserving_add)(torch.zeros(2, 4, 6), torch.zeros(vector), torch.zeros(scale))
 
 
 def _every_op(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> list[Any]:
