@@ -30,6 +30,7 @@ from .heads import (
     MimICConfig,
     ShiftHead,
     ShiftStack,
+    StackSet,
     TaskVectorConfig,
     register_head,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "ShapeError",
     "ShiftHead",
     "ShiftStack",
+    "StackSet",
     "TaskVectorConfig",
     "UnknownNameError",
     "UnsupportedModelError",

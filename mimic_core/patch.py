@@ -2,100 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from . import optimizers
 from .adapters import locate, unwrap
-from .edits import Given, Installation, SiteEdit, installed
-from .errors import PatchStateError, ShapeError, WrongTypeError
-from .heads import ShiftStack
+from .edits import Installation, SiteEdit, installed
+from .errors import WrongTypeError
+from .handle import Handle, check_new, edits_of, positions_at, stacks_of
+from .heads import ShiftStack, StackSet
 from .heads.stack import check_stack
-from .positions import Positions, check_mask, check_positions
-from .types import At, Located, Site, check_site, check_token_site
+from .positions import Positions
+from .samples import check_strength
+from .types import At, Located, check_site
 
 
-class Handle:
-    """Removes a patch or hook. As a context manager it removes it at the end of the `with`, also after an exception."""
-
-    def __init__(self, installation: Installation) -> None:
-        self._installation = installation
-
-    @property
-    def installed(self) -> bool:
-        """Whether the patch is in the model: False after `remove`."""
-        return self._installation.installed
-
-    def remove(self) -> None:
-        """Restore the model exactly. Handles can be removed in any order. A second call does nothing."""
-        self._installation.remove()
-        if isinstance(self._installation.key, ShiftStack):
-            optimizers.forget(self._installation.key)
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Switch the patch off inside the `with`, for this thread. Attention then runs the model's own kernel.
-
-        Code that torch.compile made of a whole model is not checked: let no other thread run it inside the `with`.
-
-        Raises:
-            PatchStateError: another thread is inside a forward of the model. A thread that begins a forward inside the
-                `with` and has not called `disabled` itself gets this error too.
-        """
-        self._installation.switch_off()
-        try:
-            yield
-        finally:
-            self._installation.switch_on()
-
-    @contextmanager
-    def at(
-        self, *, positions: Bool[Tensor, "b t"] | None = None, prompt: Bool[Tensor, "b s"] | None = None
-    ) -> Iterator[None]:
-        """Say where the edits act, or where the prompt is, in the forwards inside the `with`, in this thread.
-
-            with handle.at(prompt=labels.eq(-100) & mask):      # rows that go on with the answer
-                loss = model(**batch, labels=labels).loss
-
-        A forward alone cannot know where its prompt ends if its rows go on with an answer, or if the prompt comes in
-        several forwards. `model.generate` says it by itself.
-
-        Args:
-            positions: The tokens of each forward on which the edits act, whatever positions they were built with.
-                `at.positions` and `at.prompt_end` are then this mask too.
-            prompt: The tokens of the prompt. s counts from the beginning of the cache. Tokens after s are not in the
-                prompt.
-
-        Raises:
-            ShapeError: not exactly one of the two is given, or it is not a bool mask of two axes. A forward raises it
-                if the mask does not fit its tokens.
-            PatchStateError: the handle was removed. A forward raises it if an edit is at `key`, `value` or `lse`.
-        """
-        if not self.installed:
-            raise PatchStateError("this handle was removed; patch the model again for a new one")
-        if (positions is None) == (prompt is None):
-            raise ShapeError("handle.at needs either positions=mask or prompt=mask")
-        given = Given(
-            positions=None if positions is None else check_mask(positions, "positions"),
-            prompt=None if prompt is None else check_mask(prompt, "prompt"),
-        )
-        with self._installation.at(given):
-            yield
-
-    def __enter__(self) -> Handle:
-        if not self.installed:
-            raise PatchStateError("this handle was removed; patch the model again for a new one")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
-
-
-def patch(model: nn.Module, shifts: ShiftStack) -> Handle:
-    """Put a stack of shift heads into a model.
+def patch(model: nn.Module, shifts: ShiftStack | StackSet, strength: float | Float[Tensor, ""] = 1.0) -> Handle:
+    """Put a stack of shift heads into a model, or a set of stacks of which each sample gets its own.
 
     The shifts act from now on, until the handle is removed. If this raises an error, the model is unchanged. A model
     can have several stacks; at the same site they act in the order in which they were patched. The model's parameters,
@@ -110,35 +35,26 @@ def patch(model: nn.Module, shifts: ShiftStack) -> Handle:
     gradient and no optimizer has them, the next step of an optimizer raises PatchStateError, or warns if it has other
     parameters to train.
 
+    Args:
+        shifts: The stack, or a `StackSet`. With a set, run the model inside `handle.using(...)`.
+        strength: See `Handle.strength`.
+
     Raises:
-        WrongTypeError: `shifts` is not a ShiftStack.
+        WrongTypeError: `shifts` is neither.
         UnsupportedModelError: no adapter fits the model.
-        ShapeError: the stack was built for a model of other sizes.
+        ShapeError: the strength is no number, or the stack was built for a model of other sizes.
         PatchStateError: this stack is already in this model, or in a part of it. A later forward also raises it if it
             does not reach one of the sites.
     """
-    check_stack(shifts)
+    if not isinstance(shifts, StackSet):
+        check_stack(shifts)
     found = locate(model)
-    if misfit := shifts.spec.misfit(found.spec):
-        raise ShapeError(f"these shifts do not fit {type(found.model).__name__}: they were built for {misfit}")
-    edits = [
-        SiteEdit(
-            layer=head.layer.index,
-            site=site,
-            # Calling the module instead of its forward takes twice as long, because torch looks for hooks.
-            run=head.forward if run is head else run,
-            shift=head.gated_shift if site == "attn_heads" and head.is_gated_shift else None,
-            fused=head.fused if site == "attn_heads" else None,
-            needs_lse=head.needs_lse and site == "attn_heads",
-            needs_positions=head.needs_prompt_end,
-            needs_at=head.needs_at,
-            positions=positions_at(site, head.config.positions),
-        )
-        for head in shifts
-        for site, run in head.edits().items()
-    ]
-    handle = Handle(Installation(found, edits, key=shifts))
-    optimizers.watch(shifts)
+    check_new(found, stacks_of(shifts))
+    strength = check_strength(strength)
+    handle = Handle(Installation(found, edits_of(found, shifts), shifts, stacks_of(shifts)))
+    handle.strength = strength
+    for stack in stacks_of(shifts):
+        optimizers.watch(stack)
     return handle
 
 
@@ -191,14 +107,6 @@ def hook(
     where = positions_at(name, positions)
     edits = [SiteEdit(layer, name, fn, needs_positions=True, keeps=True, positions=where) for layer in chosen]
     return Handle(Installation(found, edits))
-
-
-def positions_at(site: Site, positions: object) -> Positions | Tensor:
-    """Return `positions`, if an edit at the site can be limited to them."""
-    checked = check_mask(positions, "positions") if isinstance(positions, Tensor) else check_positions(positions)
-    if isinstance(checked, Tensor) or checked != "all":
-        check_token_site(site)
-    return checked
 
 
 def choose_layers(found: Located, sites: Iterable[str], layers: Iterable[int] | None) -> list[int]:

@@ -225,6 +225,11 @@ class ForwardView(ABC):
         """Whether the whole row was taken for the prompt because nobody said more."""
         return False
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether the caller gave the positions of all edits."""
+        return False
+
     @abstractmethod
     def tokens(self, positions: Positions, b: int, t: int, device: torch.device) -> Tensor:
         """See `At.positions`. The mask is [b t] on `device`."""

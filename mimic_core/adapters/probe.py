@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..edits import installed
-from ..edits.entry import Entry, SiteEdit
+from ..edits.entry import Bystander, Entry, SiteEdit
 from ..edits.interface import SLOT, AttentionSlot
 from ..errors import UnsupportedModelError
-from ..types import At, Site
+from ..types import At
 
 TOKENS = 4
 """Number of tokens of a probe. With one token it would be a decoding step."""
@@ -51,19 +51,6 @@ class Probe:
     outputs: dict[str, list[tuple[int, ...] | None]] = field(default_factory=dict)
     attention: dict[str, list[AttentionSeen]] = field(default_factory=dict)
     crossed: set[str] = field(default_factory=set)
-
-
-class _Watcher:
-    """The owner of the probe's entries. It is always active and ignores reports."""
-
-    active = in_forward = True
-    has_callers = False
-    forward = None
-
-    def reached(self, layer: int, site: Site) -> None: ...
-
-    def unflatten(self, states: Tensor) -> Tensor:
-        return states
 
 
 _kept: WeakKeyDictionary[nn.Module, tuple[list[nn.Module], Probe]] = WeakKeyDictionary()
@@ -176,7 +163,7 @@ def _watched(modules: list[nn.Module], names: dict[nn.Module, str], seen: Probe)
         call = AttentionSeen(h, at.key.shape[1], d, out.shape[-1], (b, t), at.logits)
         seen.attention.setdefault(names[at.module], []).append(call)
 
-    watch = Entry(SiteEdit(0, "attn_heads", attended), _Watcher())
+    watch = Entry(SiteEdit(0, "attn_heads", attended), Bystander())
     hooks = [m.register_forward_hook(ran) for m in modules]
     hooks += [m.register_forward_pre_hook(enters, with_kwargs=True) for m in modules]
     slots: list[tuple[nn.Module, AttentionSlot]] = []

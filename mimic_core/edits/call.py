@@ -35,7 +35,7 @@ class Plan:
         self.reads_lse = bool(readers)
         # Attention and edit can be one call if no other edit reads the LSE or comes in between.
         alone = readers[0] if len(readers) == 1 and readers == self.heads[:1] else None
-        alone = None if alone is None or alone.is_limited else alone
+        alone = None if alone is None or alone.is_apart else alone
         self.fused = alone if alone is not None and (alone.edit.fused or alone.edit.shift) else None
         # The usual case has a faster path: a gated shift is the only edit.
         self.only_shift = entries[0] if entries == (self.fused,) and entries[0].is_shift_alone else None

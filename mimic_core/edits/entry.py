@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from ..errors import PatchStateError, ShapeError
 from ..positions import Positions
+from ..samples import Samples
 from ..types import READ_ONLY_SITES, At, AttentionView, ForwardView, Site, check_token_site, tokens_of
 from .scope import LayerScope
+
+Run = Callable[[Tensor, At], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,16 @@ class SiteEdit:
         keeps: `run` may keep what it is given after the call. So the model never writes to it later.
         positions: The tokens on which it acts; the values of the others stay as they are. A mask [b t] is for every
             forward.
+        picks: The edit of one kind of heads of a `StackSet`. It gets what each row of a forward gets, and returns the
+            function to run and the rows [b] on which it acts (None: all), or None if no row gets such a head. `run`
+            is then not used.
+        is_limited: It acts only on some tokens.
+        is_apart: It may act on some tokens or samples only, so it runs apart from the attention.
     """
 
     layer: int
     site: Site
-    run: Callable[[Tensor, At], Tensor | None]
+    run: Run
     shift: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
     fused: Callable[[At], Tensor | None] | None = None
     needs_lse: bool = False
@@ -43,11 +51,16 @@ class SiteEdit:
     needs_at: bool = True
     keeps: bool = False
     positions: Positions | Tensor = "all"
+    picks: Callable[[Samples, torch.device], tuple[Run, Tensor | None] | None] | None = None
 
-    @property
-    def is_limited(self) -> bool:
-        """Whether it acts only on some tokens."""
-        return isinstance(self.positions, Tensor) or self.positions != "all"
+    is_limited: bool = field(init=False)
+    is_apart: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Worked out once, because each decoded token asks. torch.compile can't trace a cached_property.
+        limited = isinstance(self.positions, Tensor) or self.positions != "all"
+        object.__setattr__(self, "is_limited", limited)
+        object.__setattr__(self, "is_apart", limited or self.picks is not None)
 
     @property
     def looks(self) -> bool:
@@ -71,6 +84,19 @@ class Owner(Protocol):
     @property
     def has_callers(self) -> bool: ...
 
+    @property
+    def had_callers(self) -> bool: ...
+
+    @property
+    def is_plain(self) -> bool:
+        """There are and were no callers, and the strength is 1."""
+        ...
+
+    @property
+    def strength(self) -> float | Tensor: ...
+
+    def samples(self, b: int) -> Samples | None: ...
+
     def reached(self, layer: int, site: Site) -> None: ...
 
     def unflatten(self, states: Tensor) -> Tensor: ...
@@ -87,12 +113,12 @@ class Entry:
     @property
     def is_shift_alone(self) -> bool:
         """Whether it is a gated shift that does not depend on the layer that runs."""
-        return self.edit.shift is not None and self.scope is None and not self.is_limited
+        return self.edit.shift is not None and self.scope is None and not self.is_apart
 
     @property
-    def is_limited(self) -> bool:
-        """Whether it acts only on some tokens. Then it must run apart from the attention."""
-        return self.edit.is_limited or self.owner.has_callers
+    def is_apart(self) -> bool:
+        """Whether it may act on some tokens or samples only, or not fully: it must run apart from the attention."""
+        return self.edit.is_apart or not self.owner.is_plain
 
     @property
     def active(self) -> bool:
@@ -106,8 +132,8 @@ class Entry:
         if edit.needs_at:
             forward = owner.forward if edit.needs_positions or owner.has_callers else None
             at = At(edit.layer, edit.site, module, attention, forward, value, edit.keeps)
-        if self.is_limited and edit.site not in READ_ONLY_SITES:
-            return self._limited(value, at)
+        if self.is_apart and edit.site not in READ_ONLY_SITES:
+            return self._apart(value, at)
         result = edit.run(value, at)  # pyright: ignore[reportArgumentType]
         owner.reached(edit.layer, edit.site)
         if result is not None:
@@ -117,28 +143,75 @@ class Entry:
         # The model may write to what it gets, as Falcon adds to its MLP's output in place.
         return value.clone() if result is None or _shares_memory(result, value) else result
 
-    def _limited(self, value: Tensor, at: At | None) -> Tensor:
-        """The edit at some positions. The value of the other tokens stays as it is."""
+    def _apart(self, value: Tensor, at: At | None) -> Tensor:
+        """The edit at some positions or samples, or not fully. What it does not change stays bit for bit as it is."""
         edit, owner = self.edit, self.owner
-        if torch.compiler.is_compiling() and not isinstance(edit.positions, Tensor):
-            raise PatchStateError("positions are not available inside torch.compile; run the model uncompiled")
-        check_token_site(edit.site)
-        assert owner.forward is not None
-        chosen = owner.forward.chosen(edit.positions, *tokens_of(edit.site, value), value.device)
+        self._check_known()
+        samples, run, chosen = owner.samples(value.shape[0]), edit.run, None
+        if edit.picks is not None:
+            if samples is None or samples.stacks is None:
+                raise PatchStateError(_SAY_WHICH)
+            owner.reached(edit.layer, edit.site)
+            picked = edit.picks(samples, value.device)
+            if picked is None:
+                return value
+            run, rows = picked
+            chosen = None if rows is None else rows.view(-1, *[1] * (value.ndim - 1))
+        chosen = self._at_positions(value, chosen)
         # A copy, because the function may write into it.
         given = value.clone() if edit.keeps else value
-        result = edit.run(given, at)  # pyright: ignore[reportArgumentType]
+        result = run(given, at)  # pyright: ignore[reportArgumentType]
         owner.reached(edit.layer, edit.site)
         result = given if result is None else self._checked(result, value)
-        if chosen is None:
+        strength = owner.strength if samples is None or samples.strength is None else samples.strength
+        if isinstance(strength, Tensor) or strength != 1:
+            result = _partly(value, result, strength)
+        elif chosen is None:
             return result.clone() if edit.keeps and _shares_memory(result, given) else result
+        if chosen is None:
+            return result
+        result = torch.where(chosen, result, value)
+        is_guess = edit.is_limited and owner.forward is not None and owner.forward.is_guess
+        if is_guess and result.requires_grad and not torch.compiler.is_compiling():
+            result.register_hook(partial(_warn_of_no_gradient, chosen, edit))
+        return result
+
+    def _check_known(self) -> None:
+        """Check that it is known which forward this is.
+
+        Raises:
+            PatchStateError: it is not.
+        """
+        edit, owner = self.edit, self.owner
+        if torch.compiler.is_compiling():
+            if (
+                owner.has_callers
+                or edit.picks is not None
+                or (edit.is_limited and not isinstance(edit.positions, Tensor))
+            ):
+                raise PatchStateError(
+                    "positions and samples are not available inside torch.compile; run the model uncompiled"
+                )
+        elif (owner.has_callers or owner.had_callers) and not owner.in_forward:
+            raise PatchStateError(
+                "a layer runs outside a forward, as gradient checkpointing does in the backward, and it is not known "
+                "what `handle.at` or `handle.using` said in its forward: run the model without checkpointing"
+            )
+
+    def _at_positions(self, value: Tensor, rows: Tensor | None) -> Tensor | None:
+        """The values on which the edit acts, by its positions and `rows`: a mask with the axes of `value`, or None."""
+        edit, forward = self.edit, self.owner.forward
+        if not edit.is_limited and (forward is None or not forward.has_mask):
+            return rows
+        check_token_site(edit.site)
+        assert forward is not None
+        chosen = forward.chosen(edit.positions, *tokens_of(edit.site, value), value.device)
+        if chosen is None:
+            return rows
         # Indexed, not with einops, because this also runs for each decoded token.
         chosen = chosen[:, None, :, None] if edit.site == "query" else chosen[..., None]
         chosen = chosen[..., None] if edit.site == "attn_heads" else chosen
-        result = torch.where(chosen, result, value)
-        if owner.forward.is_guess and result.requires_grad and not torch.compiler.is_compiling():
-            result.register_hook(partial(_warn_of_no_gradient, chosen, edit))
-        return result
+        return chosen if rows is None else chosen & rows
 
     def _checked(self, result: Tensor, value: Tensor) -> Tensor:
         site, layer = self.edit.site, self.edit.layer
@@ -166,6 +239,21 @@ def _shares_memory(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
+def _partly(value: Tensor, result: Tensor, strength: float | Tensor) -> Tensor:
+    """value + strength * (result - value): exactly `value` at strength 0, exactly `result` at 1."""
+    wide = torch.promote_types(value.dtype, torch.float32)
+    if isinstance(strength, Tensor):
+        strength = strength.to(value.device, wide)
+        strength = strength.view(-1, *[1] * (value.ndim - 1)) if strength.ndim else strength
+    return torch.lerp(value.to(wide), result.to(wide), strength).to(value.dtype)
+
+
+_SAY_WHICH = (
+    "a set of stacks is in the model, and it is not known which stack each sample gets: run the model inside "
+    "`with handle.using('name')`, or `with handle.using(['name', None])` with a name or None for each sample"
+)
+
+
 def _warn_of_no_gradient(chosen: Tensor, edit: SiteEdit, gradient: Tensor) -> None:
     if not bool((gradient * chosen).any()):
         warnings.warn(
@@ -174,6 +262,23 @@ def _warn_of_no_gradient(chosen: Tensor, edit: SiteEdit, gradient: Tensor) -> No
             f"model inside `with handle.at(prompt=mask)`",
             stacklevel=2,
         )
+
+
+class Bystander:
+    """An owner that is told everything and does nothing."""
+
+    active = in_forward = True
+    has_callers = had_callers = False
+    is_plain = True
+    strength = 1.0
+    forward = None
+
+    def samples(self, b: int) -> Samples | None: ...
+
+    def reached(self, layer: int, site: Site) -> None: ...
+
+    def unflatten(self, states: Tensor) -> Tensor:
+        return states
 
 
 def _words(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:

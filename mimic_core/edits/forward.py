@@ -67,6 +67,10 @@ class Forward(ForwardView):
         """Whether the row was taken for the prompt because nobody said more."""
         return self._is_alone and self._given.positions is None
 
+    @property
+    def has_mask(self) -> bool:
+        return self._given.positions is not None
+
     def tokens(self, positions: Positions, b: int, t: int, device: torch.device) -> Tensor:
         if torch.compiler.is_compiling():
             raise PatchStateError("positions are not available inside torch.compile; run the model uncompiled")

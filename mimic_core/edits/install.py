@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import PatchStateError, ShapeError
+from ..samples import Samples
 from ..types import ATTENTION_SITES, ForwardView, Located, Site
 from .compiled import asked_about, runs_compiled
-from .entry import Entry, SiteEdit
+from .entry import Bystander, Entry, SiteEdit
 from .interface import SLOT, AttentionSlot
 from .outputs import EditedForward
 from .places import Places
@@ -40,17 +41,23 @@ class Installation:
     Args:
         found: The model and its sites.
         edits: The edits.
-        key: The object that the edits belong to; see `installed`.
+        key: The object that the edits belong to.
+        parts: What of it has edits, so that none comes twice into a model.
 
     Raises:
         UnsupportedModelError: a layer lacks a site. The model is unchanged.
-        PatchStateError: edits with the same key are at one of the sites. The model is unchanged.
+        PatchStateError: two layers are the same module. The model is unchanged.
     """
 
-    def __init__(self, found: Located, edits: Iterable[SiteEdit], key: object = None) -> None:
-        edits = list(edits)
+    def __init__(
+        self, found: Located, edits: Iterable[SiteEdit], key: object = None, parts: Iterable[Any] = ()
+    ) -> None:
         self.key = key
+        self.parts = list(parts)
+        self.edits = edits = list(edits)
         self.order = next(_orders)
+        self._strength: float | Tensor = 1.0
+        self._is_full = True
         self._watch = ForwardWatch(
             looks=any(edit.looks for edit in edits),
             wants_sizes=any(edit.site not in ATTENTION_SITES for edit in edits),
@@ -62,10 +69,6 @@ class Installation:
         self._places = frozenset((edit.layer, edit.site) for edit in edits)
         self._entries: list[Entry] = []
         places = [found.module(edit.layer, edit.site) for edit in edits]
-        if key is not None and any(owner.key is key for owner in installed(*places)):
-            raise PatchStateError(
-                "these shifts are already in this model; remove their handle first, or build another stack"
-            )
         shared = _shared_modules(found, {edit.site for edit in edits})
         _check_layers(found, shared)
         try:
@@ -143,6 +146,16 @@ class Installation:
         """Whether the edits are in the model."""
         return bool(self._forwards)
 
+    @property
+    def model(self) -> nn.Module:
+        """The model that the edits are in."""
+        return self._model
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a forward runs, or `switch_off` or `at` says something about forwards, in any thread."""
+        return self._watch.is_in_use
+
     def switch_off(self) -> None:
         """Keep the edits installed but do not run them, until `switch_on` has been called as often."""
         self._watch.switch_off()
@@ -177,8 +190,34 @@ class Installation:
 
     @property
     def has_callers(self) -> bool:
-        """See `ForwardWatch.has_callers`."""
-        return self._watch.has_callers
+        """Whether `at` says what edits do, in any thread."""
+        return self._watch.callers > 0
+
+    @property
+    def had_callers(self) -> bool:
+        """See `ForwardWatch.had_callers`."""
+        return self._watch.had_callers
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no call says what the edits do, and they act fully. A property of one line: each token asks."""
+        watch = self._watch
+        return not (watch.callers or watch.had_callers) and self._is_full
+
+    @property
+    def strength(self) -> float | Tensor:
+        """The factor of the edits where a call says no other."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: float | Tensor) -> None:
+        self._strength = strength
+        self._is_full = not isinstance(strength, Tensor) and strength == 1
+        self._refresh()
+
+    def samples(self, b: int) -> Samples | None:
+        """See `ForwardWatch.samples`."""
+        return self._watch.samples(b)
 
     @contextmanager
     def at(self, given: Given) -> Iterator[None]:
@@ -323,16 +362,10 @@ def _check_layers(found: Located, shared: set[tuple[nn.Module, Site]]) -> None:
             )
 
 
-class _Nowhere:
+class _Nowhere(Bystander):
     """The owner of edits in a copy of a part of a patched model. They never run."""
 
-    active = in_forward = has_callers = False
-    forward = None
-
-    def reached(self, layer: int, site: Site) -> None: ...
-
-    def unflatten(self, states: Tensor) -> Tensor:
-        return states
+    active = in_forward = False
 
 
 def _shared_modules(found: Located, sites: Iterable[Site]) -> set[tuple[nn.Module, Site]]:

@@ -12,20 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..samples import Samples
 from .replaced import ReplacedMethod
 
 
 @dataclass(frozen=True)
 class Given:
-    """What the caller says about the forwards inside `Handle.at`.
+    """What the caller says about the forwards inside `Handle.at` and `Handle.using`.
 
     Attributes:
         positions: Bool mask [b t]: the tokens of each forward on which the edits act.
         prompt: Bool mask [b s] of the tokens of the prompt, counted from the beginning of the cache.
+        samples: What each sample gets.
     """
 
     positions: Tensor | None = None
     prompt: Tensor | None = None
+    samples: Samples | None = None
+
+    @property
+    def limits(self) -> bool:
+        """Whether it changes what an edit of all tokens does."""
+        return self.positions is not None or self.samples is not None
+
+    def inside(self, outer: Given) -> Given:
+        """This, and what `outer` says besides. Of positions and prompt only one counts: the inner one."""
+        masks = self if self.positions is not None or self.prompt is not None else outer
+        return Given(masks.positions, masks.prompt, self.samples or outer.samples)
 
 
 @dataclass
@@ -40,6 +53,7 @@ class Generation:
         assisted: Candidate tokens are checked, several in a forward.
         cached: How many tokens the caller's cache held.
         use_cache: False if each forward gets the whole row.
+        rows: How many rows a sample has, which stand side by side: beams, several sequences.
         prompts: The prompts [b s] of the decoders that have run, by the object that asked.
         counted: How many tokens these decoders have got, for caches that do not count them.
     """
@@ -51,6 +65,7 @@ class Generation:
     assisted: bool = False
     cached: int = 0
     use_cache: bool = True
+    rows: int = 1
     prompts: dict[int, Tensor] = field(default_factory=dict)
     counted: dict[int, int] = field(default_factory=dict)
 
@@ -72,6 +87,7 @@ class Generation:
             in_parts=assisted or option("prefill_chunk_size") is not None,
             assisted=assisted,
             use_cache=option("use_cache") is not False,
+            rows=max(option("num_beams") or 1, option("num_return_sequences") or 1),
         )
         cache = options.get("past_key_values", options.get("cache"))
         call.cached = length_of(cache) or 0
@@ -110,7 +126,7 @@ class Generation:
                 arguments.get("assistant_tokenizer", arguments.get("kwargs", {}).get("assistant_tokenizer")) is None
             )
             width, mask = (self.width, self.mask) if same_ids else (None, None)
-            return Generation(model, width, mask, in_parts=True, assisted=True, cached=inner.cached)
+            return Generation(model, width, mask, in_parts=True, assisted=True, cached=inner.cached, rows=self.rows)
         return inner
 
 

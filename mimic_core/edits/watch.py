@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PatchStateError
+from ..samples import Samples
 from ..types import ForwardView, Site
 from .forward import Again, Forward
 from .prompts import Given, current_generation, watched_generate
@@ -48,15 +49,21 @@ class _State(threading.local):
     has_labels = False  # the model was given labels
     tokens: tuple[int, int] = (0, 0)  # b and t
     forward: Forward | None = None
+    samples: Samples | None = None
+    rows = 1  # of each sample
 
     def __init__(self) -> None:
         self.reached: set[tuple[int, Site]] = set()
         # What was known of the forwards around this one: a hook may run the model.
-        self.outer: list[tuple[Forward | None, tuple[int, int]]] = []
+        self.outer: list[tuple[Forward | None, tuple[int, int], int]] = []
 
 
 class ForwardWatch:
     """The forwards of a decoder, thread by thread. A copy or a loaded pickle starts outside of any.
+
+    Attributes:
+        callers: How often `at` says what edits do, in all threads.
+        had_callers: It did in a forward with gradients. A backward may run layers of it again.
 
     Args:
         looks: Whether an edit acts at some positions, or may ask for them.
@@ -74,7 +81,8 @@ class ForwardWatch:
         self._off: list[int] = []
         self.ended_by: int | None = None
         self._lock = threading.Lock()  # between what other threads do and what is done for it
-        self._callers = 0  # how often `Handle.at` gives positions, in all threads
+        self.callers = 0
+        self.had_callers = False
         self._release = watched_generate.retain(self)
 
     def close(self) -> None:
@@ -83,22 +91,17 @@ class ForwardWatch:
 
     @contextmanager
     def at(self, given: Given) -> Iterator[None]:
-        """In this thread, forwards have these positions or this prompt."""
-        limits = given.positions is not None  # a prompt alone changes nothing for an edit of all tokens
+        """In this thread, forwards have these positions, this prompt or these samples."""
         with self._lock:
-            self._callers += limits
-        token = _given.set((*_given.get(), (self, given)))
+            self.callers += given.limits
+        outer = self.given
+        token = _given.set((*_given.get(), (self, given if outer is None else given.inside(outer))))
         try:
             yield
         finally:
             _given.reset(token)
             with self._lock:
-                self._callers -= limits
-
-    @property
-    def has_callers(self) -> bool:
-        """Whether `at` gives positions to any thread."""
-        return self._callers > 0
+                self.callers -= given.limits
 
     @property
     def given(self) -> Given | None:
@@ -121,8 +124,8 @@ class ForwardWatch:
         state, here = self._state, threading.get_ident()
         # What can raise comes first, because a forward that has not begun does not end. The mask is the decoder's own,
         # which comes last: an encoder has another one.
-        sizes = _sizes_of_tokens(arguments) if self._wants_sizes or self._looks or self._callers else None
-        forward = self._look(arguments, sizes) if self._looks or self._callers else None
+        sizes = _sizes_of_tokens(arguments) if self._wants_sizes or self._looks or self.callers else None
+        forward = self._look(arguments, sizes) if self._looks or self.callers else None
         if state.depth == 0:
             with self._lock:
                 if self._off and here not in self._off:
@@ -134,11 +137,16 @@ class ForwardWatch:
                 self._inside.add(here)
             state.reached.clear()
             state.grad_enabled = torch.is_grad_enabled()
-        state.outer.append((state.forward, state.tokens))
+        given = self.given
+        state.samples = None if given is None else given.samples
+        self.had_callers |= given is not None and given.limits and torch.is_grad_enabled()
+        state.outer.append((state.forward, state.tokens, state.rows))
         state.depth += 1
         state.ran = True
         state.forward = forward
         state.tokens = sizes or state.tokens
+        generation = None if state.depth > 1 or state.samples is None else current_generation()
+        state.rows = 1 if generation is None else generation.rows
 
     def _look(self, arguments: Mapping[str, Any], sizes: tuple[int, int] | None) -> Forward:
         if sizes is None:
@@ -154,11 +162,11 @@ class ForwardWatch:
         """It ends, however. Returns what it has reached, where it is the outermost."""
         state = self._state
         state.depth -= 1
-        forward, tokens = state.outer.pop()
+        forward, tokens, rows = state.outer.pop()
         if state.depth:
-            state.forward, state.tokens = forward, tokens
+            state.forward, state.tokens, state.rows = forward, tokens, rows
             return None
-        state.forward = None
+        state.forward = state.samples = None
         self._inside.discard(threading.get_ident())
         return state.reached
 
@@ -204,6 +212,11 @@ class ForwardWatch:
         return self.ended_by is not None and self.ended_by != threading.get_ident()
 
     @property
+    def is_in_use(self) -> bool:
+        """Whether a forward runs or a thread says something about forwards."""
+        return bool(self._inside or self._off or self.callers or self.given is not None)
+
+    @property
     def in_forward(self) -> bool:
         """Whether this thread is inside a forward of the model: not so while a checkpoint recomputes one."""
         return self._state.depth > 0
@@ -217,6 +230,15 @@ class ForwardWatch:
     def forward(self) -> ForwardView | None:
         """What is known of the forward this thread is in, where an edit needs it."""
         return self._state.forward if self.in_forward else _AGAIN
+
+    def samples(self, b: int) -> Samples | None:
+        """What each of the b rows of the forward gets, if the caller said so.
+
+        Raises:
+            ShapeError: it said so for another number of rows.
+        """
+        state = self._state
+        return None if state.samples is None else state.samples.for_rows(b, state.rows)
 
     @property
     def tokens(self) -> tuple[int, int]:

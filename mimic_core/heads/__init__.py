@@ -5,6 +5,7 @@ from .live import LIVEConfig, LIVEHead
 from .mimic import MimICConfig, MimICHead
 from .prompt_end import FunctionVectorConfig, FunctionVectorHead, TaskVectorConfig, TaskVectorHead
 from .stack import ShiftStack
+from .stack_set import StackSet
 
 __all__ = [
     "FunctionVectorConfig",
@@ -16,6 +17,7 @@ __all__ = [
     "MimICHead",
     "ShiftHead",
     "ShiftStack",
+    "StackSet",
     "TaskVectorConfig",
     "TaskVectorHead",
     "head_class",

@@ -52,6 +52,7 @@ class LIVEHead(ShiftHead):
     config_class = LIVEConfig
     config: LIVEConfig
     needs_at = False
+    takes_samples = True
     scale: Tensor
 
     def __init__(self, config: LIVEConfig, layer: LayerSpec) -> None:

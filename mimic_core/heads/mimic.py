@@ -59,6 +59,7 @@ class MimICHead(ShiftHead):
 
     site: Site = "attn_heads"
     config_class = MimICConfig
+    takes_samples = True
     config: MimICConfig
 
     def __init__(self, config: MimICConfig, layer: LayerSpec) -> None:
@@ -80,21 +81,21 @@ class MimICHead(ShiftHead):
         self.is_gated_shift = self.needs_lse and not config.shared
 
     def forward(self, value: Float[Tensor, "b t h e"], at: At) -> Float[Tensor, "b t h e"]:
-        vector = self.vector.to(value.device)
+        vector = self.own("vector").to(value.device)
         if self.config.shared:
             # Not einops: with it, torch.compile made a new graph for the third sequence length.
-            vector = vector.unflatten(0, (self.layer.heads, -1))
+            vector = vector.unflatten(-1, (self.layer.heads, -1))
         if not self.config.gate:
-            return (value + vector).to(value.dtype)
+            return (value + vector.unsqueeze(-3)).to(value.dtype)
         log_z2 = at.lse if self.config.log_z2 == "attended" else at.lse_all_keys
         if not self.config.shared:
             return ops.gated_shift(value, at.query, log_z2, *self.gated_shift(value))
-        weight, bias = self.gate_weight.to(value.device), self.gate_bias.to(value.device)
+        weight, bias = self.own("gate_weight").to(value.device), self.own("gate_bias").to(value.device)
         query = at.query.transpose(1, 2).flatten(2).to(log_z2.dtype)
         # Not a matrix product: autocast would compute that in bf16.
-        log_z1 = (query * weight).sum(-1) + bias
+        log_z1 = (query * weight.unsqueeze(-2)).sum(-1) + bias.unsqueeze(-1)
         mu = ops.gate(log_z1, log_z2.mean(1))
-        return (value + mu[..., None, None] * vector).to(value.dtype)
+        return (value + mu[..., None, None] * vector.unsqueeze(-3)).to(value.dtype)
 
     def gated_shift(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         vector, weight, bias = self.own("vector"), self.own("gate_weight"), self.own("gate_bias")

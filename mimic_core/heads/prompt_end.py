@@ -18,6 +18,7 @@ class _LayerVector(ShiftHead):
 
     site: Site = "layer_out"
     needs_at = False
+    takes_samples = True
 
     def __init__(self, config: HeadConfig, layer: LayerSpec) -> None:
         super().__init__(config, layer)
@@ -55,8 +56,9 @@ class TaskVectorHead(_LayerVector):
         self.weight = nn.Parameter(torch.zeros((), dtype=torch.float32))
 
     def forward(self, value: Float[Tensor, "b t c"], at: At | None) -> Float[Tensor, "b t c"]:
-        weight = self.weight.to(value.device)
-        return ((1 - weight) * value + weight * self.vector.to(value.device)).to(value.dtype)
+        weight = self.own("weight").to(value.device)[..., None, None]
+        vector = self.own("vector").to(value.device).unsqueeze(-2)
+        return ((1 - weight) * value + weight * vector).to(value.dtype)
 
 
 @dataclass(frozen=True)
@@ -85,4 +87,4 @@ class FunctionVectorHead(_LayerVector):
     config_class = FunctionVectorConfig
 
     def forward(self, value: Float[Tensor, "b t c"], at: At | None) -> Float[Tensor, "b t c"]:
-        return (value + self.vector.to(value.device)).to(value.dtype)
+        return (value + self.own("vector").to(value.device).unsqueeze(-2)).to(value.dtype)

@@ -206,3 +206,20 @@ def test_generate_with_a_static_cache_compiles_once(g: int, head: str) -> None:
             counts.append(graphs())
     assert counts == [1, 2, 2, 2, 2, 2], "with shifts and without, whatever the token and the stack"
     assert not counters["graph_break"]
+
+
+@pytest.mark.usefixtures("compilable")
+def test_a_strength_is_compiled_anew() -> None:
+    model = fresh_model(SHALLOW)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for head in ("mimic", "live"):
+        with torch.no_grad(), mc.patch(model, random_shifts(model, head)) as handle:
+            for strength in (1.0, 0.5, torch.tensor(0.25), 0.0, 1.0):
+                handle.strength = strength
+                got, want = (m(**text(5), use_cache=False).logits for m in (compiled, model))
+                torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+            with (
+                handle.using(strength=[0.5, 2.0]),
+                pytest.raises(Exception, match="not available inside torch.compile"),
+            ):
+                compiled(**text(5), use_cache=False)

@@ -1,0 +1,89 @@
+"""What each sample of a batch gets: one of the stacks of a set or none, and how strongly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from .errors import ShapeError
+
+
+class Samples:
+    """A stack and a strength for each sample.
+
+    Attributes:
+        stacks: The stack of each sample; None stands for no stack. A tuple of length 1 if `is_uniform`.
+        is_uniform: All samples get the same, however many there are.
+        strength: The factor of each edit, a number or a tensor [n]. None: what the handle says.
+        remembered: What edits have worked out of it, which is the same for all forwards.
+    """
+
+    def __init__(
+        self, stacks: Sequence[Any] | None, is_uniform: bool = False, strength: float | Tensor | None = None
+    ) -> None:
+        self.stacks = None if stacks is None else tuple(stacks)
+        self.is_uniform = is_uniform
+        self.strength = strength
+        self.remembered: dict[Any, Any] = {}
+        self._repeated: dict[int, Samples] = {}
+
+    @property
+    def count(self) -> int | None:
+        """The number of samples. None: any."""
+        if self.stacks is not None and not self.is_uniform:
+            return len(self.stacks)
+        return len(self.strength) if isinstance(self.strength, Tensor) and self.strength.ndim else None
+
+    def for_rows(self, b: int, rows: int) -> Samples:
+        """The same for a forward with b rows.
+
+        Args:
+            rows: How many rows `generate` makes of a sample.
+
+        Raises:
+            ShapeError: b is another number.
+        """
+        if self.count is None or self.count == b:
+            return self
+        if self.count * rows != b:
+            raise ShapeError(
+                f"`handle.using` got {self.count} samples, but the decoder runs with {b} rows; give one stack and one "
+                f"strength for each row of the batch, or one for all"
+            )
+        if rows not in self._repeated:
+            stacks, strength = self.stacks, self.strength
+            if stacks is not None and not self.is_uniform:
+                stacks = [stack for stack in stacks for _ in range(rows)]
+            if isinstance(strength, Tensor) and strength.ndim:
+                strength = repeat(strength, "b -> (b n)", n=rows)
+            self._repeated[rows] = Samples(stacks, self.is_uniform, strength)
+        return self._repeated[rows]
+
+
+def check_strength(strength: object, n: int | None = None, each: bool = False) -> float | Tensor:
+    """Return a number or a tensor [], or with `each` also a tensor [b].
+
+    Args:
+        n: The number of samples; None: it is not known.
+
+    Raises:
+        ShapeError: it is something else.
+    """
+    found = repr(strength)
+    if each and isinstance(strength, list | tuple) and all(isinstance(x, int | float) for x in strength):
+        strength = torch.tensor(strength, dtype=torch.float32)
+    if isinstance(strength, int | float) and not isinstance(strength, bool) and math.isfinite(strength):
+        return float(strength)
+    if isinstance(strength, Tensor) and strength.is_floating_point() and strength.ndim <= each:
+        if n is not None and strength.ndim and len(strength) != n:
+            raise ShapeError(f"{len(strength)} strengths were given for {n} samples")
+        return strength
+    if isinstance(strength, Tensor):
+        found = f"{list(strength.shape)} {strength.dtype}"
+    wanted = "a finite number or a float tensor []" + (", or a list or float tensor [b]" if each else "")
+    raise ShapeError(f"a strength is {wanted}; found {found}")
