@@ -13,8 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as in_tensors
 from safetensors.torch import save as in_bytes
@@ -27,11 +25,10 @@ from ..heads import ShiftStack, head_class
 from ..heads.stack import check_stack
 from ..origins import Origin, origin_of
 from ..types import LayerSpec, ModelSpec
+from . import hub
 
-# The base class of the HTTP client's errors: httpx in huggingface_hub 1.x, httpx2 in 2.x.
-_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 FORMAT, VERSION = "mimic_core.shifts", 1
-_TENSORS, _DESCRIPTION = "shifts.safetensors", "shifts.json"
+_TENSORS, _DESCRIPTION = hub.FILES
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The most bytes of a description, and of the header of the tensors.
 _LONGEST, _HEADER = 16 << 20, 16 << 20
@@ -77,18 +74,17 @@ def save_shifts(shifts: ShiftStack, path: str | os.PathLike[str], push_to_hub: s
         for name in (_TENSORS, _DESCRIPTION):
             os.replace(Path(folder, name), target / name)
     if push_to_hub is not None:
-        api = HfApi()
-        api.create_repo(push_to_hub, exist_ok=True)
-        api.upload_folder(
-            repo_id=push_to_hub,
-            folder_path=target,
-            allow_patterns=[_TENSORS, _DESCRIPTION],
-            commit_message="Add shifts",
-        )
+        hub.upload(target, push_to_hub)
 
 
 def load_shifts(
-    source: str | os.PathLike[str], model: nn.Module, revision: str | None = None, strict: bool = False
+    source: str | os.PathLike[str],
+    model: nn.Module,
+    revision: str | None = None,
+    strict: bool = False,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> ShiftStack:
     """Load a stack that `save_shifts` wrote, for a model that it fits.
 
@@ -97,6 +93,7 @@ def load_shifts(
         revision: Branch, tag or commit of a hub repository. A directory has none.
         strict: Refuse another model than the one the shifts were made for. If False, it only warns, because a
             fine-tuned or quantised model of the same family may be what you want.
+        token, cache_dir: As in `from_pretrained` of transformers, for a hub repository.
 
     Returns:
         The stack, not yet patched into the model, in the dtypes it was saved in. Each head is on the device of its
@@ -108,7 +105,7 @@ def load_shifts(
         UnsupportedModelError: no adapter fits the model.
     """
     inner, _, spec = locate(model)
-    folder = _folder(source, revision)
+    folder = hub.folder_of(source, revision, token, cache_dir)
     description = _read_description(folder / _DESCRIPTION)
     try:
         head = head_class(description["head"])
@@ -163,24 +160,6 @@ def _check_untied(shifts: ShiftStack) -> None:
                 f"{other} and {name} share their memory, but after loading from a file they would be separate: give "
                 f"each layer its own tensor (`torch.nn.Parameter(x.detach().clone())`) before you save"
             )
-
-
-def _folder(source: str | os.PathLike[str], revision: str | None) -> Path:
-    local = Path(source)
-    if local.is_dir():
-        if revision is not None:
-            raise CheckpointError(
-                f"{str(source)!r} is a local directory, which has no revision {revision!r}; leave `revision` out, or "
-                f"give the name of a hub repository"
-            )
-        return local
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=[_TENSORS, _DESCRIPTION]))
-    except (HFValidationError, _HTTPError, OSError) as error:
-        raise CheckpointError(
-            f"no shifts at {str(source)!r}: it is neither a local directory nor a hub repository that can be reached "
-            f"({error})"
-        ) from error
 
 
 def _read(path: Path, most: int) -> bytes:

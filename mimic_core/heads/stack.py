@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -65,6 +67,66 @@ class ShiftStack(nn.Module):
     def __len__(self) -> int:
         return len(self.heads)
 
+    def save_pretrained(
+        self, path: str | os.PathLike[str], *, license: str | None = None, training: str | None = None
+    ) -> None:
+        """Write the stack to a directory, as `mimic_core.save_shifts`, with a model card in its `README.md`.
+
+        A `README.md` that is there is not replaced.
+
+        Args:
+            license: For the card: an identifier of the Hub, such as "apache-2.0".
+            training: For the card: how the stack was trained, as Markdown.
+
+        Raises:
+            CheckpointError: as `save_shifts`.
+        """
+        files.save_pretrained(self, path, license=license, training=training)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        training: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Add shifts",
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload the two files of `mimic_core.save_shifts` and a model card to the Hugging Face Hub.
+
+        The card names the base model, if that has a name on the Hub: the Hub then lists this repository under it. A
+        card that is there is not replaced. Repository and branch are created if they do not exist.
+
+        Args:
+            license, training: As in `save_pretrained`.
+            private: Whether a new repository is private. None: what your account does by default.
+            revision: The branch.
+            token: None: that of `hf auth login`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: as `save_shifts`. Errors of the Hub are those of huggingface_hub.
+        """
+        return files.push_to_hub(
+            self,
+            repo_id,
+            license=license,
+            training=training,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            token=token,
+        )
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], model: nn.Module, **options: Any) -> ShiftStack:
+        """`mimic_core.load_shifts`, with its options (`revision`, `strict`, `token`, `cache_dir`)."""
+        return files.load(source, model, **options)
+
     def forward(self, *args: object, **kwargs: object) -> None:
         """A stack is not called. It acts in the model that it is patched into.
 
@@ -72,6 +134,10 @@ class ShiftStack(nn.Module):
             PatchStateError: always.
         """
         raise PatchStateError("a ShiftStack is not called; put it into a model with mimic_core.patch(model, shifts)")
+
+
+# What saves and loads stacks: `mimic_core.checkpoint` puts it here, because an import only points down.
+files: Any = None
 
 
 def check_stack(shifts: object) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from hashlib import sha1
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -126,8 +127,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """What is asked of the hub, and which files of the folder each upload would send."""
     calls: Calls = []
 
-    def record(name: str) -> Callable[..., None]:
-        def method(api: huggingface_hub.HfApi, *args: Any, **kwargs: Any) -> None:
+    def record(name: str) -> Callable[..., Any]:
+        def method(api: huggingface_hub.HfApi, *args: Any, **kwargs: Any) -> Any:
             given = dict(zip(["repo_id"], args, strict=False)) | kwargs
             if folder := given.get("folder_path"):
                 there = [str(p.relative_to(folder)) for p in sorted(Path(folder).rglob("*")) if p.is_file()]
@@ -136,6 +137,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
                     for path in filter_repo_objects(there, allow_patterns=given["allow_patterns"])
                 }
             calls.append((name, given))
+            return SimpleNamespace(commit_url="https://hub/commit")
 
         return method
 
@@ -153,7 +155,7 @@ def test_push_sends_the_two_files(calls: Calls, cache: Path, tmp_path: Path) -> 
     mc.save_shifts(shifts, folder, push_to_hub="user/vqa-shifts")
     assert [name for name, _ in calls] == ["create_repo", "upload_folder"]
     created, uploaded = (given for _, given in calls)
-    assert created == {"repo_id": "user/vqa-shifts", "exist_ok": True}
+    assert created == {"repo_id": "user/vqa-shifts", "private": None, "exist_ok": True}
     assert uploaded["repo_id"] == "user/vqa-shifts"
     assert sorted(uploaded["sent"]) == NAMES
     # What was sent is what comes back.
