@@ -274,7 +274,8 @@ def measure_static_cache(device: torch.device, refused: list[BenchmarkError]) ->
     torch.manual_seed(0)
     subject = tiny_llama(device, torch.float32)
     inputs = subject.inputs(_TOKENS)
-    config = CompileConfig(fullgraph=False, dynamic=False)
+    # What is counted is made before a backend gets the graphs.
+    config = CompileConfig(backend="eager", mode=None, fullgraph=False, dynamic=False)
     vars(config)["_compile_all_devices"] = True  # transformers compiles of itself on GPUs alone
 
     def graphs_after(tokens: int) -> int:
