@@ -75,7 +75,6 @@ def run(monkeypatch: pytest.MonkeyPatch, no_shape_checks: None) -> Callable[...,
     return command
 
 
-@pytest.mark.slow
 def test_a_whole_run(
     tokenizer: Any, tmp_path: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,11 +63,14 @@ def afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native_ops: ModuleTy
 
 @pytest.fixture
 def quick_compiler(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A compiler that only copies what was compiled before, and says in a file that it was called."""
+    """A compiler that only copies what was compiled before, and says in a file that it was called.
+
+    It takes a moment, so that others come meanwhile.
+    """
     return compiler(
         tmp_path,
         monkeypatch,
-        f'echo called >> {tmp_path}/calls\nwhile [ "$1" != -o ]; do shift; done\ncp {library} "$2"',
+        f'echo called >> {tmp_path}/calls\nsleep 0.2\nwhile [ "$1" != -o ]; do shift; done\ncp {library} "$2"',
     )
 
 
