@@ -33,7 +33,7 @@ print("after the import:", *sorted(os.listdir(os.path.dirname(sys.argv[1]))), fl
 def use():
     q = torch.randn(1, 2, 3, 8)
     mc.ops.shifted_attention(q, q, q, torch.randn(2, 8), torch.randn(2, 8), torch.randn(2))
-    print(mc.ops.resolve_backend(q, q, q).why, flush=True)
+    os.write(1, f"{mc.ops.resolve_backend(q, q, q).why}\\n".encode())  # in one piece
 
 for _ in range(3):
     if not os.fork():
@@ -114,7 +114,7 @@ def test_importing_builds_nothing_and_many_processes_at_once_compile_once(quick_
     in_cpp = "the first choice; in C++"
     # The compiler is called twice: to compile, and to link.
     assert done.stdout.splitlines() == ["after the import: compiler", *[in_cpp] * 3, "calls: 2", in_cpp, "calls: 2"]
-    assert done.stderr.count("mimic_core:") == 1, "who compiles says so"
+    assert 1 <= done.stderr.count("mimic_core:") <= 3, "those say so who compile or wait, and the later one does not"
 
 
 def test_a_library_that_is_there_is_found(
