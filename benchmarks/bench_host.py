@@ -274,8 +274,10 @@ def measure_static_cache(device: torch.device, refused: list[BenchmarkError]) ->
     torch.manual_seed(0)
     subject = tiny_llama(device, torch.float32)
     inputs = subject.inputs(_TOKENS)
-    config = CompileConfig(fullgraph=False, dynamic=False)
-    vars(config)["_compile_all_devices"] = True  # transformers compiles of itself on GPUs alone
+    # What is counted is made before a backend gets the graphs.
+    config = CompileConfig(backend="eager", fullgraph=False, dynamic=False)
+    # A mode is of inductor alone. Of itself, transformers compiles on GPUs alone.
+    vars(config).update(mode=None, _compile_all_devices=True)
 
     def graphs_after(tokens: int) -> int:
         subject.model.generate(  # pyright: ignore[reportCallIssue]

@@ -65,8 +65,9 @@ def _chosen(device: torch.device) -> mc.ops.Backend:
 
 def _tests(path: Path, limit: float) -> str:
     """What went wrong in the tests that need a GPU; "" if nothing did."""
-    workers = str(min(4, os.cpu_count() or 1))
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", workers, "--no-shape-checks", str(_TESTS)]
+    cores = os.cpu_count() or 1
+    workers = min(4, cores) if cores > 1 else 0  # 0: no process beside the first
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"-n{workers}", "--no-shape-checks", str(_TESTS)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
         said, status = done.stdout + done.stderr, done.returncode

@@ -8,8 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from threading import Thread
 from types import ModuleType
@@ -122,24 +120,6 @@ def _seeded() -> None:
         torch.manual_seed(0)
     else:  # torch.manual_seed formats the stack for each kind of device that is not there, which takes milliseconds
         torch.default_generator.manual_seed(0)
-
-
-@cache
-def _installed_entry_points(group: str) -> metadata.EntryPoints:
-    return metadata.entry_points(group=group)
-
-
-@pytest.fixture(autouse=True)
-def _entry_points_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looking through all installed packages takes 14 ms. A test that adds a folder to sys.path has it done anew."""
-    path = list(sys.path)
-
-    def entry_points(*, group: str, **options: str) -> metadata.EntryPoints:
-        if sys.path != path:
-            return metadata.entry_points(group=group, **options)
-        return _installed_entry_points(group).select(**options)
-
-    monkeypatch.setattr("mimic_core.registry.entry_points", entry_points)
 
 
 @pytest.fixture(autouse=True)

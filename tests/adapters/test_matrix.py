@@ -84,21 +84,15 @@ def test_every_type_of_transformers_is_in_the_matrix() -> None:
 
 
 @pytest.mark.newest
-def test_rows_are_kept_and_a_process_that_dies_costs_one(tmp_path: Path) -> None:
-    kept = Place("llava", "image-text-to-text")
+def test_a_row_comes_from_a_process_of_its_own_and_one_that_dies_costs_one(tmp_path: Path) -> None:
+    kept, gpt2 = Place("llava", "image-text-to-text"), Place("gpt2", "causal-lm")
     (tmp_path / kept.file).write_text(json.dumps({"type": "llava", "task": kept.task, "runs": [], "refused": "kept"}))
-    slow = Place("gpt2", "causal-lm")
-    rows = {row["type"]: row for row in matrix.run([kept, slow], tmp_path, limit=0.0)}
+    rows = {row["type"]: row for row in matrix.run([kept, gpt2], tmp_path, limit=0.0)}
     assert rows["llava"]["refused"] == "kept"
     assert rows["gpt2"]["crashed"] == "took more than 0 seconds"
-    assert not (tmp_path / slow.file).exists(), "to be tried again"
+    assert not (tmp_path / gpt2.file).exists(), "to be tried again"
     assert matrix_page.serves(rows["gpt2"]) == "failed"
-
-
-@pytest.mark.newest
-def test_a_row_comes_from_a_process_of_its_own(tmp_path: Path) -> None:
-    unknown = Place("no_such_type", "causal-lm")
-    rows = {row["type"]: row for row in matrix.run([Place("gpt2", "causal-lm"), unknown], tmp_path)}
+    rows = {row["type"]: row for row in matrix.run([gpt2, Place("no_such_type", "causal-lm")], tmp_path)}
     assert matrix_page.serves(rows["gpt2"]) == "MimIC and LIVE"
     assert {(run["attention"], run["images"]) for run in rows["gpt2"]["runs"]} == {("sdpa", False), ("eager", False)}
     assert "no_such_type" in rows["no_such_type"]["refused"]

@@ -124,6 +124,7 @@ def test_the_script_for_a_card(
     with pytest.raises(SystemExit, match="needs a GPU, and torch"):
         card.main(["--out", str(tmp_path)])
     monkeypatch.setattr(card, "_TESTS", Path(__file__).parents[1] / "ops" / "test_gpu.py")
+    monkeypatch.setattr(card.os, "cpu_count", lambda: 1)  # each process of its tests imports everything
     ordered = card._ordered
     monkeypatch.setattr(bench_shift, "effort_for", lambda device, quick: BRIEF)
     monkeypatch.setattr(card, "_ordered", lambda device: [task for task in ordered(device) if "t16" in task.name])

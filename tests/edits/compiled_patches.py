@@ -73,8 +73,14 @@ HOOKED = {
     way: [(site, j in (i, (i + 2) % 4)) for j, site in enumerate(("query", "attn_out", "mlp_out", "layer_out"))]
     for i, way in enumerate(("model.compile", "layer.forward", "attention.compile", "mlp.forward"))
 }
+# Where the whole of a layer is traced anew for each, and another way like it has both: one.
+ONE_HEAD = {"model.forward": ("mimic",), "decoder.compile": ("live",), "layer.compile": ("mimic",)}
 PATCHED = [
-    *(pytest.param(way, (*HEADS_TRIED, *(site for site, ci in HOOKED.get(way, ()) if ci)), id=way) for way in WAYS),
+    *(
+        pytest.param(way, (*ONE_HEAD.get(way, HEADS_TRIED), *(site for site, ci in HOOKED.get(way, ()) if ci)), id=way)
+        for way in WAYS
+    ),
+    *(pytest.param(way, HEADS_TRIED, id=f"{way}, both", marks=pytest.mark.exhaustive) for way in ONE_HEAD),
     *(
         pytest.param(way, tuple(site for site, ci in sites if not ci), id=f"{way}, more", marks=pytest.mark.exhaustive)
         for way, sites in HOOKED.items()

@@ -80,8 +80,15 @@ def test_assisted_decoding(case: Case, head: str) -> None:
     assert torch.equal(found[:, -TOKENS:], wanted)
 
 
-@over_heads
-@pytest.mark.parametrize("case", FAMILIES[2:], ids=str)
+@pytest.mark.parametrize(
+    ("case", "head"),
+    [
+        pytest.param(case, head, marks=() if i % 2 == j else pytest.mark.exhaustive)
+        for i, case in enumerate(FAMILIES[2:])
+        for j, head in enumerate(("mimic", "live"))
+    ],
+    ids=str,
+)
 def test_continuous_batching(case: Case, head: str) -> None:
     if not hasattr(transformers, "ContinuousBatchingConfig"):
         pytest.skip("this transformers has another attention for it, which is refused: see below")

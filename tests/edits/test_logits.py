@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import (
     AttentionInterface,
     Gemma2Config,
@@ -20,6 +21,7 @@ from transformers import (
     MistralForCausalLM,
     StaticCache,
 )
+from transformers.integrations.flex_attention import WrappedFlexAttention
 
 import mimic_core as mc
 from mimic_core import ops
@@ -266,8 +268,10 @@ def test_a_mask_per_attention_head(attention: str) -> None:
 
 
 @pytest.mark.newest
-def test_flex_attention_of_a_model() -> None:
+def test_flex_attention_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its mask is a function of the indices. Forward alone: on a CPU flex attention gives no gradients."""
+    # transformers would compile this function of torch with inductor, for 15 seconds.
+    monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: flex_attention)
     ids = torch.randint(3, 60, (2, 9))
     keep = torch.ones(2, 9, dtype=torch.long)
     keep[1, :4] = 0

@@ -159,7 +159,7 @@ def test_torch_compile_is_refused(no_shape_checks: None) -> None:
     model, inputs = fresh_model(LLAMA), LLAMA.inputs()
     with torch.no_grad(), mc.patch(model, random_shifts(model, "function-vector")):
         with pytest.raises(mc.PatchStateError, match=r"torch\.compile"):
-            torch.compile(model)(**inputs, use_cache=False)
+            torch.compile(model, backend="eager")(**inputs, use_cache=False)
     torch.compiler.reset()
     logits_of(model, inputs)
 

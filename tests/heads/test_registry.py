@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +37,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(entry_points)
-        monkeypatch.syspath_prepend(str(tmp_path))
+        if str(tmp_path) not in sys.path:
+            monkeypatch.syspath_prepend(str(tmp_path))
 
     yield put
     for name in set(sys.modules) - before:
@@ -109,6 +112,24 @@ def test_a_class_defined_again_replaces_itself(registry: Registry[object]):
 def test_registries_do_not_share(registry: Registry[object]):
     registry.register("mine")(object())
     assert "mine" not in Registry("thing", group="mimic_core.test_things")
+
+
+def test_packages_are_read_again_when_one_is_installed(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(
+        "mimic_core.registry.entry_points", lambda group: read.append(group) or entry_points(group=group)
+    )
+    registry = Registry("thing", group="mimic_core.read_once")
+    for i, name in enumerate(("first", "second")):  # a new folder on the path; a new package in that folder
+        os.utime(tmp_path, (1, 1))
+        for _ in range(3):
+            assert name not in registry
+            assert list(registry) == ["first"][:i]
+        install(f"plugin_{name}", "thing = 1", f"[mimic_core.read_once]\n{name} = plugin_{name}:thing\n")
+        assert registry.get(name) == 1
+    assert len(read) == 4, "before and after each: the time of the folder was changed between"
 
 
 def test_entry_point(registry: Registry[object], install: Install):

@@ -129,9 +129,16 @@ def test_gated_shift(layout: str, value_width: int, dtype: torch.dtype) -> None:
         assert_near("out" if i == 0 else f"grad {i}", mine, exact.double(), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(6,), (5, 24), (3, 130, 33), (300, 8), (2, 4096)])
-@pytest.mark.parametrize("number", [False, True])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NORMED = [(6,), (5, 24), (3, 90, 33), (270, 8), (2, 4096)]  # and more rows than blocks
+
+
+# A kernel is compiled for each width and dtype. Each takes a number or a tensor as its factor; both meet every width.
+@pytest.mark.parametrize(
+    ("number", "shape", "dtype"),
+    [((i + j) % 2 == 0, shape, dtype) for i, shape in enumerate(NORMED) for j, dtype in enumerate(DTYPES)],
+    ids=str,
+)
 def test_norm_preserving_add(number: bool, shape: tuple[int, ...], dtype: torch.dtype, driver: ctypes.CDLL) -> None:
     x, vector, scale = torch.randn(shape).to(dtype), torch.randn(shape[-1]), torch.tensor(0.7)
     incoming = torch.randn(shape).to(dtype)
