@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import PatchStateError, ShapeError
 from ..positions import Positions
 from ..types import READ_ONLY_SITES, At, AttentionView, ForwardView, Site, check_token_site, tokens_of
+from .forward import check_uncompiled
 from .scope import LayerScope
 
 
@@ -106,7 +107,8 @@ class Entry:
         if edit.needs_at:
             forward = owner.forward if edit.needs_positions or owner.has_callers else None
             at = At(edit.layer, edit.site, module, attention, forward, value, edit.keeps)
-        if self.is_limited and edit.site not in READ_ONLY_SITES:
+        # Without a forward, it began before `Handle.at`, which is not for it.
+        if self.is_limited and edit.site not in READ_ONLY_SITES and owner.forward is not None:
             return self._limited(value, at)
         result = edit.run(value, at)  # pyright: ignore[reportArgumentType]
         owner.reached(edit.layer, edit.site)
@@ -120,11 +122,12 @@ class Entry:
     def _limited(self, value: Tensor, at: At | None) -> Tensor:
         """The edit at some positions. The value of the other tokens stays as it is."""
         edit, owner = self.edit, self.owner
-        if torch.compiler.is_compiling() and not isinstance(edit.positions, Tensor):
-            raise PatchStateError("positions are not available inside torch.compile; run the model uncompiled")
+        if not isinstance(edit.positions, Tensor):
+            check_uncompiled()
         check_token_site(edit.site)
-        assert owner.forward is not None
-        chosen = owner.forward.chosen(edit.positions, *tokens_of(edit.site, value), value.device)
+        forward = owner.forward
+        assert forward is not None
+        chosen = forward.chosen(edit.positions, *tokens_of(edit.site, value), value.device)
         # A copy, because the function may write into it.
         given = value.clone() if edit.keeps else value
         result = edit.run(given, at)  # pyright: ignore[reportArgumentType]
@@ -136,7 +139,7 @@ class Entry:
         chosen = chosen[:, None, :, None] if edit.site == "query" else chosen[..., None]
         chosen = chosen[..., None] if edit.site == "attn_heads" else chosen
         result = torch.where(chosen, result, value)
-        if owner.forward.is_guess and result.requires_grad and not torch.compiler.is_compiling():
+        if forward.is_guess and result.requires_grad and not torch.compiler.is_compiling():
             result.register_hook(partial(_warn_of_no_gradient, chosen, edit))
         return result
 

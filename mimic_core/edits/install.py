@@ -19,12 +19,13 @@ from ..errors import PatchStateError, ShapeError
 from ..types import ATTENTION_SITES, ForwardView, Located, Site
 from .compiled import asked_about, runs_compiled
 from .entry import Entry, SiteEdit
+from .frames import by_name, is_called, is_called_anywhere
 from .interface import SLOT, AttentionSlot
 from .outputs import EditedForward
 from .places import Places
 from .prompts import Given, current_generation
 from .scope import LayerScope
-from .watch import ForwardWatch, by_name
+from .watch import ForwardWatch
 
 _orders = itertools.count()
 
@@ -41,15 +42,18 @@ class Installation:
         found: The model and its sites.
         edits: The edits.
         key: The object that the edits belong to; see `installed`.
+        thread: The only thread in which they do anything; None means all.
 
     Raises:
         UnsupportedModelError: a layer lacks a site. The model is unchanged.
         PatchStateError: edits with the same key are at one of the sites. The model is unchanged.
     """
 
-    def __init__(self, found: Located, edits: Iterable[SiteEdit], key: object = None) -> None:
+    def __init__(
+        self, found: Located, edits: Iterable[SiteEdit], key: object = None, thread: int | None = None
+    ) -> None:
         edits = list(edits)
-        self.key = key
+        self.key, self._thread = key, thread
         self.order = next(_orders)
         self._watch = ForwardWatch(
             looks=any(edit.looks for edit in edits),
@@ -79,6 +83,7 @@ class Installation:
                 self._entries.append(entry)
                 self._attach(entry, module)
             self._decoder = found.adapter.decoder(model)
+            self._came_inside = is_called_anywhere(self._decoder)
             self._standing = Places(model, (self._decoder, *self._edited))
             self._forwards.append(EditedForward.claim(self._decoder, around=self))
             self._hooks.append(model.register_forward_pre_hook(self._model_begins, with_kwargs=True))
@@ -112,8 +117,6 @@ class Installation:
 
     def remove(self) -> None:
         """Remove all edits. A second call does nothing."""
-        if self._forwards:
-            self._watch.ended_by = threading.get_ident()
         for hook in self._hooks:
             hook.remove()
         for module in self._edited:
@@ -191,8 +194,10 @@ class Installation:
             self._refresh()
 
     def reached(self, layer: int, site: Site) -> None:
-        if not torch.compiler.is_compiling():
-            self._watch.reached(layer, site)
+        if torch.compiler.is_compiling() or self._watch.reached(layer, site):
+            return
+        if self._came_inside and self._acts_here and is_called(self._decoder):
+            raise _halfway("put in")
 
     def unflatten(self, states: Tensor) -> Tensor:
         """Reshape [b*t c] to [b t c], for modules that get their tokens flattened.
@@ -240,24 +245,28 @@ class Installation:
             PatchStateError: see `check_places`, and `ForwardWatch.begin`.
         """
         self.check_places()
-        self._watch.begin(by_name(type(self._decoder).forward, args, kwargs))
+        self._watch.begin(by_name(type(self._decoder).forward, args, kwargs), self._decoder)
 
     def leave(self, raised: bool) -> None:
         """The decoder's forward ends.
 
         Raises:
-            PatchStateError: a site was not reached, or another thread has removed the edits meanwhile.
+            PatchStateError: a site was not reached, or the edits have changed meanwhile and not for all layers.
         """
-        reached = self._watch.end()
-        if raised or reached is None:
+        run = self._watch.end()
+        if raised or not self._acts_here:
             return
-        if self._watch.was_cut_short:
-            raise PatchStateError(
-                "another thread removed a patch, hook or capture during this forward, so only some layers were edited: "
-                "remove it when no forward runs, or give each thread a copy of the model"
-            )
-        if not reached >= self._places and self.active and self.installed:
-            self._complain(self._missed(reached))
+        missed = run.was_on and not run.reached >= self._places
+        if self._watch.changes != run.changes and (missed or (not run.was_on and (run.reached or self.active))):
+            raise _halfway("removed, or switched on or off,")
+        if run.given is not None and run.given.positions is not None and self._watch.given is not run.given:
+            raise _halfway("taken out of `handle.at`")
+        if missed:
+            self._complain(self._missed(run.reached))
+
+    @property
+    def _acts_here(self) -> bool:
+        return self._thread is None or self._thread == threading.get_ident()
 
     def _model_begins(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -267,13 +276,12 @@ class Installation:
                 "nn.DataParallel runs copies of a patched model that share its edits, on other devices: use "
                 "DistributedDataParallel, or one device"
             )
-        self._watch.model_begins(has_labels=kwargs.get("labels") is not None)
+        self._watch.model_begins()
 
     def _model_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         """Check that a forward of the model has run its decoder."""
         if torch.compiler.is_compiling():
             return
-        self._watch.model_ends()
         if not self._watch.decoder_ran and self.active:
             self.check_places()
             self._complain(self._missed(set()))
@@ -321,6 +329,13 @@ def _check_layers(found: Located, shared: set[tuple[nn.Module, Site]]) -> None:
                 f"decoder layers {index} and {layer.index} are the same module, so it is not known which of them runs: "
                 f"make a copy for each of these layers"
             )
+
+
+def _halfway(what: str) -> PatchStateError:
+    return PatchStateError(
+        f"a patch, hook or capture was {what} during a forward of its model, so only some layers were edited: do this "
+        f"when no forward runs. If another thread did it, wait for the forward, or give each thread a copy of the model"
+    )
 
 
 class _Nowhere:
