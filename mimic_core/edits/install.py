@@ -231,6 +231,7 @@ class Installation:
         Raises:
             PatchStateError: see `check_places`. Then torch.compile runs the decoder uncompiled, which raises it again.
         """
+        self._standing.traced()
         if self._is_out_of_place():
             raise PatchStateError("modules were replaced since the patch")
 
@@ -270,6 +271,7 @@ class Installation:
 
     def _model_begins(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
+            self.traced()  # the decoder may be another one
             return
         if getattr(module, "_is_replica", False):
             raise PatchStateError(
@@ -281,6 +283,7 @@ class Installation:
     def _model_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         """Check that a forward of the model has run its decoder."""
         if torch.compiler.is_compiling():
+            self.traced()
             return
         if not self._watch.decoder_ran and self.active:
             self.check_places()
