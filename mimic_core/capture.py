@@ -65,7 +65,7 @@ class Capture:
         if self._installation is not None or any(self._taken.values()):
             raise PatchStateError("a capture can be entered only once; make a new one with mimic_core.capture(...)")
         self._thread = threading.get_ident()
-        self._installation = Installation(self._found, self._edits)
+        self._installation = Installation(self._found, self._edits, thread=self._thread)
         return self
 
     def __exit__(self, *exception: object) -> None:

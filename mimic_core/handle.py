@@ -31,7 +31,11 @@ class Handle:
         return self._installation.installed
 
     def remove(self) -> None:
-        """Restore the model exactly. Handles can be removed in any order. A second call does nothing."""
+        """Restore the model exactly. Handles can be removed in any order. A second call does nothing.
+
+        If this happens during a forward in which some of the edits have not run yet, that forward raises
+        PatchStateError when it ends.
+        """
         self._installation.remove()
         for stack in self._installation.parts:
             optimizers.forget(stack)

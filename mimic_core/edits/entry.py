@@ -15,6 +15,7 @@ from ..errors import PatchStateError, ShapeError
 from ..positions import Positions
 from ..samples import Samples
 from ..types import READ_ONLY_SITES, At, AttentionView, ForwardView, Site, check_token_site, tokens_of
+from .forward import check_uncompiled
 from .scope import LayerScope
 
 Run = Callable[[Tensor, At], Tensor | None]
@@ -183,16 +184,10 @@ class Entry:
             PatchStateError: it is not.
         """
         edit, owner = self.edit, self.owner
-        if torch.compiler.is_compiling():
-            if (
-                owner.has_callers
-                or edit.picks is not None
-                or (edit.is_limited and not isinstance(edit.positions, Tensor))
-            ):
-                raise PatchStateError(
-                    "positions and samples are not available inside torch.compile; run the model uncompiled"
-                )
-        elif (owner.has_callers or owner.had_callers) and not owner.in_forward:
+        named = edit.is_limited and not isinstance(edit.positions, Tensor)
+        if owner.has_callers or edit.picks is not None or named:
+            check_uncompiled()
+        if (owner.has_callers or owner.had_callers) and not owner.in_forward and not torch.compiler.is_compiling():
             raise PatchStateError(
                 "a layer runs outside a forward, as gradient checkpointing does in the backward, and it is not known "
                 "what `handle.at` or `handle.using` said in its forward: run the model without checkpointing"

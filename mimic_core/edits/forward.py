@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from einops import repeat
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..errors import MimicError, PatchStateError, ShapeError
 from ..positions import Positions, select
 from ..types import ForwardView
+from .frames import has_labels
 from .prompts import Generation, Given, length_of
 
 _SAY_IT = (
@@ -34,7 +35,7 @@ class Forward(ForwardView):
         key: Who asks, for what is remembered in `generation`.
         generation: The call of `generate` that it is a part of.
         given: What the caller says.
-        has_labels: The model was given labels.
+        decoder: The decoder, to find out whether a model around it was given labels.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Forward(ForwardView):
         key: int = 0,
         generation: Generation | None = None,
         given: Given | None = None,
-        has_labels: bool = False,
+        decoder: nn.Module | None = None,
     ) -> None:
         self._b, self._t = b, t
         self._given = given or Given()
@@ -58,7 +59,7 @@ class Forward(ForwardView):
         try:
             self._start = self._held(generation, key)
             self._begins = self._begin_samples()
-            self._prompt = self._find_prompt(generation, key, has_labels)
+            self._prompt = self._find_prompt(generation, key, decoder)
         except (PatchStateError, ShapeError) as error:
             self._error = error  # raised when an edit asks
 
@@ -72,8 +73,7 @@ class Forward(ForwardView):
         return self._given.positions is not None
 
     def tokens(self, positions: Positions, b: int, t: int, device: torch.device) -> Tensor:
-        if torch.compiler.is_compiling():
-            raise PatchStateError("positions are not available inside torch.compile; run the model uncompiled")
+        check_uncompiled()
         if self._given.positions is not None:
             return _fitting(self._given.positions, b, t, device)
         if positions == "all":
@@ -142,12 +142,12 @@ class Forward(ForwardView):
             generation.counted[key] = generation.counted.get(key, 0) + self._t
         return length
 
-    def _find_prompt(self, generation: Generation | None, key: int, has_labels: bool) -> Tensor:
+    def _find_prompt(self, generation: Generation | None, key: int, decoder: nn.Module | None) -> Tensor:
         if self._given.prompt is not None:
             return self._fitting(self._given.prompt, in_generate=generation is not None)
         if generation is not None:
             return self._generated(generation, key)
-        if has_labels:
+        if decoder is not None and has_labels(decoder):
             raise PatchStateError(
                 f"the model was given labels, so its rows go on after the prompt, and it is not known where the prompt "
                 f"ends; {_SAY_IT}"
@@ -247,12 +247,21 @@ class Forward(ForwardView):
         return (mask != 0)[:, start : start + t].expand(b, t)
 
 
+def check_uncompiled() -> None:
+    """Check that torch.compile does not trace.
+
+    Raises:
+        PatchStateError: it does.
+    """
+    if torch.compiler.is_compiling():
+        raise PatchStateError("positions and samples are not available inside torch.compile; run the model uncompiled")
+
+
 class Again(ForwardView):
     """Code that runs outside a forward of the decoder."""
 
     def tokens(self, positions: Positions, b: int, t: int, device: torch.device) -> Tensor:
-        if torch.compiler.is_compiling():
-            raise PatchStateError("positions are not available inside torch.compile; run the model uncompiled")
+        check_uncompiled()
         raise PatchStateError(
             "positions were asked for outside a forward, where the attention mask is not known: in code made by "
             "torch.compile, or where gradient checkpointing runs layers again; run the model without them"

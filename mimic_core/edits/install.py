@@ -6,7 +6,6 @@ import copy
 import itertools
 import math
 import threading
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,12 +19,13 @@ from ..samples import Samples
 from ..types import ATTENTION_SITES, ForwardView, Located, Site
 from .compiled import asked_about, runs_compiled
 from .entry import Bystander, Entry, SiteEdit
+from .frames import by_name, is_called, is_called_anywhere
 from .interface import SLOT, AttentionSlot
 from .outputs import EditedForward
 from .places import Places
 from .prompts import Given, current_generation
-from .scope import LayerScope
-from .watch import ForwardWatch, by_name
+from .scope import LayerScope, shared_modules
+from .watch import ForwardWatch
 
 _orders = itertools.count()
 
@@ -43,6 +43,7 @@ class Installation:
         edits: The edits.
         key: The object that the edits belong to.
         parts: What of it has edits, so that none comes twice into a model.
+        thread: The only thread in which they do anything; None means all.
 
     Raises:
         UnsupportedModelError: a layer lacks a site. The model is unchanged.
@@ -50,9 +51,14 @@ class Installation:
     """
 
     def __init__(
-        self, found: Located, edits: Iterable[SiteEdit], key: object = None, parts: Iterable[Any] = ()
+        self,
+        found: Located,
+        edits: Iterable[SiteEdit],
+        key: object = None,
+        parts: Iterable[Any] = (),
+        thread: int | None = None,
     ) -> None:
-        self.key = key
+        self.key, self._thread = key, thread
         self.parts = list(parts)
         self.edits = edits = list(edits)
         self.order = next(_orders)
@@ -69,8 +75,7 @@ class Installation:
         self._places = frozenset((edit.layer, edit.site) for edit in edits)
         self._entries: list[Entry] = []
         places = [found.module(edit.layer, edit.site) for edit in edits]
-        shared = _shared_modules(found, {edit.site for edit in edits})
-        _check_layers(found, shared)
+        shared = shared_modules(found, {edit.site for edit in edits})
         try:
             for edit, module in zip(edits, places, strict=True):
                 scope = None
@@ -82,6 +87,7 @@ class Installation:
                 self._entries.append(entry)
                 self._attach(entry, module)
             self._decoder = found.adapter.decoder(model)
+            self._came_inside = is_called_anywhere(self._decoder)
             self._standing = Places(model, (self._decoder, *self._edited))
             self._forwards.append(EditedForward.claim(self._decoder, around=self))
             self._hooks.append(model.register_forward_pre_hook(self._model_begins, with_kwargs=True))
@@ -115,8 +121,6 @@ class Installation:
 
     def remove(self) -> None:
         """Remove all edits. A second call does nothing."""
-        if self._forwards:
-            self._watch.ended_by = threading.get_ident()
         for hook in self._hooks:
             hook.remove()
         for module in self._edited:
@@ -230,8 +234,10 @@ class Installation:
             self._refresh()
 
     def reached(self, layer: int, site: Site) -> None:
-        if not torch.compiler.is_compiling():
-            self._watch.reached(layer, site)
+        if torch.compiler.is_compiling() or self._watch.reached(layer, site):
+            return
+        if self._came_inside and self._acts_here and is_called(self._decoder):
+            raise _halfway("put in")
 
     def unflatten(self, states: Tensor) -> Tensor:
         """Reshape [b*t c] to [b t c], for modules that get their tokens flattened.
@@ -265,6 +271,7 @@ class Installation:
         Raises:
             PatchStateError: see `check_places`. Then torch.compile runs the decoder uncompiled, which raises it again.
         """
+        self._standing.traced()
         if self._is_out_of_place():
             raise PatchStateError("modules were replaced since the patch")
 
@@ -279,40 +286,45 @@ class Installation:
             PatchStateError: see `check_places`, and `ForwardWatch.begin`.
         """
         self.check_places()
-        self._watch.begin(by_name(type(self._decoder).forward, args, kwargs))
+        self._watch.begin(by_name(type(self._decoder).forward, args, kwargs), self._decoder)
 
     def leave(self, raised: bool) -> None:
         """The decoder's forward ends.
 
         Raises:
-            PatchStateError: a site was not reached, or another thread has removed the edits meanwhile.
+            PatchStateError: a site was not reached, or the edits have changed meanwhile and not for all layers.
         """
-        reached = self._watch.end()
-        if raised or reached is None:
+        run = self._watch.end()
+        if raised or not self._acts_here:
             return
-        if self._watch.was_cut_short:
-            raise PatchStateError(
-                "another thread removed a patch, hook or capture during this forward, so only some layers were edited: "
-                "remove it when no forward runs, or give each thread a copy of the model"
-            )
-        if not reached >= self._places and self.active and self.installed:
-            self._complain(self._missed(reached))
+        missed = run.was_on and not run.reached >= self._places
+        if self._watch.changes != run.changes and (missed or (not run.was_on and (run.reached or self.active))):
+            raise _halfway("removed, or switched on or off,")
+        if run.given is not None and run.given.limits and self._watch.given is not run.given:
+            raise _halfway("taken out of `handle.at` or `handle.using`")
+        if missed:
+            self._complain(self._missed(run.reached))
+
+    @property
+    def _acts_here(self) -> bool:
+        return self._thread is None or self._thread == threading.get_ident()
 
     def _model_begins(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
+            self.traced()  # the decoder may be another one
             return
         if getattr(module, "_is_replica", False):
             raise PatchStateError(
                 "nn.DataParallel runs copies of a patched model that share its edits, on other devices: use "
                 "DistributedDataParallel, or one device"
             )
-        self._watch.model_begins(has_labels=kwargs.get("labels") is not None)
+        self._watch.model_begins()
 
     def _model_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         """Check that a forward of the model has run its decoder."""
         if torch.compiler.is_compiling():
+            self.traced()
             return
-        self._watch.model_ends()
         if not self._watch.decoder_ran and self.active:
             self.check_places()
             self._complain(self._missed(set()))
@@ -344,35 +356,17 @@ class Installation:
         return [edit for edit, module in missed if not runs_compiled(self._model, module)]
 
 
-def _check_layers(found: Located, shared: set[tuple[nn.Module, Site]]) -> None:
-    """Check that the layers that share a module can be told apart.
-
-    Raises:
-        PatchStateError: two layers are the same module.
-    """
-    if not shared:
-        return
-    first: dict[nn.Module, int] = {}
-    for layer in found.spec.layers:
-        module = found.model.get_submodule(layer.path)
-        if (index := first.setdefault(module, layer.index)) != layer.index:
-            raise PatchStateError(
-                f"decoder layers {index} and {layer.index} are the same module, so it is not known which of them runs: "
-                f"make a copy for each of these layers"
-            )
+def _halfway(what: str) -> PatchStateError:
+    return PatchStateError(
+        f"a patch, hook or capture was {what} during a forward of its model, so only some layers were edited: do this "
+        f"when no forward runs. If another thread did it, wait for the forward, or give each thread a copy of the model"
+    )
 
 
 class _Nowhere(Bystander):
     """The owner of edits in a copy of a part of a patched model. They never run."""
 
     active = in_forward = False
-
-
-def _shared_modules(found: Located, sites: Iterable[Site]) -> set[tuple[nn.Module, Site]]:
-    places: Counter[tuple[nn.Module, Site]] = Counter(
-        (found.module(layer.index, site), site) for site in sites for layer in found.spec.layers if site in layer.sites
-    )
-    return {place for place, layers in places.items() if layers > 1}
 
 
 def installed(*modules: nn.Module) -> list[Installation]:

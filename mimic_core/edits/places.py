@@ -47,6 +47,11 @@ class Places:
             return True
         return all(unwrapped(a) is unwrapped(b) for a, b in zip(now, self._children, strict=True))
 
+    def traced(self) -> None:
+        """Let a graph of torch.compile check that the same objects stand there, as it does for the argument of `id`."""
+        for children, name in zip(self._dicts, self._names, strict=True):
+            id(children[name])
+
     def changes(self) -> str:
         """Say which modules were replaced, and by what."""
         paths = {id(module._modules): f"{path}." if path else "" for path, module in self._model.named_modules()}

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
 from ..errors import PatchStateError
+from ..types import Located, Site
 
 
 class LayerScope:
@@ -47,3 +52,24 @@ class _Here(threading.local):
 
     def __reduce__(self) -> tuple[type[_Here], tuple[()]]:
         return _Here, ()
+
+
+def shared_modules(found: Located, sites: Iterable[Site]) -> set[tuple[nn.Module, Site]]:
+    """The modules of sites that several layers share.
+
+    Raises:
+        PatchStateError: there are such modules, and two layers are the same module, so they can't be told apart.
+    """
+    places: Counter[tuple[nn.Module, Site]] = Counter(
+        (found.module(layer.index, site), site) for site in sites for layer in found.spec.layers if site in layer.sites
+    )
+    shared = {place for place, layers in places.items() if layers > 1}
+    first: dict[nn.Module, int] = {}
+    for layer in found.spec.layers if shared else ():
+        module = found.model.get_submodule(layer.path)
+        if (index := first.setdefault(module, layer.index)) != layer.index:
+            raise PatchStateError(
+                f"decoder layers {index} and {layer.index} are the same module, so it is not known which of them runs: "
+                f"make a copy for each of these layers"
+            )
+    return shared

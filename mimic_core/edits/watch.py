@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import PatchStateError
 from ..samples import Samples
@@ -40,22 +39,40 @@ class Around(Protocol):
         """Called instead of `enter` and `leave` while torch.compile traces."""
 
 
+@dataclass(slots=True, eq=False)
+class Run:
+    """One forward of the decoder in one thread.
+
+    Attributes:
+        forward: What is known of its tokens, where an edit needs it.
+        tokens: b and t.
+        has_grad: It was started with gradients on.
+        was_on: It began with the edits.
+        given: What `Handle.at` and `using` said when it began, if an edit asks or they limit edits in any thread.
+        rows: How many rows `generate` makes of a sample.
+        changes: `ForwardWatch.changes` when it began.
+        reached: The sites whose edits have run.
+    """
+
+    forward: Forward | None
+    tokens: tuple[int, int]
+    has_grad: bool
+    was_on: bool
+    given: Given | None
+    rows: int
+    changes: int
+    reached: set[tuple[int, Site]] = field(default_factory=set)
+
+
 class _State(threading.local):
     """Where this thread is in a forward of the model."""
 
-    depth = 0
-    ran = False  # the decoder, since the model last began
-    grad_enabled = False
-    has_labels = False  # the model was given labels
-    tokens: tuple[int, int] = (0, 0)  # b and t
-    forward: Forward | None = None
-    samples: Samples | None = None
-    rows = 1  # of each sample
+    ran = True  # the decoder, since the model last began
+    tokens: tuple[int, int] = (0, 0)  # of the last forward
 
     def __init__(self) -> None:
-        self.reached: set[tuple[int, Site]] = set()
-        # What was known of the forwards around this one: a hook may run the model.
-        self.outer: list[tuple[Forward | None, tuple[int, int], int]] = []
+        # The forwards that it is inside, the innermost last: a hook may run the model.
+        self.runs: list[Run] = []
 
 
 class ForwardWatch:
@@ -79,7 +96,7 @@ class ForwardWatch:
         # The threads inside a forward, and those that have switched the edits off, as often as they have.
         self._inside: set[int] = set()
         self._off: list[int] = []
-        self.ended_by: int | None = None
+        self.changes = 0  # how often the edits were switched on or off, or removed
         self._lock = threading.Lock()  # between what other threads do and what is done for it
         self.callers = 0
         self.had_callers = False
@@ -87,6 +104,7 @@ class ForwardWatch:
 
     def close(self) -> None:
         """No edit is left."""
+        self.changes += 1
         self._release()
 
     @contextmanager
@@ -115,7 +133,7 @@ class ForwardWatch:
         self.__dict__.update(state)
         self._start_outside()
 
-    def begin(self, arguments: Mapping[str, Any]) -> None:
+    def begin(self, arguments: Mapping[str, Any], decoder: nn.Module) -> None:
         """A forward of the decoder begins.
 
         Raises:
@@ -124,10 +142,12 @@ class ForwardWatch:
         state, here = self._state, threading.get_ident()
         # What can raise comes first, because a forward that has not begun does not end. The mask is the decoder's own,
         # which comes last: an encoder has another one.
-        sizes = _sizes_of_tokens(arguments) if self._wants_sizes or self._looks or self.callers else None
-        forward = self._look(arguments, sizes) if self._looks or self.callers else None
-        if state.depth == 0:
-            with self._lock:
+        looks = self._looks or self.callers > 0
+        sizes = _sizes_of_tokens(arguments) if self._wants_sizes or looks else None
+        given = self.given if looks else None
+        forward = self._look(arguments, sizes, decoder, given) if looks else None
+        with self._lock:
+            if not state.runs:
                 if self._off and here not in self._off:
                     raise PatchStateError(
                         "another thread is inside `handle.disabled()`, so this forward would run without its edits: "
@@ -135,46 +155,36 @@ class ForwardWatch:
                         "each thread a copy of the model"
                     )
                 self._inside.add(here)
-            state.reached.clear()
-            state.grad_enabled = torch.is_grad_enabled()
-        given = self.given
-        state.samples = None if given is None else given.samples
+            was_on, changes = not self._off, self.changes
         self.had_callers |= given is not None and given.limits and torch.is_grad_enabled()
-        state.outer.append((state.forward, state.tokens, state.rows))
-        state.depth += 1
+        generation = None if state.runs or given is None or given.samples is None else current_generation()
+        rows = 1 if generation is None else generation.rows
         state.ran = True
-        state.forward = forward
-        state.tokens = sizes or state.tokens
-        generation = None if state.depth > 1 or state.samples is None else current_generation()
-        state.rows = 1 if generation is None else generation.rows
+        state.runs.append(Run(forward, sizes or self.tokens, torch.is_grad_enabled(), was_on, given, rows, changes))
 
-    def _look(self, arguments: Mapping[str, Any], sizes: tuple[int, int] | None) -> Forward:
+    def _look(
+        self, arguments: Mapping[str, Any], sizes: tuple[int, int] | None, decoder: nn.Module, given: Given | None
+    ) -> Forward:
         if sizes is None:
             raise PatchStateError(
                 f"an edit acts at some positions, but the tokens of the decoder are not among its arguments "
                 f"({', '.join(arguments)})"
             )
         # A hook may run the model inside `generate`: these tokens are another text.
-        generation = None if self._state.depth else current_generation()
-        return Forward(*sizes, arguments, id(self), generation, self.given, self._state.has_labels)
+        generation = None if self.in_forward else current_generation()
+        return Forward(*sizes, arguments, id(self), generation, given, decoder)
 
-    def end(self) -> set[tuple[int, Site]] | None:
-        """It ends, however. Returns what it has reached, where it is the outermost."""
+    def end(self) -> Run:
+        """It ends, however."""
         state = self._state
-        state.depth -= 1
-        forward, tokens, rows = state.outer.pop()
-        if state.depth:
-            state.forward, state.tokens, state.rows = forward, tokens, rows
-            return None
-        state.forward = state.samples = None
-        self._inside.discard(threading.get_ident())
-        return state.reached
+        run = state.runs.pop()
+        state.tokens = run.tokens
+        if not state.runs:
+            self._inside.discard(threading.get_ident())
+        return run
 
-    def model_begins(self, has_labels: bool) -> None:
-        self._state.ran, self._state.has_labels = False, has_labels
-
-    def model_ends(self) -> None:
-        self._state.has_labels = False
+    def model_begins(self) -> None:
+        self._state.ran = False
 
     @property
     def decoder_ran(self) -> bool:
@@ -195,21 +205,18 @@ class ForwardWatch:
                     "wait for it, or give each thread a copy of the model"
                 )
             self._off.append(here)
+            self.changes += 1
 
     def switch_on(self) -> None:
         here = threading.get_ident()
         with self._lock:
             self._off.remove(here if here in self._off else self._off[-1])
+            self.changes += 1
 
     @property
     def is_off(self) -> bool:
         """Whether any thread has switched the edits off."""
         return bool(self._off)
-
-    @property
-    def was_cut_short(self) -> bool:
-        """Whether another thread has taken the edits out."""
-        return self.ended_by is not None and self.ended_by != threading.get_ident()
 
     @property
     def is_in_use(self) -> bool:
@@ -219,17 +226,19 @@ class ForwardWatch:
     @property
     def in_forward(self) -> bool:
         """Whether this thread is inside a forward of the model: not so while a checkpoint recomputes one."""
-        return self._state.depth > 0
+        return bool(self._state.runs)
 
     @property
     def forward_has_grad(self) -> bool:
         """Whether the forward this thread is in was started with gradients on."""
-        return self._state.grad_enabled
+        runs = self._state.runs
+        return bool(runs) and runs[-1].has_grad
 
     @property
     def forward(self) -> ForwardView | None:
         """What is known of the forward this thread is in, where an edit needs it."""
-        return self._state.forward if self.in_forward else _AGAIN
+        runs = self._state.runs
+        return runs[-1].forward if runs else _AGAIN
 
     def samples(self, b: int) -> Samples | None:
         """What each of the b rows of the forward gets, if the caller said so.
@@ -237,16 +246,22 @@ class ForwardWatch:
         Raises:
             ShapeError: it said so for another number of rows.
         """
-        state = self._state
-        return None if state.samples is None else state.samples.for_rows(b, state.rows)
+        runs = self._state.runs
+        samples = None if not runs or runs[-1].given is None else runs[-1].given.samples
+        return None if samples is None else samples.for_rows(b, runs[-1].rows)
 
     @property
     def tokens(self) -> tuple[int, int]:
         """Batch and length of the last forward's tokens in this thread: a checkpoint's second run is of the first's."""
-        return self._state.tokens
+        runs = self._state.runs
+        return runs[-1].tokens if runs else self._state.tokens
 
-    def reached(self, layer: int, site: Site) -> None:
-        self._state.reached.add((layer, site))
+    def reached(self, layer: int, site: Site) -> bool:
+        """Note that an edit has run. False if this thread is in no forward that began with the edits."""
+        runs = self._state.runs
+        if runs:
+            runs[-1].reached.add((layer, site))
+        return bool(runs)
 
 
 def _sizes_of_tokens(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -255,16 +270,6 @@ def _sizes_of_tokens(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
         if isinstance(x, Tensor):
             return (x.shape[0], x.shape[1]) if x.ndim > 1 else None
     return None
-
-
-def by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a method of a module, without `self`."""
-    return {**dict(zip(_names(forward), args, strict=False)), **kwargs} if args else kwargs
-
-
-@cache
-def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 _given: ContextVar[tuple[tuple[ForwardWatch, Given], ...]] = ContextVar("mimic_core_given", default=())

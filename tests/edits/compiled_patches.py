@@ -137,6 +137,25 @@ def test_a_graph_that_begins_in_the_middle_of_attention(monkeypatch: pytest.Monk
     torch.testing.assert_close(logits(model), plain)
 
 
+def test_a_graph_sees_other_modules_of_the_same_class() -> None:
+    """torch.compile alone does not: the graph takes the weights of whatever stands there, with the edits of before."""
+    model, other = fresh_model(LLAMA), fresh_model(LLAMA)
+    model.compile(backend="eager")
+    decoder, layers = model.model, model.model.layers
+    with mc.patch(model, random_shifts(model, "live")):
+        wanted, made = logits(model), graphs()
+        model.model = other.model
+        with pytest.raises(mc.PatchStateError, match="modules were replaced"):
+            logits(model)
+        model.model = decoder
+        layers[0], layers[1] = layers[1], layers[0]
+        with pytest.raises(mc.PatchStateError, match="modules were replaced"):
+            logits(model)
+        layers[0], layers[1] = layers[1], layers[0]
+        assert torch.equal(logits(model), wanted)
+        assert made == 1
+
+
 def test_what_was_replaced_by_others_starts_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where somebody has put a forward into a module, as accelerate does, graphs ask for that one."""
     model, twin = fresh_model(SHALLOW), fresh_model(SHALLOW)
