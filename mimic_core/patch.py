@@ -7,9 +7,11 @@ from contextlib import contextmanager
 
 from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import optimizers
 from .adapters import locate, unwrap
+from .averaging import Averaging
 from .edits import Given, Installation, SiteEdit, installed
 from .errors import PatchStateError, ShapeError, WrongTypeError
 from .heads import ShiftStack
@@ -94,7 +96,7 @@ class Handle:
         self.remove()
 
 
-def patch(model: nn.Module, shifts: ShiftStack) -> Handle:
+def patch(model: nn.Module, shifts: ShiftStack | DistributedDataParallel) -> Handle:
     """Put a stack of shift heads into a model.
 
     The shifts act from now on, until the handle is removed. If this raises an error, the model is unchanged. A model
@@ -110,16 +112,25 @@ def patch(model: nn.Module, shifts: ShiftStack) -> Handle:
     gradient and no optimizer has them, the next step of an optimizer raises PatchStateError, or warns if it has other
     parameters to train.
 
+    In several processes, give the stack inside DistributedDataParallel, which averages its gradients:
+
+        mimic_core.patch(model, DistributedDataParallel(shifts))
+
+    A DistributedDataParallel around a module that holds the stack does the same. A forward with gradients raises
+    PatchStateError if it runs in one that does not hold the stack.
+
     Raises:
         WrongTypeError: `shifts` is not a ShiftStack.
         UnsupportedModelError: no adapter fits the model.
         ShapeError: the stack was built for a model of other sizes.
-        PatchStateError: this stack is already in this model, or in a part of it. A later forward also raises it if it
-            does not reach one of the sites.
+        PatchStateError: this stack is already in this model, or in a part of it. Or its parameters are sharded, or
+            the options of its DistributedDataParallel need its forward. A later forward also raises it if it does not
+            reach one of the sites.
     """
-    check_stack(shifts)
+    stack = check_stack(shifts)
+    averaging = Averaging(stack, shifts if isinstance(shifts, DistributedDataParallel) else None)
     found = locate(model)
-    if misfit := shifts.spec.misfit(found.spec):
+    if misfit := stack.spec.misfit(found.spec):
         raise ShapeError(f"these shifts do not fit {type(found.model).__name__}: they were built for {misfit}")
     edits = [
         SiteEdit(
@@ -134,11 +145,11 @@ def patch(model: nn.Module, shifts: ShiftStack) -> Handle:
             needs_at=head.needs_at,
             positions=positions_at(site, head.config.positions),
         )
-        for head in shifts
+        for head in stack
         for site, run in head.edits().items()
     ]
-    handle = Handle(Installation(found, edits, key=shifts))
-    optimizers.watch(shifts)
+    handle = Handle(Installation(found, edits, key=stack, begins=averaging))
+    optimizers.watch(stack)
     return handle
 
 

@@ -7,7 +7,7 @@ import itertools
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,15 +41,24 @@ class Installation:
         found: The model and its sites.
         edits: The edits.
         key: The object that the edits belong to; see `installed`.
+        begins: Called with False when a forward with gradients begins that is not a part of another one. Called with
+            True when torch.compile traces one: if it raises PatchStateError then, the decoder runs uncompiled.
 
     Raises:
         UnsupportedModelError: a layer lacks a site. The model is unchanged.
         PatchStateError: edits with the same key are at one of the sites. The model is unchanged.
     """
 
-    def __init__(self, found: Located, edits: Iterable[SiteEdit], key: object = None) -> None:
+    def __init__(
+        self,
+        found: Located,
+        edits: Iterable[SiteEdit],
+        key: object = None,
+        begins: Callable[[bool], None] | None = None,
+    ) -> None:
         edits = list(edits)
         self.key = key
+        self._begins = begins
         self.order = next(_orders)
         self._watch = ForwardWatch(
             looks=any(edit.looks for edit in edits),
@@ -228,10 +237,21 @@ class Installation:
         """
         if self._is_out_of_place():
             raise PatchStateError("modules were replaced since the patch")
+        if self._begins is not None and torch.is_grad_enabled() and self._is_refused():
+            raise PatchStateError("a forward with gradients is not compiled here")
 
     @torch.compiler.assume_constant_result  # the graph checks which modules it calls
     def _is_out_of_place(self) -> bool:
         return not self._standing.kept
+
+    @torch.compiler.assume_constant_result
+    def _is_refused(self) -> bool:
+        assert self._begins is not None
+        try:
+            self._begins(True)
+        except PatchStateError:
+            return True
+        return False
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The decoder's forward begins.
@@ -240,6 +260,8 @@ class Installation:
             PatchStateError: see `check_places`, and `ForwardWatch.begin`.
         """
         self.check_places()
+        if self._begins is not None and torch.is_grad_enabled() and self.active and not self.in_forward:
+            self._begins(False)
         self._watch.begin(by_name(type(self._decoder).forward, args, kwargs))
 
     def leave(self, raised: bool) -> None:

@@ -36,6 +36,8 @@ LAYERS = {
     "checkpoint": 4,
     "describe": 4,
     "optimizers": 4,
+    "averaging": 4,
+    "integrations": 5,
     "testing": 4,
     "__init__": 5,
     "demo": 6,
