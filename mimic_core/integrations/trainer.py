@@ -116,7 +116,8 @@ class ShiftTrainerMixin(_Base):
 class ShiftTrainer(ShiftTrainerMixin, Trainer):
     """The `Trainer` of transformers for a stack of shift heads; see `ShiftTrainerMixin`.
 
-    trainer = ShiftTrainer(model=model, shifts=mimic_core.build_shifts(model, "mimic"), args=arguments, ...)
+    trainer = ShiftTrainer(model=model, shifts=shifts, args=arguments, train_dataset=data)
+    trainer.train()
     """
 
 
