@@ -163,7 +163,7 @@ class Handle:
         if known == {id(stack) for stack in shifts.values()}:
             return
         found = locate(old.model)
-        edits = edits_of(found, shifts)
+        edits = edits_of(shifts)
         check_new(found, [stack for stack in shifts.values() if id(stack) not in known])
         if {edit.picks for edit in edits} <= {edit.picks for edit in old.edits}:
             old.parts = shifts.values()
@@ -175,7 +175,7 @@ class Handle:
             )
         else:
             old.remove()
-            self._installation = Installation(found, edits, shifts, shifts.values())
+            self._installation = Installation(found, edits, shifts, shifts.values(), begins=old.begins)
             self._installation.strength = old.strength
         for stack in shifts.values():
             if id(stack) not in known:
@@ -215,7 +215,7 @@ def check_new(found: Located, stacks: Sequence[ShiftStack]) -> None:
         )
 
 
-def edits_of(found: Located, shifts: ShiftStack | StackSet) -> list[SiteEdit]:
+def edits_of(shifts: ShiftStack | StackSet) -> list[SiteEdit]:
     """The edits of a stack or a set. A set has one for each kind of heads, layer and site."""
     if isinstance(shifts, ShiftStack):
         return [

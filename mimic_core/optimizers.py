@@ -48,8 +48,9 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             continue
         problem = (
             f"the {shifts.name!r} shifts in the model have gradients, but no optimizer has their parameters: "
-            f"model.parameters() does not have them. Give shifts.parameters() to the optimizer, or a module that holds "
-            f"the stack to the trainer, or freeze the stack with shifts.requires_grad_(False)"
+            f"model.parameters() does not have them. Give shifts.parameters() to the optimizer, or train with "
+            f"mimic_core.integrations.trainer.ShiftTrainer, or give a module that holds the stack to another trainer, "
+            f"or freeze the stack with shifts.requires_grad_(False)"
         )
         if not any(x.grad is not None for group in optimizer.param_groups for x in group["params"]):
             raise PatchStateError(f"this {type(optimizer).__name__} has nothing to train: {problem}")

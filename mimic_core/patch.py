@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import optimizers
 from .adapters import locate, unwrap
+from .averaging import Averaging
 from .edits import Installation, SiteEdit, installed
 from .errors import WrongTypeError
 from .handle import Handle, check_new, edits_of, positions_at, stacks_of
@@ -19,7 +21,9 @@ from .samples import check_strength
 from .types import At, Located, check_site
 
 
-def patch(model: nn.Module, shifts: ShiftStack | StackSet, strength: float | Float[Tensor, ""] = 1.0) -> Handle:
+def patch(
+    model: nn.Module, shifts: ShiftStack | StackSet | DistributedDataParallel, strength: float | Float[Tensor, ""] = 1.0
+) -> Handle:
     """Put a stack of shift heads into a model, or a set of stacks of which each sample gets its own.
 
     The shifts act from now on, until the handle is removed. If this raises an error, the model is unchanged. A model
@@ -35,6 +39,13 @@ def patch(model: nn.Module, shifts: ShiftStack | StackSet, strength: float | Flo
     gradient and no optimizer has them, the next step of an optimizer raises PatchStateError, or warns if it has other
     parameters to train.
 
+    In several processes, give the stack inside DistributedDataParallel, which averages its gradients:
+
+        mimic_core.patch(model, DistributedDataParallel(shifts))
+
+    A DistributedDataParallel around a module that holds the stack does the same. A forward with gradients raises
+    PatchStateError if it runs in one that does not hold the stack.
+
     Args:
         shifts: The stack, or a `StackSet`. With a set, run the model inside `handle.using(...)`.
         strength: See `Handle.strength`.
@@ -43,17 +54,18 @@ def patch(model: nn.Module, shifts: ShiftStack | StackSet, strength: float | Flo
         WrongTypeError: `shifts` is neither.
         UnsupportedModelError: no adapter fits the model.
         ShapeError: the strength is no number, or the stack was built for a model of other sizes.
-        PatchStateError: this stack is already in this model, or in a part of it. A later forward also raises it if it
-            does not reach one of the sites.
+        PatchStateError: this stack is already in this model, or in a part of it. Or its parameters are sharded, or
+            the options of its DistributedDataParallel need its forward. A later forward also raises it if it does not
+            reach one of the sites.
     """
-    if not isinstance(shifts, StackSet):
-        check_stack(shifts)
-    found = locate(model)
-    check_new(found, stacks_of(shifts))
+    inner = shifts if isinstance(shifts, StackSet) else check_stack(shifts)
+    averaging = Averaging(inner, shifts if isinstance(shifts, DistributedDataParallel) else None)
+    found, stacks = locate(model), stacks_of(inner)
+    check_new(found, stacks)
     strength = check_strength(strength)
-    handle = Handle(Installation(found, edits_of(found, shifts), shifts, stacks_of(shifts)))
+    handle = Handle(Installation(found, edits_of(inner), inner, stacks, begins=averaging))
     handle.strength = strength
-    for stack in stacks_of(shifts):
+    for stack in stacks:
         optimizers.watch(stack)
     return handle
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as in_tensors
 from safetensors.torch import save as in_bytes
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..adapters import locate
 from ..build import place
@@ -34,12 +35,15 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LONGEST, _HEADER = 16 << 20, 16 << 20
 
 
-def save_shifts(shifts: ShiftStack, path: str | os.PathLike[str], push_to_hub: str | None = None) -> None:
+def save_shifts(
+    shifts: ShiftStack | DistributedDataParallel, path: str | os.PathLike[str], push_to_hub: str | None = None
+) -> None:
     """Write a stack to a directory: `shifts.safetensors` and `shifts.json`.
 
     Each file is replaced completely or not at all. The model is not saved.
 
     Args:
+        shifts: The stack, or the DistributedDataParallel around it.
         path: The directory. It is created if it does not exist.
         push_to_hub: A hub repository ("user/name") for a copy of the two files. It is created if it does not exist.
 
@@ -48,7 +52,7 @@ def save_shifts(shifts: ShiftStack, path: str | os.PathLike[str], push_to_hub: s
         CheckpointError: `load_shifts` could not read the files: two parameters share a tensor, a parametrization has
             changed the names, a number is NaN or infinite, a dtype is not a usual one. Nothing is written.
     """
-    check_stack(shifts)
+    shifts = check_stack(shifts)
     _check_untied(shifts)
     tensors = {name: x.detach().cpu().contiguous() for name, x in shifts.state_dict().items()}
     with torch.random.fork_rng(devices=[]):

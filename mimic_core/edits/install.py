@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,8 @@ class Installation:
         key: The object that the edits belong to.
         parts: What of it has edits, so that none comes twice into a model.
         thread: The only thread in which they do anything; None means all.
+        begins: Called with False when a forward with gradients begins that is not a part of another one. Called with
+            True when torch.compile traces one: if it raises PatchStateError then, the decoder runs uncompiled.
 
     Raises:
         UnsupportedModelError: a layer lacks a site. The model is unchanged.
@@ -57,8 +59,9 @@ class Installation:
         key: object = None,
         parts: Iterable[Any] = (),
         thread: int | None = None,
+        begins: Callable[[bool], None] | None = None,
     ) -> None:
-        self.key, self._thread = key, thread
+        self.key, self._thread, self.begins = key, thread, begins
         self.parts = list(parts)
         self.edits = edits = list(edits)
         self.order = next(_orders)
@@ -274,10 +277,21 @@ class Installation:
         self._standing.traced()
         if self._is_out_of_place():
             raise PatchStateError("modules were replaced since the patch")
+        if self.begins is not None and torch.is_grad_enabled() and self._is_refused():
+            raise PatchStateError("a forward with gradients is not compiled here")
 
     @torch.compiler.assume_constant_result  # the graph checks which modules it calls
     def _is_out_of_place(self) -> bool:
         return not self._standing.kept
+
+    @torch.compiler.assume_constant_result
+    def _is_refused(self) -> bool:
+        assert self.begins is not None
+        try:
+            self.begins(True)
+        except PatchStateError:
+            return True
+        return False
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The decoder's forward begins.
@@ -286,6 +300,8 @@ class Installation:
             PatchStateError: see `check_places`, and `ForwardWatch.begin`.
         """
         self.check_places()
+        if self.begins is not None and torch.is_grad_enabled() and self.active and not self.in_forward:
+            self.begins(False)
         self._watch.begin(by_name(type(self._decoder).forward, args, kwargs), self._decoder)
 
     def leave(self, raised: bool) -> None:

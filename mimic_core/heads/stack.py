@@ -6,12 +6,16 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import PatchStateError, ShapeError, UnsupportedModelError, WrongTypeError
 from ..origins import Origin
 from ..types import LayerSpec, ModelSpec
 from .base import HeadConfig, ShiftHead
+
+# With this as its argument, a stack is called by the DistributedDataParallel around it: see `averaging`.
+FORWARD_BEGINS = object()
 
 
 class ShiftStack(nn.Module):
@@ -127,12 +131,14 @@ class ShiftStack(nn.Module):
         """`mimic_core.load_shifts`, with its options (`revision`, `strict`, `token`, `cache_dir`)."""
         return files.load(source, model, **options)
 
-    def forward(self, *args: object, **kwargs: object) -> None:
+    def forward(self, *args: object, **kwargs: object) -> list[Tensor]:
         """A stack is not called. It acts in the model that it is patched into.
 
         Raises:
             PatchStateError: always.
         """
+        if args and args[0] is FORWARD_BEGINS:
+            return [x.view_as(x) for x in self.parameters() if x.requires_grad]
         raise PatchStateError("a ShiftStack is not called; put it into a model with mimic_core.patch(model, shifts)")
 
 
@@ -140,13 +146,19 @@ class ShiftStack(nn.Module):
 files: Any = None
 
 
-def check_stack(shifts: object) -> None:
-    """Raises WrongTypeError: it is no stack."""
-    if not isinstance(shifts, ShiftStack):
+def check_stack(shifts: object) -> ShiftStack:
+    """The stack, which may be inside DistributedDataParallel.
+
+    Raises:
+        WrongTypeError: it is no stack.
+    """
+    inner = shifts.module if isinstance(shifts, DistributedDataParallel) else shifts
+    if not isinstance(inner, ShiftStack):
         raise WrongTypeError(
-            f"a ShiftStack is needed, found {type(shifts).__name__}: make one with mimic_core.build_shifts or "
+            f"a ShiftStack is needed, found {type(inner).__name__}: make one with mimic_core.build_shifts or "
             f"mimic_core.load_shifts"
         )
+    return inner
 
 
 def _choose(config: HeadConfig, spec: ModelSpec) -> list[LayerSpec]:

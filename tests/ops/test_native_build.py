@@ -269,6 +269,14 @@ def test_a_wrong_op_is_found_out(name: str, native_ops: ModuleType) -> None:
     assert problem.startswith(f"{name} in torch.float32 on cpu is 0.0")
 
 
+def test_the_comparison_is_no_part_of_the_call_it_comes_first_in(native_ops: ModuleType) -> None:
+    """Gradient checkpointing counts the tensors that are saved, and autocast would change the reference."""
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        assert native.disagreement(native_ops, torch.device("cpu")) is None
+    assert saved == []
+
+
 def test_only_linux_builds(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(BackendUnavailableError, match="built only on Linux, and this is win32"):

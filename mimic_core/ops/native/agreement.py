@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,16 @@ _LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 def disagreement(native: ModuleType, device: torch.device) -> str | None:
-    """How the ops differ from the reference on a device. None if they agree."""
+    """How the ops differ from the reference on a device. None if they agree.
+
+    The first call of an op may be inside gradient checkpointing or autocast. These belong to a thread, so this is done
+    in another one: otherwise a checkpoint would count the tensors of the comparison as its own.
+    """
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(_disagreement, native, device).result()
+
+
+def _disagreement(native: ModuleType, device: torch.device) -> str | None:
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         for dtype, limit in _LIMITS.items():
             for name, found, wanted in _results(native, device, dtype):

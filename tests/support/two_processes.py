@@ -1,0 +1,287 @@
+"""Checks of data parallel training. They need two processes, `run(folder)` starts them once for all checks.
+
+Each process takes half of the rows. What is compared is the gradient of one process over all rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import mimic_core as mc
+from tests.support.training import (
+    RecordingTrainer,
+    arguments,
+    gradients_of,
+    in_plain_torch,
+    model_and_shifts,
+    rows,
+    samples,
+)
+
+CHECKS: dict[str, Callable[[], None]] = {}
+
+
+def check(function: Callable[[], None]) -> Callable[[], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def run(folder: Path) -> dict[str, list[str]]:
+    """What went wrong in each check, by process; an empty text: nothing."""
+    command = [sys.executable, "-m", __name__, str(folder)]
+    processes = [subprocess.Popen([*command, str(rank)], env=_environment(rank)) for rank in range(2)]
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0]
+    results = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return {name: [result.get(name, "it did not run") for result in results] for name in CHECKS}
+
+
+def _environment(rank: int) -> dict[str, str]:
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    # Trainer and accelerate look for an address, but find the group that is there.
+    return {**os.environ, **ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
+
+
+def main(folder: Path, rank: int) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    found = {}
+    for name, function in CHECKS.items():
+        try:
+            function()
+            found[name] = ""
+        except (Exception, pytest.fail.Exception):  # the latter: nothing was raised
+            found[name] = traceback.format_exc()
+            break  # the other process may wait in the middle of this check
+        finally:
+            (folder / f"{rank}.json").write_text(json.dumps(found))
+    distributed.destroy_process_group()
+
+
+def mine(ids: Tensor) -> Tensor:
+    """The rows of this process."""
+    return ids.chunk(2)[distributed.get_rank()]
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids).logits.square().mean()
+
+
+IDS = rows(4)
+
+
+def whole() -> list[Tensor]:
+    """The gradients of one process over all rows."""
+    model, shifts = model_and_shifts(torch.float64)
+    with warnings.catch_warnings(), mc.patch(model, shifts):
+        warnings.simplefilter("ignore")
+        loss_of(model, IDS).backward()
+    return gradients_of(shifts)
+
+
+def assert_averaged(shifts: mc.ShiftStack, wanted: list[Tensor], times: int = 1) -> None:
+    for found, exact in zip(gradients_of(shifts), wanted, strict=True):
+        torch.testing.assert_close(found, times * exact, rtol=1e-9, atol=1e-14)
+    shifts.zero_grad()
+
+
+@check
+def a_wrapped_stack() -> None:
+    wanted = whole()
+    for options in ({}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}):
+        model, shifts = model_and_shifts(torch.float64)
+        wrapped = DistributedDataParallel(shifts, **options)
+        with warnings.catch_warnings(), mc.patch(model, wrapped) as handle:
+            warnings.simplefilter("error")
+            for _ in range(3):  # the first one is another for DistributedDataParallel
+                with torch.no_grad():
+                    loss_of(model, IDS)
+                with handle.disabled():
+                    loss_of(model, IDS)
+                loss_of(model, mine(IDS)).backward()
+                assert_averaged(shifts, wanted)
+            with wrapped.no_sync():
+                loss_of(model, mine(IDS)).backward()
+            loss_of(model, mine(IDS)).backward()
+            assert_averaged(shifts, wanted, times=2)
+        with TemporaryDirectory() as folder:
+            mc.save_shifts(wrapped, folder)
+            assert mc.load_shifts(folder, model).layers == shifts.layers
+
+
+@check
+def when_the_wrapper_is_told() -> None:
+    model, shifts = model_and_shifts(torch.float64)
+    wrapped = DistributedDataParallel(shifts)
+    told = []
+    wrapped.register_forward_pre_hook(lambda *_: told.append(1))
+
+    def again(value: Tensor, at: mc.At) -> None:
+        if not nested:
+            nested.append(1)
+            loss_of(model, IDS)
+
+    with mc.patch(model, wrapped) as handle:
+        with torch.no_grad():
+            loss_of(model, IDS)
+        with handle.disabled():
+            loss_of(model, IDS)
+        assert told == []
+        nested: list[int] = []
+        with mc.hook(model, "layer_out", again, layers=[0]):
+            loss_of(model, IDS)
+        assert (nested, told) == ([1], [1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                loss_of(twin, IDS)
+        assert told == [1]
+        with pytest.raises(mc.PatchStateError, match="a ShiftStack is not called"):
+            wrapped()
+        shifts[0].vector.requires_grad_(False)
+        with pytest.raises(mc.PatchStateError, match="frozen or unfrozen after the patch"):
+            loss_of(model, IDS)
+
+
+@check
+def gradient_checkpointing() -> None:
+    wanted = whole()
+    for reentrant in (False, True):
+        model, shifts = model_and_shifts(torch.float64)
+        model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+        with mc.patch(model, DistributedDataParallel(shifts)):
+            for _ in range(2):
+                loss_of(model, mine(IDS)).backward()
+                assert_averaged(shifts, wanted)
+
+
+@check
+def with_accelerate() -> None:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, shifts = model_and_shifts(torch.float64)
+    prepared = accelerator.prepare(shifts)
+    with mc.patch(model, prepared):
+        for step in range(4):
+            with accelerator.accumulate(prepared):
+                accelerator.backward(loss_of(model, mine(IDS)))
+            if step % 2:
+                assert_averaged(shifts, whole())
+
+
+@check
+def in_the_model_of_another_wrapper() -> None:
+    model, shifts = model_and_shifts(torch.float64)
+    model.model.norm.weight.requires_grad_(True)
+    outer = DistributedDataParallel(model)
+    with mc.patch(model, shifts), pytest.raises(mc.PatchStateError, match="does not hold the shifts"):
+        loss_of(outer, mine(IDS))
+    with mc.patch(model, DistributedDataParallel(shifts)):
+        for _ in range(2):
+            loss_of(outer, mine(IDS)).backward()
+            assert_averaged(shifts, whole())
+
+
+@check
+def held_by_what_is_wrapped() -> None:
+    model, shifts = model_and_shifts(torch.float64)
+    model.shifts = shifts
+    outer = DistributedDataParallel(model)
+    with warnings.catch_warnings(), mc.patch(model, shifts):
+        warnings.simplefilter("error")
+        for _ in range(2):
+            loss_of(outer, mine(IDS)).backward()
+            assert_averaged(shifts, whole())
+
+
+@check
+def no_wrapper_is_told_once() -> None:
+    model, shifts = model_and_shifts(torch.float64)
+    for expected in ([UserWarning], []):
+        with warnings.catch_warnings(record=True) as told, mc.patch(model, shifts):
+            warnings.simplefilter("always")
+            loss_of(model, mine(IDS))
+        assert [one.category for one in told] == expected
+        assert all("nothing is seen to average" in str(one.message) for one in told)
+
+
+@check
+def in_a_sharded_model() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    model, shifts = model_and_shifts(torch.float64)
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh)
+    with mc.patch(model, DistributedDataParallel(shifts)):
+        for _ in range(0 if torch.__version__.startswith("2.6.") else 2):  # torch 2.6 runs it on a GPU alone
+            loss_of(model, mine(IDS)).backward()
+            assert_averaged(shifts, whole())
+    fully_shard(shifts, mesh=mesh)
+    with pytest.raises(mc.PatchStateError, match="shard the model alone"):
+        mc.patch(model, shifts)
+
+
+@check
+def what_is_refused() -> None:
+    model, shifts = model_and_shifts()
+    with pytest.raises(mc.PatchStateError, match="static_graph"):
+        mc.patch(model, DistributedDataParallel(shifts, static_graph=True))
+    compiled = torch.compile(model, backend="eager")
+    with (
+        mc.patch(model, DistributedDataParallel(shifts)),
+        pytest.raises(mc.PatchStateError, match="does not call the Distributed"),
+    ):
+        loss_of(compiled, mine(IDS))
+
+
+@check
+def with_the_trainer() -> None:
+    model, shifts = model_and_shifts()
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        args = arguments(folder, gradient_accumulation_steps=2)
+        trainer = RecordingTrainer(model=model, shifts=shifts, args=args, train_dataset=samples(16))
+        trainer.train()
+    both: list[Any] = [None, None]
+    distributed.all_gather_object(both, trainer.steps[:-1])
+    steps = [
+        [(torch.cat([one[0], other[0]]), one[1]) for one, other in zip(*pair, strict=True)]
+        for pair in zip(*both, strict=True)
+    ]
+    assert not torch.equal(*(batches[0][0][0] for batches in both))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gradients, alone = in_plain_torch(steps)
+    for found, exact in zip(trainer.gradients, gradients, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(shifts.state_dict(), alone.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
