@@ -108,6 +108,7 @@ class Installation:
             memo[id(self)] = nowhere = _Nowhere()
             return nowhere
         memo[id(self)] = twin = type(self).__new__(type(self))
+        copy.deepcopy(self._decoder, memo)  # before its layers: other edits in them look for it
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -68,3 +69,15 @@ def test_the_small_forward_that_finds_sites_runs_no_edits(site: Any) -> None:
             model(**made.inputs())
     assert calls == list(range(4))
     assert seen.states[0].shape[:1] == (2,)
+
+
+def test_a_copy_has_what_was_put_into_the_whole_model_and_into_its_base() -> None:
+    """The copy of one of two edits began at a layer, where the copy of the other one took it for a layer alone."""
+    case = BY_NAME["llama"]
+    model: Any = fresh_model(case)
+    with torch.no_grad(), mc.hook(model, "layer_out", lambda value, at: value * 2):
+        with mc.hook(model.model, "layer_out", lambda value, at: value + 1):
+            wanted, twin = model(**case.inputs()).logits, copy.deepcopy(model)
+    assert len(mc.handles(twin)) == 2
+    with torch.no_grad():
+        assert torch.equal(twin(**case.inputs()).logits, wanted)

@@ -18,8 +18,8 @@ import mimic_core as mc
 from tests.support.cases import fresh_model, logits_of, random_shifts
 from tests.support.compilable import SHALLOW, text
 
-WARM, TIMES, WINDOW = 100, 600, 100
-"""Before anything is counted; while objects and resident memory are counted; in each of three traced windows."""
+WARM, TIMES, WINDOW = 50, 200, 30
+"""Before anything is counted; while objects and resident memory are counted; in each of five traced windows."""
 Work = Callable[[], None]
 
 
@@ -57,7 +57,7 @@ def _capture(model: nn.Module, inputs: dict[str, Tensor], folder: Path) -> Work:
     def work() -> None:
         with mc.capture(model, ["query", "lse", "layer_out"], where=where) as seen:
             logits_of(model, inputs)
-        assert len(seen["lse"]) == 3
+        assert len(seen["lse"]) == 1
 
     return work
 
@@ -127,7 +127,9 @@ def objects() -> Counter[type]:
 @pytest.mark.parametrize(
     "what", [pytest.param(name, marks=() if name == "all" else pytest.mark.exhaustive) for name in WORKS]
 )
-def test_a_thousand_times_leaves_nothing(what: str, tmp_path: Path, no_shape_checks: None) -> None:
+def test_hundreds_of_times_leave_nothing(
+    what: str, tmp_path: Path, no_shape_checks: None, functions_made_in_functions_unchecked: None
+) -> None:
     model, inputs = fresh_model(SHALLOW), text(4, batch=1) | {"attention_mask": torch.ones(1, 4, dtype=torch.long)}
     work = WORKS[what](model, inputs, tmp_path)
 
@@ -149,7 +151,7 @@ def test_a_thousand_times_leaves_nothing(what: str, tmp_path: Path, no_shape_che
             tracemalloc.start()
             try:
                 grown = []
-                for _ in range(3):
+                for _ in range(5):
                     traced = tracemalloc.get_traced_memory()[0]
                     repeat(WINDOW)
                     grown.append(tracemalloc.get_traced_memory()[0] - traced)

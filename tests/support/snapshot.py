@@ -17,3 +17,8 @@ def snapshot(model: nn.Module) -> Any:
     }
     config = model.config.to_json_string()
     return modules, config, list(model.state_dict()), AttentionInterface.get_interface
+
+
+def left_in(model: nn.Module) -> list[str]:
+    """Attributes of ours in a model's modules."""
+    return [f"{path}.{name}" for path, m in model.named_modules() for name in vars(m) if "mimic" in name]
