@@ -248,3 +248,7 @@ def test_a_strength_is_compiled_anew() -> None:
                 pytest.raises(Exception, match="not available inside torch.compile"),
             ):
                 compiled(**text(5), use_cache=False)
+    stacks = mc.StackSet({"a": random_shifts(model, "mimic")})
+    with torch.no_grad(), mc.patch(model, stacks) as handle, handle.using("a"):
+        with pytest.raises(Exception, match="not available inside torch.compile"):
+            compiled(**text(5), use_cache=False)

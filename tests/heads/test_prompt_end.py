@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 import mimic_core as mc
+from mimic_core.edits.forward import Forward
 from tests.support.cases import ATTENTION, CASES, PROMPT_HEADS, Case, fresh_model, logits_of, model_of, random_shifts
 
 LLAMA = next(case for case in CASES if case.name == "llama")
@@ -133,24 +134,10 @@ def test_where_it_is_not_there(no_shape_checks: None) -> None:
     with mc.patch(model, mc.build_shifts(model, "undeclared-for-test")):
         with pytest.raises(mc.PatchStateError, match="heads with needs_prompt_end"):
             logits_of(model, inputs)
-    shifts = random_shifts(model, "function-vector")
-    with mc.patch(model, shifts):
-        logits_of(model, inputs)
-        with pytest.raises(mc.ShapeError, match=r"has \[b t\] = \[2, 9\], but its hidden states have \[2, 11\]"):
-            model.model.layers[1](  # what a decoder of odd habits would hand on
-                *[torch.zeros(2, 11, 32)], **decoder_forward(model, torch.ones(2, 9))
-            )
-
-
-def decoder_forward(model: nn.Module, mask: Tensor) -> dict[str, Any]:
-    """Arguments for one layer, with the state of a forward whose decoder was given `mask`."""
-    from mimic_core.edits.forward import Forward
-    from mimic_core.edits.install import installed
-
-    state = installed(*model.modules())[0]._watch._state
-    state.depth, state.forward = 1, Forward(2, 11, {"attention_mask": mask})
-    positions = torch.arange(11)[None]
-    return {"position_embeddings": model.model.rotary_emb(torch.zeros(2, 11, 32), positions)}
+    # What a decoder of odd habits would hand on.
+    forward = Forward(2, 11, {"attention_mask": torch.ones(2, 9)})
+    with pytest.raises(mc.ShapeError, match=r"has \[b t\] = \[2, 9\], but its hidden states have \[2, 11\]"):
+        forward.tokens("prompt_end", 2, 11, torch.device("cpu"))
 
 
 @pytest.mark.newest

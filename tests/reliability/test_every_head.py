@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import mimic_core as mc
@@ -22,7 +22,6 @@ from mimic_core.testing import laws_decoding, laws_patch
 from mimic_core.testing.state import Snapshot, as_it_was
 from mimic_core.testing.subject import Subject, same_bits
 from mimic_core.testing.verdicts import NotApplicable
-from tests.support.sequence_models import lora_everywhere
 from tests.zoo.tiny import tiny
 
 pytestmark = pytest.mark.newest
@@ -143,7 +142,7 @@ def lora_beside(s: OneHead) -> None:
     shifts = random_stack(model, s.head)
     with torch.no_grad(), mc.patch(model, shifts):
         head_alone = s.run(model=model)
-    lora: Any = get_peft_model(model, lora_everywhere()).eval()  # pyright: ignore[reportArgumentType]
+    lora: Any = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
     with torch.no_grad():
         lora_alone = s.run(model=lora)
     assert not same_bits(lora_alone, s.logits)
