@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ..errors import PatchStateError, UnsupportedModelError
 from .entry import Entry
+from .prompts import EDITED
 from .watch import Around
 
-_FORWARD, _KEY = "forward", "_mimic_core_forward"
+_FORWARD, _KEY = "forward", EDITED
 
 
 class EditedForward:

@@ -16,7 +16,7 @@ from ..errors import PatchStateError
 from ..samples import Samples
 from ..types import ForwardView, Site
 from .forward import Again, Forward
-from .prompts import Given, current_generation, watched_generate
+from .prompts import Given, current_generation, watched_batches, watched_generate
 
 # What a decoder's tokens are called, the likelier first.
 _TOKENS = ("inputs_embeds", "input_ids", "decoder_inputs_embeds", "decoder_input_ids", "hidden_states")
@@ -100,12 +100,13 @@ class ForwardWatch:
         self._lock = threading.Lock()  # between what other threads do and what is done for it
         self.callers = 0
         self.had_callers = False
-        self._release = watched_generate.retain(self)
+        self._releases = (watched_generate.retain(self), watched_batches.retain(self))
 
     def close(self) -> None:
         """No edit is left."""
         self.changes += 1
-        self._release()
+        for release in self._releases:
+            release()
 
     @contextmanager
     def at(self, given: Given) -> Iterator[None]:

@@ -206,8 +206,15 @@ def test_continuous_batching_is_refused() -> None:
     model = fresh_model(LLAMA)
     few = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16, max_memory_percent=0.01)
     config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=2, pad_token_id=0, use_cuda_graph=False)
+    prompts = [[5, 6, 7, 8], [9, 10, 11]]
+    options = {"generation_config": config, "continuous_batching_config": few}
+    stacks = mc.StackSet({"a": mc.build_shifts(model, "live")})
     with mc.hook(model, "layer_out", edit_of(model), positions="prompt_end"):
-        found = model.generate_batch(
-            [[5, 6, 7, 8], [9, 10, 11]], generation_config=config, continuous_batching_config=few
-        )
-    assert [(x.generated_tokens, "not continuous batching" in x.error) for x in found.values()] == [([], True)] * 2
+        with pytest.raises(mc.PatchStateError, match="failed for 2 requests: .*not continuous batching"):
+            model.generate_batch(prompts, **options)
+    with mc.patch(model, stacks) as handle, handle.using("a"):
+        with pytest.raises(mc.PatchStateError, match="failed for 2 requests: .*which stack each sample gets"):
+            model.generate_batch(prompts, **options)
+    with mc.patch(fresh_model(LLAMA), mc.build_shifts(model, "live")):  # another model has edits: this one is as it is
+        assert len(model.generate_batch(prompts, **options)) == 2
+    assert all(len(x.generated_tokens) > 0 for x in model.generate_batch(prompts, **options).values())
