@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -68,6 +69,10 @@ def _resolved(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str, beside:
 def _unavailable(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, beside: tuple[Tensor, ...]) -> str | None:
     if backend != "reference" and is_transformed(q, k, v, *beside):
         return "it does not support torch.func and forward-mode differentiation"
+    # When torch decomposes their kernels for an exported program, the second result is no LSE. onnxruntime could not
+    # load such a program, and other shapes would broadcast to wrong numbers.
+    if backend in ("cpu", "cuda") and _is_exporting():
+        return "torch.export needs ops that can be decomposed"
     return BACKENDS[backend].unavailable(q, k, v, mask)
 
 
@@ -94,3 +99,4 @@ def follows_sdpa(
 
 
 _SDPA = {"cpu": cpu, "cuda": cuda}
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 does not say

@@ -6,6 +6,7 @@ test_compile.py runs this file in a process of its own: the shape checks of the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,28 +143,46 @@ def test_decoding_compiles_once(case: Case, cache: str, head: str) -> None:
     assert frames[2] == frames[-1], frames
 
 
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
 @pytest.mark.usefixtures("compilable")
-@pytest.mark.parametrize("head", ["mimic", "live"])
+@pytest.mark.parametrize("head", ["mimic", "live", "mimic-shared"])
 def test_export(head: str) -> None:
-    """The exported graph is plain torch: it runs without this package's patch around it."""
-
-    class Logits(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids: Tensor) -> Tensor:
-            return self.model(input_ids=input_ids, use_cache=False).logits
-
+    """The exported graph is plain torch: it runs without this package's patch around it, and elsewhere."""
     model = fresh_model(LLAMA)
-    shifts = random_shifts(model, head)
-    with mc.patch(model, shifts):
-        wanted = model(input_ids=text(7)["input_ids"], use_cache=False).logits
+    ids = text(7)["input_ids"]
+    with mc.patch(model, random_shifts(model, head)):
+        wanted = model(input_ids=ids, use_cache=False).logits
         with torch.no_grad():
-            exported = torch.export.export(Logits(model), (text(7)["input_ids"],), strict=False)
-    torch.testing.assert_close(exported.module()(text(7)["input_ids"]), wanted, atol=1e-5, rtol=1e-5)
+            exported = torch.export.export(Logits(model), (ids,), strict=False)
+    for program in (exported, exported.run_decompositions()):
+        torch.testing.assert_close(program.module()(ids), wanted, atol=1e-5, rtol=1e-5)
     calls = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     assert not [name for name in calls if "mimic" in name]
+
+
+@pytest.mark.usefixtures("compilable")
+@pytest.mark.parametrize("head", ["mimic", "live"])
+def test_onnx(head: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model = fresh_model(LLAMA)
+    ids = text(7)["input_ids"]
+    with mc.patch(model, random_shifts(model, head)), torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits
+        program = torch.onnx.export(Logits(model), (ids,), dynamo=True, verbose=False)
+    assert program is not None
+    program.save(str(tmp_path / "model.onnx"))
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("compilable")
