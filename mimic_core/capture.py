@@ -124,7 +124,11 @@ class Capture:
                 f"the capture would have no gradient; use gradient_checkpointing_kwargs="
                 f"{{'use_reentrant': False}}, or capture(..., grad=False)"
             )
-        taken[at.layer] = self._select(site, value if self._grad else value.detach(), at)
+        value = value if self._grad else value.detach()
+        parallel = self._found.parallel
+        if parallel is not None and parallel.splits(at.layer, site):
+            value = parallel.whole(value, site)
+        taken[at.layer] = self._select(site, value, at)
 
     def _select(self, site: Site, value: Tensor, at: At) -> Tensor:
         where = self._where

@@ -13,6 +13,7 @@ from .adapters import locate
 from .edits import Given, Installation, SiteEdit, installed
 from .errors import PatchStateError, ShapeError
 from .heads import ShiftStack, StackSet
+from .heads.split import of_process
 from .heads.stack_set import Mixed, kinds
 from .positions import Positions, check_mask, check_positions
 from .samples import Samples, check_strength
@@ -199,11 +200,13 @@ def check_new(found: Located, stacks: Sequence[ShiftStack]) -> None:
 
     Raises:
         ShapeError: a stack was built for a model of other sizes.
-        PatchStateError: a stack is already in the model.
+        PatchStateError: a stack is already in the model, or not the same in all processes of the model.
     """
     for stack in stacks:
         if misfit := stack.spec.misfit(found.spec):
             raise ShapeError(f"these shifts do not fit {type(found.model).__name__}: they were built for {misfit}")
+    if found.parallel is not None:
+        found.parallel.check_same(stacks)
     there = {id(stack) for owner in installed(*found.model.modules()) for stack in owner.parts}
     if any(id(stack) in there for stack in stacks):
         raise PatchStateError(
@@ -212,7 +215,11 @@ def check_new(found: Located, stacks: Sequence[ShiftStack]) -> None:
 
 
 def edits_of(found: Located, shifts: ShiftStack | StackSet) -> list[SiteEdit]:
-    """The edits of a stack or a set. A set has one for each kind of heads, layer and site."""
+    """The edits of a stack or a set. A set has one for each kind of heads, layer and site.
+
+    Raises:
+        UnsupportedModelError: the model is tensor-parallel, and a head needs all attention heads.
+    """
     if isinstance(shifts, ShiftStack):
         return [
             SiteEdit(
@@ -227,12 +234,12 @@ def edits_of(found: Located, shifts: ShiftStack | StackSet) -> list[SiteEdit]:
                 needs_at=head.needs_at,
                 positions=positions_at(site, head.config.positions),
             )
-            for head in shifts
+            for head in (of_process(head, found.parallel) for head in shifts)
             for site, run in head.edits().items()
         ]
     edits = []
     for kind, stacks in kinds(shifts.values()).items():
-        heads = {head.layer.index: head for stack in reversed(stacks) for head in stack}
+        heads = {h.layer.index: of_process(h, found.parallel) for stack in reversed(stacks) for h in stack}
         edits += [
             SiteEdit(
                 layer=layer,
@@ -242,7 +249,7 @@ def edits_of(found: Located, shifts: ShiftStack | StackSet) -> list[SiteEdit]:
                 needs_positions=head.needs_prompt_end,
                 needs_at=head.needs_at,
                 positions=positions_at(site, head.config.positions),
-                picks=Mixed(kind, layer, site),
+                picks=Mixed(kind, layer, site, found.parallel),
             )
             for layer, head in sorted(heads.items())
             for site, run in head.edits().items()

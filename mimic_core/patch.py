@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import optimizers
 from .adapters import locate, unwrap
 from .edits import Installation, SiteEdit, installed
-from .errors import WrongTypeError
+from .errors import UnsupportedModelError, WrongTypeError
 from .handle import Handle, check_new, edits_of, positions_at, stacks_of
 from .heads import ShiftStack, StackSet
 from .heads.stack import check_stack
@@ -94,7 +94,8 @@ def hook(
         UnknownNameError: there is no such site, or no such positions.
         ShapeError: `positions` is a tensor, but not a bool mask [b t].
         PatchStateError: the edit is limited to positions at `key`, `value` or `lse`.
-        UnsupportedModelError: no adapter fits, or a layer lacks the site.
+        UnsupportedModelError: no adapter fits, or a layer lacks the site. Or the model is tensor-parallel, and each
+            process has only its own heads at the site.
 
     A later forward raises ShapeError if `fn` returns another shape, dtype or device. It raises PatchStateError if `fn`
     returns a value at `lse`, which can only be read, or if the forward does not reach the site.
@@ -105,6 +106,12 @@ def hook(
     found = locate(model)
     chosen = choose_layers(found, (name,), layers)
     where = positions_at(name, positions)
+    if found.parallel is not None and any(found.parallel.splits(layer, name) for layer in chosen):
+        raise UnsupportedModelError(
+            f"in this tensor-parallel model, each of {found.parallel.size} processes has only its own heads at "
+            f"{name!r}, so the function would not see all: read them with mimic_core.capture, which gives all heads, "
+            f"or edit them with a ShiftHead that has per_head"
+        )
     edits = [SiteEdit(layer, name, fn, needs_positions=True, keeps=True, positions=where) for layer in chosen]
     return Handle(Installation(found, edits))
 
