@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessException, spawn
 
 Check = Callable[[Any], None]
 
@@ -22,9 +22,14 @@ def outcomes(processes: int, folder: Path, begin: Callable[[Path], Any], checks:
 
     `begin` gets the folder and returns the argument of the checks. It and the checks are functions of a module.
     """
-    spawn(_run, (processes, folder, begin, dict(checks)), nprocs=processes)
-    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
-    return {name: "\n".join(one[name] for one in found if one[name]) for name in checks}
+    otherwise = ""
+    try:
+        spawn(_run, (processes, folder, begin, dict(checks)), nprocs=processes)
+    except ProcessException as error:  # a check that raises in one process alone ends the group
+        otherwise = f"it did not run to its end: {error}"
+    files = [folder / f"{rank}.json" for rank in range(processes)]
+    found = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    return {name: "\n".join(filter(None, (one.get(name, otherwise) for one in found))) for name in checks}
 
 
 def _run(rank: int, processes: int, folder: Path, begin: Callable[[Path], Any], checks: dict[str, Check]) -> None:
@@ -41,6 +46,6 @@ def _run(rank: int, processes: int, folder: Path, begin: Callable[[Path], Any], 
             found[name] = ""
         except BaseException:
             found[name] = f"in process {rank}: {traceback.format_exc()}"
+        (folder / f"{rank}.json").write_text(json.dumps(found))
         dist.barrier()
-    (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
