@@ -22,7 +22,7 @@ def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: 
 
     Returns:
         A module that holds only the parameters of the shifts, in fp32. Each head is on the device of its layer. Random
-        initial values come from torch's global generator.
+        initial values come from torch's global generator; in a tensor-parallel model, from that of the first process.
 
     Raises:
         WrongTypeError: `head` is neither a name nor a config.

@@ -175,7 +175,7 @@ def capture(
 
     The capture holds the value after the edits that were installed before it was opened. The model's later writes do
     not reach it: at every site but `lse`, one copy is made of the tensor, or of the tokens that `where` chooses. It
-    records only the thread that opened it.
+    records only the thread that opened it. In a tensor-parallel model, each process gets the heads of all.
 
     Args:
         sites: One or several of `mimic_core.types.SITES`.

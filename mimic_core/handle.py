@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from jaxtyping import Bool, Float
@@ -12,7 +12,7 @@ from . import optimizers
 from .adapters import locate
 from .edits import Given, Installation, SiteEdit, installed
 from .errors import PatchStateError, ShapeError
-from .heads import ShiftStack, StackSet
+from .heads import ShiftHead, ShiftStack, StackSet
 from .heads.split import of_process
 from .heads.stack_set import Mixed, kinds
 from .positions import Positions, check_mask, check_positions
@@ -226,35 +226,43 @@ def edits_of(found: Located, shifts: ShiftStack | StackSet) -> list[SiteEdit]:
                 layer=head.layer.index,
                 site=site,
                 # Calling the module instead of its forward takes twice as long, because torch looks for hooks.
-                run=head.forward if run is head else run,
+                run=head.forward if (run := head.edits()[site]) is head else run,
                 shift=head.gated_shift if site == "attn_heads" and head.is_gated_shift else None,
                 fused=head.fused if site == "attn_heads" else None,
                 needs_lse=head.needs_lse and site == "attn_heads",
                 needs_positions=head.needs_prompt_end,
                 needs_at=head.needs_at,
                 positions=positions_at(site, head.config.positions),
+                shared=_shared(found, head, site),
             )
-            for head in (of_process(head, found.parallel) for head in shifts)
-            for site, run in head.edits().items()
+            for whole in shifts
+            for site in whole.edits()
+            for head in (of_process(whole, found.parallel, site),)
         ]
     edits = []
     for kind, stacks in kinds(shifts.values()).items():
-        heads = {h.layer.index: of_process(h, found.parallel) for stack in reversed(stacks) for h in stack}
+        heads = {head.layer.index: head for stack in reversed(stacks) for head in stack}
         edits += [
             SiteEdit(
                 layer=layer,
                 site=site,
-                run=run,
+                run=of_process(head, found.parallel, site).edits()[site],
                 needs_lse=head.needs_lse and site == "attn_heads",
                 needs_positions=head.needs_prompt_end,
                 needs_at=head.needs_at,
                 positions=positions_at(site, head.config.positions),
                 picks=Mixed(kind, layer, site, found.parallel),
+                shared=_shared(found, head, site),
             )
             for layer, head in sorted(heads.items())
-            for site, run in head.edits().items()
+            for site in head.edits()
         ]
     return edits
+
+
+def _shared(found: Located, head: ShiftHead, site: Site) -> Callable[[Tensor], Tensor] | None:
+    parallel = found.parallel
+    return parallel.shared if parallel is not None and parallel.splits(head.layer.index, site) else None
 
 
 def positions_at(site: Site, positions: object) -> Positions | Tensor:

@@ -45,6 +45,10 @@ class Parallel:
         """
         return _Own.apply(whole, self) if torch.is_grad_enabled() and whole.requires_grad else self.slice(whole, 0)
 
+    def shared(self, x: Tensor) -> Tensor:
+        """A tensor that is used with every head. Each process gets its gradient from all heads."""
+        return _Shared.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else x
+
     def whole(self, value: Tensor, site: str) -> Tensor:
         """The value of a site with all heads. Each process gets the gradient of its own heads."""
         return _Whole.apply(value, self, _AXIS[site])  # pyright: ignore[reportReturnType]
@@ -100,6 +104,20 @@ class _Own(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return ctx.parallel.gather(grads[0], 0), None
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parallel: Parallel) -> Tensor:
+        ctx.parallel = parallel
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.parallel.group)
+        return grad, None
 
 
 class _Whole(torch.autograd.Function):

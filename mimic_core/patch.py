@@ -41,10 +41,11 @@ def patch(model: nn.Module, shifts: ShiftStack | StackSet, strength: float | Flo
 
     Raises:
         WrongTypeError: `shifts` is neither.
-        UnsupportedModelError: no adapter fits the model.
+        UnsupportedModelError: no adapter fits the model, or it is tensor-parallel and a head needs all attention heads.
         ShapeError: the strength is no number, or the stack was built for a model of other sizes.
-        PatchStateError: this stack is already in this model, or in a part of it. A later forward also raises it if it
-            does not reach one of the sites.
+        PatchStateError: this stack is already in this model, or in a part of it. Or the model is tensor-parallel, and
+            the stack is not the same in all processes. A later forward also raises it if it does not reach one of the
+            sites.
     """
     if not isinstance(shifts, StackSet):
         check_stack(shifts)

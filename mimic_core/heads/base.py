@@ -73,6 +73,7 @@ class ShiftHead(nn.Module):
         per_head: Names of the parameters whose first axis is all attention heads. With it a head says that its formula
             is the same for each attention head. In a tensor-parallel model each process then runs it on its own ones,
             with its slice of these parameters, and `layer.heads` is their number. None: the formula needs all heads.
+            Other parameters stay whole, but parameters of modules in the head are not known, so these are refused.
     """
 
     name: ClassVar[str]

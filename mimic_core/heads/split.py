@@ -5,29 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..parallel import Parallel
+from ..types import Site
 from .base import ShiftHead
 
 
-def of_process(head: ShiftHead, parallel: Parallel | None) -> ShiftHead:
-    """The head as this process runs it: itself, or one with its own attention heads.
+def of_process(head: ShiftHead, parallel: Parallel | None, site: Site) -> ShiftHead:
+    """The head as this process runs it at a site: itself, or one with its own attention heads.
 
     Raises:
-        UnsupportedModelError: the process lacks attention heads, and the head's formula needs all of them.
+        UnsupportedModelError: the process lacks attention heads, and the head's formula may need all of them.
     """
-    index = head.layer.index
-    inside = [] if parallel is None else [site for site in head.edits() if parallel.splits(index, site)]
-    if parallel is None or not inside:
+    if parallel is None or not parallel.splits(head.layer.index, site):
         return head
-    if head.per_head is None or not {"key", "value"}.isdisjoint(inside):
+    if head.per_head is None or head._modules or site in ("key", "value"):
         raise UnsupportedModelError(
-            f"{type(head).__name__} with {head.config} edits {', '.join(inside)} of layer {index}, where each of "
-            f"{parallel.size} processes has only its own attention heads, and it does not say that its formula is "
-            f"the same for each attention head (ShiftHead.per_head): load the model without tp_plan, or use another "
-            f"head or other options"
+            f"{type(head).__name__} with {head.config} edits {site} of layer {head.layer.index}, where each of "
+            f"{parallel.size} processes has only its own attention heads. Its formula must be the same for each "
+            f"attention head, with parameters of its own (ShiftHead.per_head) and no modules, at query or attn_heads. "
+            f"Load the model without tp_plan, or use another head or other options"
         )
     # Not a copy: the parameters stay those of the stack, and are sliced each time they are read.
     one = object.__new__(type(head))
@@ -36,15 +35,15 @@ def of_process(head: ShiftHead, parallel: Parallel | None) -> ShiftHead:
     return one
 
 
-class _Slices(Mapping[str, "nn.Parameter | None"]):
+class _Slices(Mapping[str, "Tensor | None"]):
     def __init__(self, head: ShiftHead, parallel: Parallel) -> None:
         self._head, self._parallel = head, parallel
 
-    def __getitem__(self, name: str) -> nn.Parameter | None:
+    def __getitem__(self, name: str) -> Tensor | None:
         whole = self._head._parameters[name]
-        if whole is None or name not in (self._head.per_head or ()):
-            return whole
-        return self._parallel.own(whole)  # pyright: ignore[reportReturnType]
+        if whole is None:
+            return None
+        return self._parallel.own(whole) if name in (self._head.per_head or ()) else self._parallel.shared(whole)
 
     def __contains__(self, name: object) -> bool:
         return name in self._head._parameters

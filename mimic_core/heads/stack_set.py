@@ -117,7 +117,7 @@ class Mixed:
         """The different heads, which of them each row gets [b], and whether it gets any [b]."""
         heads = [self._head_of(stack) for stack in samples.stacks or ()]
         different = {id(head): head for head in heads if head is not None}
-        ours = [of_process(head, self.parallel) for head in different.values()]
+        ours = [of_process(head, self.parallel, self.site) for head in different.values()]
         if samples.is_uniform:
             return ours, None, None
         places = {one: place for place, one in enumerate(different)}

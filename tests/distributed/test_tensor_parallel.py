@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from transformers.utils import logging
 
 import mimic_core as mc
-from mimic_core.types import SITES
+from mimic_core.types import SITES, LayerSpec
 from tests.support.processes import outcomes
 
 # Four key/value heads: also four processes can share them.
@@ -133,6 +133,35 @@ def eager_and_checkpointing(s: Subject) -> None:
     assert_close(split, whole)
 
 
+class Scaled(mc.ShiftHead):
+    """A number that all attention heads share, one for each of them, and the same number at the layer's output."""
+
+    name, site, per_head = "scaled", "query", ("each",)
+
+    def __init__(self, config: mc.HeadConfig, layer: LayerSpec) -> None:
+        super().__init__(config, layer)
+        self.each, self.all = nn.Parameter(torch.ones(layer.heads)), nn.Parameter(torch.ones(()))
+
+    def forward(self, value: Tensor, at: mc.At) -> Tensor:
+        return value * self.each[:, None, None] * self.own("all") * self.layer.heads / at.query.shape[1]
+
+    def edits(self) -> dict[Any, Any]:
+        return {"query": self, "layer_out": lambda value, at: value * self.own("all")}
+
+
+def gradients_shared_by_heads(s: Subject) -> None:
+    """Of a parameter, and of the strength."""
+    found = []
+    for model in (s.whole, s.split):
+        spec = mc.build_shifts(model).spec
+        stacks = [mc.ShiftStack(Scaled, mc.HeadConfig(), spec), random_stack(model, "mimic", mlp_vector=True)]
+        strength = torch.tensor(0.7, requires_grad=True)
+        with mc.patch(model, stacks[0], strength), mc.patch(model, stacks[1], strength):
+            model(IDS).logits.log_softmax(-1)[..., 7].sum().backward()
+        found.append([strength.grad, *(x.grad for stack in stacks for x in stack.parameters())])
+    assert_close(found[1], found[0])
+
+
 def sets(s: Subject) -> None:
     found = []
     for model in (s.whole, s.split):
@@ -228,6 +257,7 @@ CHECKS = {
         found_by_the_generic_adapter,
         experts_of_each_process,
         eager_and_checkpointing,
+        gradients_shared_by_heads,
         sets,
         generation,
         files,
