@@ -22,7 +22,7 @@ def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: 
 
     Returns:
         A module that holds only the parameters of the shifts, in fp32. Each head is on the device of its layer. Random
-        initial values come from torch's global generator.
+        initial values come from torch's global generator; in a tensor-parallel model, from that of the first process.
 
     Raises:
         WrongTypeError: `head` is neither a name nor a config.
@@ -30,7 +30,7 @@ def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: 
         UnknownNameError: there is no such head or option.
         ShapeError: `layers` names a layer that the model does not have.
     """
-    inner, _, spec = locate(model)
+    found = locate(model)
     if isinstance(head, str):
         kind = head_class(head)
         unknown = set(options) - set(kind.config_class.option_names())
@@ -48,7 +48,10 @@ def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: 
             raise UnknownNameError(
                 f"options were given together with a config: {', '.join(options)}; put them into the config"
             )
-    return place(ShiftStack(kind, config, spec, origin_of(inner, spec)), inner)
+    stack = place(ShiftStack(kind, config, found.spec, origin_of(found.model, found.spec)), found.model)
+    if found.parallel is not None:
+        found.parallel.share(stack)
+    return stack
 
 
 def place(stack: ShiftStack, model: nn.Module) -> ShiftStack:

@@ -124,7 +124,11 @@ class Capture:
                 f"the capture would have no gradient; use gradient_checkpointing_kwargs="
                 f"{{'use_reentrant': False}}, or capture(..., grad=False)"
             )
-        taken[at.layer] = self._select(site, value if self._grad else value.detach(), at)
+        value = value if self._grad else value.detach()
+        parallel = self._found.parallel
+        if parallel is not None and parallel.splits(at.layer, site):
+            value = parallel.whole(value, site)
+        taken[at.layer] = self._select(site, value, at)
 
     def _select(self, site: Site, value: Tensor, at: At) -> Tensor:
         where = self._where
@@ -171,7 +175,7 @@ def capture(
 
     The capture holds the value after the edits that were installed before it was opened. The model's later writes do
     not reach it: at every site but `lse`, one copy is made of the tensor, or of the tokens that `where` chooses. It
-    records only the thread that opened it.
+    records only the thread that opened it. In a tensor-parallel model, each process gets the heads of all.
 
     Args:
         sites: One or several of `mimic_core.types.SITES`.

@@ -24,7 +24,7 @@ def describe(model: nn.Module) -> None:
 
 def description(model: nn.Module) -> str:
     """The text that `describe` prints."""
-    inner, adapter, spec = locate(model)
+    inner, adapter, spec, _ = locate(model)
     try:
         logits, note = _logits(inner, adapter, spec), ""
     except UnsupportedModelError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from jaxtyping import Bool, Float
@@ -12,7 +12,8 @@ from . import optimizers
 from .adapters import locate
 from .edits import Given, Installation, SiteEdit, installed
 from .errors import PatchStateError, ShapeError
-from .heads import ShiftStack, StackSet
+from .heads import ShiftHead, ShiftStack, StackSet
+from .heads.split import of_process
 from .heads.stack_set import Mixed, kinds
 from .positions import Positions, check_mask, check_positions
 from .samples import Samples, check_strength
@@ -163,7 +164,7 @@ class Handle:
         if known == {id(stack) for stack in shifts.values()}:
             return
         found = locate(old.model)
-        edits = edits_of(shifts)
+        edits = edits_of(found, shifts)
         check_new(found, [stack for stack in shifts.values() if id(stack) not in known])
         if {edit.picks for edit in edits} <= {edit.picks for edit in old.edits}:
             old.parts = shifts.values()
@@ -203,11 +204,13 @@ def check_new(found: Located, stacks: Sequence[ShiftStack]) -> None:
 
     Raises:
         ShapeError: a stack was built for a model of other sizes.
-        PatchStateError: a stack is already in the model.
+        PatchStateError: a stack is already in the model, or not the same in all processes of the model.
     """
     for stack in stacks:
         if misfit := stack.spec.misfit(found.spec):
             raise ShapeError(f"these shifts do not fit {type(found.model).__name__}: they were built for {misfit}")
+    if found.parallel is not None:
+        found.parallel.check_same(stacks)
     there = {id(stack) for owner in installed(*found.model.modules()) for stack in owner.parts}
     if any(id(stack) in there for stack in stacks):
         raise PatchStateError(
@@ -215,24 +218,30 @@ def check_new(found: Located, stacks: Sequence[ShiftStack]) -> None:
         )
 
 
-def edits_of(shifts: ShiftStack | StackSet) -> list[SiteEdit]:
-    """The edits of a stack or a set. A set has one for each kind of heads, layer and site."""
+def edits_of(found: Located, shifts: ShiftStack | StackSet) -> list[SiteEdit]:
+    """The edits of a stack or a set. A set has one for each kind of heads, layer and site.
+
+    Raises:
+        UnsupportedModelError: the model is tensor-parallel, and a head needs all attention heads.
+    """
     if isinstance(shifts, ShiftStack):
         return [
             SiteEdit(
                 layer=head.layer.index,
                 site=site,
                 # Calling the module instead of its forward takes twice as long, because torch looks for hooks.
-                run=head.forward if run is head else run,
+                run=head.forward if (run := head.edits()[site]) is head else run,
                 shift=head.gated_shift if site == "attn_heads" and head.is_gated_shift else None,
                 fused=head.fused if site == "attn_heads" else None,
                 needs_lse=head.needs_lse and site == "attn_heads",
                 needs_positions=head.needs_prompt_end,
                 needs_at=head.needs_at,
                 positions=positions_at(site, head.config.positions),
+                shared=_shared(found, head, site),
             )
-            for head in shifts
-            for site, run in head.edits().items()
+            for whole in shifts
+            for site in whole.edits()
+            for head in (of_process(whole, found.parallel, site),)
         ]
     edits = []
     for kind, stacks in kinds(shifts.values()).items():
@@ -241,17 +250,23 @@ def edits_of(shifts: ShiftStack | StackSet) -> list[SiteEdit]:
             SiteEdit(
                 layer=layer,
                 site=site,
-                run=run,
+                run=of_process(head, found.parallel, site).edits()[site],
                 needs_lse=head.needs_lse and site == "attn_heads",
                 needs_positions=head.needs_prompt_end,
                 needs_at=head.needs_at,
                 positions=positions_at(site, head.config.positions),
-                picks=Mixed(kind, layer, site),
+                picks=Mixed(kind, layer, site, found.parallel),
+                shared=_shared(found, head, site),
             )
             for layer, head in sorted(heads.items())
-            for site, run in head.edits().items()
+            for site in head.edits()
         ]
     return edits
+
+
+def _shared(found: Located, head: ShiftHead, site: Site) -> Callable[[Tensor], Tensor] | None:
+    parallel = found.parallel
+    return parallel.shared if parallel is not None and parallel.splits(head.layer.index, site) else None
 
 
 def positions_at(site: Site, positions: object) -> Positions | Tensor:

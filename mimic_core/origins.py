@@ -49,6 +49,8 @@ def origin_of(model: nn.Module, spec: ModelSpec) -> Origin:
 
 
 def _fingerprint(model: nn.Module, spec: ModelSpec) -> str | None:
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        return None  # each process has a slice
     layers = ((f"{layer.index:06}", model.get_submodule(layer.path)) for layer in spec.layers)
     weights = sorted(
         ((f"{index}.{name}", x) for index, layer in layers for name, x in _weights(layer)), key=lambda named: named[0]

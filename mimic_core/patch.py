@@ -12,7 +12,7 @@ from . import optimizers
 from .adapters import locate, unwrap
 from .averaging import Averaging
 from .edits import Installation, SiteEdit, installed
-from .errors import WrongTypeError
+from .errors import UnsupportedModelError, WrongTypeError
 from .handle import Handle, check_new, edits_of, positions_at, stacks_of
 from .heads import ShiftStack, StackSet
 from .heads.stack import check_stack
@@ -52,18 +52,18 @@ def patch(
 
     Raises:
         WrongTypeError: `shifts` is neither.
-        UnsupportedModelError: no adapter fits the model.
+        UnsupportedModelError: no adapter fits the model, or it is tensor-parallel and a head needs all attention heads.
         ShapeError: the strength is no number, or the stack was built for a model of other sizes.
         PatchStateError: this stack is already in this model, or in a part of it. Or its parameters are sharded, or
-            the options of its DistributedDataParallel need its forward. A later forward also raises it if it does not
-            reach one of the sites.
+            the options of its DistributedDataParallel need its forward. Or the model is tensor-parallel, and the stack
+            is not the same in all processes. A later forward also raises it if it does not reach one of the sites.
     """
     inner = shifts if isinstance(shifts, StackSet) else check_stack(shifts)
     averaging = Averaging(inner, shifts if isinstance(shifts, DistributedDataParallel) else None)
     found, stacks = locate(model), stacks_of(inner)
     check_new(found, stacks)
     strength = check_strength(strength)
-    handle = Handle(Installation(found, edits_of(inner), inner, stacks, begins=averaging))
+    handle = Handle(Installation(found, edits_of(found, inner), inner, stacks, begins=averaging))
     handle.strength = strength
     for stack in stacks:
         optimizers.watch(stack)
@@ -106,7 +106,8 @@ def hook(
         UnknownNameError: there is no such site, or no such positions.
         ShapeError: `positions` is a tensor, but not a bool mask [b t].
         PatchStateError: the edit is limited to positions at `key`, `value` or `lse`.
-        UnsupportedModelError: no adapter fits, or a layer lacks the site.
+        UnsupportedModelError: no adapter fits, or a layer lacks the site. Or the model is tensor-parallel, and each
+            process has only its own heads at the site.
 
     A later forward raises ShapeError if `fn` returns another shape, dtype or device. It raises PatchStateError if `fn`
     returns a value at `lse`, which can only be read, or if the forward does not reach the site.
@@ -117,6 +118,12 @@ def hook(
     found = locate(model)
     chosen = choose_layers(found, (name,), layers)
     where = positions_at(name, positions)
+    if found.parallel is not None and any(found.parallel.splits(layer, name) for layer in chosen):
+        raise UnsupportedModelError(
+            f"in this tensor-parallel model, each of {found.parallel.size} processes has only its own heads at "
+            f"{name!r}, so the function would not see all: read them with mimic_core.capture, which gives all heads, "
+            f"or edit them with a ShiftHead that has per_head"
+        )
     edits = [SiteEdit(layer, name, fn, needs_positions=True, keeps=True, positions=where) for layer in chosen]
     return Handle(Installation(found, edits))
 

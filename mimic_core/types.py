@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .errors import PatchStateError, UnknownNameError, UnsupportedModelError
+from .parallel import Parallel
 from .positions import Positions, check_positions
 
 Site = Literal["query", "key", "value", "lse", "attn_heads", "attn_out", "mlp_out", "layer_out"]
@@ -148,11 +149,12 @@ class AttentionAdapter(Protocol):
 
 
 class Located(NamedTuple):
-    """A model without its wrappers, its adapter, and the spec that the adapter found."""
+    """A model without its wrappers, its adapter, the spec that the adapter found, and how it is split."""
 
     model: nn.Module
     adapter: AttentionAdapter
     spec: ModelSpec
+    parallel: Parallel | None = None
 
     def module(self, layer: int, site: Site) -> nn.Module:
         """The module a site belongs to.

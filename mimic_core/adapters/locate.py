@@ -8,6 +8,7 @@ from ..errors import UnsupportedModelError
 from ..types import AttentionAdapter, Located
 from .base import ADAPTERS, unwrap
 from .generic import GenericAdapter
+from .parallel import in_processes
 
 
 def adapter_for(model: nn.Module) -> AttentionAdapter:
@@ -33,13 +34,14 @@ def locate(model: nn.Module) -> Located:
         )
     if model_type in ADAPTERS:
         adapter = ADAPTERS.get(model_type)()
-        return Located(inner, adapter, adapter.spec(inner))
+        return in_processes(Located(inner, adapter, adapter.spec(inner)))
     generic = GenericAdapter()
     try:
-        return Located(inner, generic, generic.spec(inner))
+        spec = generic.spec(inner)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"no adapter is registered for model type {model_type!r} ({type(inner).__name__}), and its sites can't be "
             f"found: {error}. Register one: @mimic_core.register_adapter({model_type!r}) on a PathAdapter subclass "
             f"with the paths of its layers, attention and MLP"
         ) from error
+    return in_processes(Located(inner, generic, spec))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from operator import is_not
 from typing import Any
@@ -69,7 +69,7 @@ def probe(model: nn.Module, decoder: nn.Module) -> Probe:
     modules = list(model.modules())[1:]  # without the model: a reference from the cached value would keep it alive
     before, seen = _kept.get(model, ([], None))
     if seen is None or len(before) != len(modules) or any(map(is_not, before, modules)):
-        with _unedited(model):
+        with unedited(model):
             seen = _probe(model, decoder)
         _kept[model] = modules, seen
     return seen
@@ -78,17 +78,32 @@ def probe(model: nn.Module, decoder: nn.Module) -> Probe:
 def _probe(model: nn.Module, decoder: nn.Module) -> Probe:
     names = {module: name for name, module in model.named_modules(remove_duplicate=True)}
     inside = [m for m in decoder.modules() if m in names]
+    found: list[Probe] = []
+
+    def watch() -> AbstractContextManager[None]:
+        found.append(Probe())
+        return _watched(inside, names, found[-1])
+
+    run_on_text(model, decoder, watch)
+    return found[-1]
+
+
+def run_on_text(model: nn.Module, decoder: nn.Module, watch: Callable[[], AbstractContextManager[None]]) -> None:
+    """Run `decoder`, or else `model`, on four tokens inside `watch()`.
+
+    Raises:
+        UnsupportedModelError: neither runs on text without other inputs.
+    """
     vocabulary = _vocabulary(model, decoder)
     errors = []
     for runner in dict.fromkeys((decoder, model)):
-        seen = Probe()
         try:
-            with _watched(inside, names, seen), _calm(model), torch.no_grad():
+            with watch(), _calm(model), torch.no_grad():
                 runner(**_text_for(runner, vocabulary))
         except Exception as error:  # a model can raise anything on an input that it does not support
             errors.append(f"{type(runner).__name__}: {type(error).__name__}: {error}")
         else:
-            return seen
+            return
     raise UnsupportedModelError(
         f"{type(model).__name__} does not run on {TOKENS} tokens of text alone ({'; '.join(errors)})"
     )
@@ -124,7 +139,7 @@ def _text_for(runner: nn.Module, vocabulary: tuple[int, torch.device]) -> dict[s
 
 
 @contextmanager
-def _unedited(model: nn.Module) -> Iterator[None]:
+def unedited(model: nn.Module) -> Iterator[None]:
     """Switch the edits of the model off: a capture would hold these tokens, and a hook would be called with them."""
     with ExitStack() as off:
         for one in installed(*model.modules()):

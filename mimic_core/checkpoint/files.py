@@ -108,7 +108,7 @@ def load_shifts(
             head that is not registered; it was made for a model of other sizes; or `strict` and for another model.
         UnsupportedModelError: no adapter fits the model.
     """
-    inner, _, spec = locate(model)
+    inner, _, spec, _ = locate(model)
     folder = hub.folder_of(source, revision, token, cache_dir)
     description = _read_description(folder / _DESCRIPTION)
     try:

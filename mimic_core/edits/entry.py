@@ -38,6 +38,8 @@ class SiteEdit:
         picks: The edit of one kind of heads of a `StackSet`. It gets what each row of a forward gets, and returns the
             function to run and the rows [b] on which it acts (None: all), or None if no row gets such a head. `run`
             is then not used.
+        shared: What the strength passes through, if the process has only some attention heads at the site: its gradient
+            is that of all of them.
         is_limited: It acts only on some tokens.
         is_apart: It may act on some tokens or samples only, so it runs apart from the attention.
     """
@@ -53,6 +55,7 @@ class SiteEdit:
     keeps: bool = False
     positions: Positions | Tensor = "all"
     picks: Callable[[Samples, torch.device], tuple[Run, Tensor | None] | None] | None = None
+    shared: Callable[[Tensor], Tensor] | None = None
 
     is_limited: bool = field(init=False)
     is_apart: bool = field(init=False)
@@ -165,6 +168,8 @@ class Entry:
         owner.reached(edit.layer, edit.site)
         result = given if result is None else self._checked(result, value)
         strength = owner.strength if samples is None or samples.strength is None else samples.strength
+        if isinstance(strength, Tensor) and edit.shared is not None:
+            strength = edit.shared(strength)
         if isinstance(strength, Tensor) or strength != 1:
             result = _partly(value, result, strength)
         elif chosen is None:

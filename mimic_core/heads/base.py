@@ -70,6 +70,10 @@ class ShiftHead(nn.Module):
             `gated_shift` returns. Attention and shift are then one call, wherever that gives the same bits.
         takes_samples: All edits also work if each parameter, as `own` returns it, has one more axis in front: one value
             for each sample. In a `StackSet`, such heads run once for a batch. Others run once for each stack.
+        per_head: Names of the parameters whose first axis is all attention heads. With it a head says that its formula
+            is the same for each attention head. In a tensor-parallel model each process then runs it on its own ones,
+            with its slice of these parameters, and `layer.heads` is their number. None: the formula needs all heads.
+            Other parameters stay whole, but parameters of modules in the head are not known, so these are refused.
     """
 
     name: ClassVar[str]
@@ -80,6 +84,7 @@ class ShiftHead(nn.Module):
     needs_at: bool = True
     is_gated_shift: bool = False
     takes_samples: bool = False
+    per_head: tuple[str, ...] | None = None
 
     def __init__(self, config: HeadConfig, layer: LayerSpec) -> None:
         super().__init__()

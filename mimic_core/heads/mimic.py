@@ -79,6 +79,7 @@ class MimICHead(ShiftHead):
             self.mlp_vector = nn.Parameter(torch.randn(layer.hidden_size, dtype=torch.float32) * config.vector_std)
         self.needs_lse = config.gate and config.log_z2 == "attended"
         self.is_gated_shift = self.needs_lse and not config.shared
+        self.per_head = None if config.shared else ("vector", "gate_weight", "gate_bias")
 
     def forward(self, value: Float[Tensor, "b t h e"], at: At) -> Float[Tensor, "b t h e"]:
         vector = self.own("vector").to(value.device)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ShapeError, UnknownNameError
+from ..parallel import Parallel
 from ..samples import Samples
 from ..types import At, Site
 from .base import ShiftHead
+from .split import of_process
 from .stack import ShiftStack, check_stack
 
 Kind = tuple[type[ShiftHead], str]
@@ -94,6 +96,7 @@ class Mixed:
     kind: Kind
     layer: int
     site: Site
+    parallel: Parallel | None = None
 
     def __call__(
         self, samples: Samples, device: torch.device
@@ -113,13 +116,14 @@ class Mixed:
     def _chosen(self, samples: Samples, device: torch.device) -> tuple[list[ShiftHead], Tensor | None, Tensor | None]:
         """The different heads, which of them each row gets [b], and whether it gets any [b]."""
         heads = [self._head_of(stack) for stack in samples.stacks or ()]
-        different = list({id(head): head for head in heads if head is not None}.values())
+        different = {id(head): head for head in heads if head is not None}
+        ours = [of_process(head, self.parallel, self.site) for head in different.values()]
         if samples.is_uniform:
-            return different, None, None
-        places = {id(head): place for place, head in enumerate(different)}
+            return ours, None, None
+        places = {one: place for place, one in enumerate(different)}
         index = torch.tensor([places.get(id(head), 0) for head in heads], device=device)
         rows = None if None not in heads else torch.tensor([head is not None for head in heads], device=device)
-        return different, index, rows
+        return ours, index, rows
 
     def _head_of(self, stack: ShiftStack | None) -> ShiftHead | None:
         if stack is None or str(self.layer) not in stack.heads or kind_of(stack) != self.kind:

@@ -23,6 +23,7 @@ LAYERS = {
     "types": 0,
     "errors": 0,
     "positions": 0,
+    "parallel": 0,
     "samples": 0,
     "origins": 1,
     "registry": 0,
