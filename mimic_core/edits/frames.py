@@ -13,19 +13,24 @@ from functools import cache
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
 
-def is_called(module: nn.Module, frame: FrameType | None = None) -> bool:
-    """Whether a call of the module is on the stack of `frame`, or else of this thread."""
-    return any(called is module for called, _, _ in _calls(frame or sys._getframe(1)))
+# Not traced: where torch.compile runs a forward in parts, it would trace this too, and fails at the frames.
+@torch.compiler.disable
+def is_called(module: nn.Module) -> bool:
+    """Whether this thread is inside a call of the module."""
+    return _is_on(sys._getframe(1), module)
 
 
+@torch.compiler.disable
 def is_called_anywhere(module: nn.Module) -> bool:
     """Whether any thread is inside a call of the module."""
-    return any(is_called(module, frame) for frame in sys._current_frames().values())
+    return any(_is_on(frame, module) for frame in sys._current_frames().values())
 
 
+@torch.compiler.disable
 def has_labels(decoder: nn.Module) -> bool:
     """Whether the call of the decoder that this thread is inside belongs to a call of a model that was given labels."""
     inside = False
@@ -37,6 +42,10 @@ def has_labels(decoder: nn.Module) -> bool:
         if given and any(one is decoder for one in module.modules()):
             return True
     return False
+
+
+def _is_on(frame: FrameType, module: nn.Module) -> bool:
+    return any(called is module for called, _, _ in _calls(frame))
 
 
 def _calls(frame: FrameType | None) -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
