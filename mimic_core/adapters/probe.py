@@ -130,7 +130,11 @@ def _text_for(runner: nn.Module, vocabulary: tuple[int, torch.device]) -> dict[s
         "attention_mask": torch.ones(1, TOKENS, dtype=torch.long, device=device),
     }
     taken = inspect.signature(runner.forward).parameters
-    if "use_cache" in taken:
+    if device.type == "meta":
+        # Weights not in memory yet. The mask of padding and that of packed samples are then looked into, which needs
+        # numbers; without the first, and with a cache, there is neither.
+        del text["attention_mask"]
+    elif "use_cache" in taken:
         text["use_cache"] = False
     if "decoder_input_ids" in taken:
         text["decoder_input_ids"] = ids[None]

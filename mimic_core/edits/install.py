@@ -278,21 +278,21 @@ class Installation:
         self._standing.traced()
         if self._is_out_of_place():
             raise PatchStateError("modules were replaced since the patch")
-        if self.begins is not None and torch.is_grad_enabled() and self._is_refused():
-            raise PatchStateError("a forward with gradients is not compiled here")
+        if self.begins is not None and torch.is_grad_enabled() and (refusal := self._refusal()):
+            raise PatchStateError(refusal)
 
     @torch.compiler.assume_constant_result  # the graph checks which modules it calls
     def _is_out_of_place(self) -> bool:
         return not self._standing.kept
 
     @torch.compiler.assume_constant_result
-    def _is_refused(self) -> bool:
+    def _refusal(self) -> str:
         assert self.begins is not None
         try:
             self.begins(True)
-        except PatchStateError:
-            return True
-        return False
+        except PatchStateError as error:
+            return str(error)
+        return ""
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The decoder's forward begins.
