@@ -353,3 +353,24 @@ def test_names_and_a_copy() -> None:
             assert torch.equal(logits_of(twin, inputs), wanted)
         other.remove()
     assert torch.equal(logits_of(twin, inputs), logits_of(model, inputs))
+
+
+def test_samples_and_positions_are_said_together() -> None:
+    model, inputs = model_of(LLAMA), LLAMA.inputs()
+    prompt = inputs["attention_mask"].bool() & (torch.arange(11) < 6)
+    stacks = two_stacks(model, "task-vector", "mimic")
+    chosen = torch.rand(2, 11, generator=torch.Generator().manual_seed(1)) < 0.5
+    for said in ({"prompt": prompt}, {"positions": chosen}):
+        wanted = {}
+        for name, stack in stacks.items():
+            with mc.patch(model, stack) as alone_handle, alone_handle.at(**said):
+                wanted[name] = logits_of(model, inputs)
+        with mc.patch(model, mc.StackSet(stacks)) as handle:
+            with handle.at(**said), handle.using(["a", "b"]):
+                found = logits_of(model, inputs)
+            with handle.using(["a", "b"], strength=[1.0, 1.0]), handle.at(**said):
+                again = logits_of(model, inputs)
+        for i, name in enumerate(stacks):
+            real = inputs["attention_mask"][i].bool()
+            torch.testing.assert_close(found[i][real], wanted[name][i][real], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(again, found, atol=2e-5, rtol=1e-4)
