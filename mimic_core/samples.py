@@ -48,12 +48,13 @@ class Samples:
         Raises:
             ShapeError: b is another number.
         """
-        if self.count is None or self.count == b:
+        if self.count is None or (self.count == b and rows == 1):
             return self
         if self.count * rows != b:
+            of_each = f", {rows} of each sample" if rows > 1 else ""
             raise ShapeError(
-                f"`handle.using` got {self.count} samples, but the decoder runs with {b} rows; give one stack and one "
-                f"strength for each row of the batch, or one for all"
+                f"`handle.using` got {self.count} samples, but the decoder runs with {b} rows{of_each}; give one stack "
+                f"and one strength for each sample of the batch, or one for all"
             )
         if rows not in self._repeated:
             stacks, strength = self.stacks, self.strength

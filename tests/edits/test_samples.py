@@ -299,6 +299,9 @@ def test_what_is_refused() -> None:
         # Outside `generate` nobody says that the rows of a sample stand side by side.
         with pytest.raises(mc.ShapeError, match="got 2 samples, but .* 4 rows"), handle.using(["a", "b"]):
             logits_of(model, four(LLAMA))
+        # Beams of a sample change places, so a name for each row would not stay with its text.
+        with pytest.raises(mc.ShapeError, match="got 4 samples, but .* 4 rows, 2 of each"), handle.using(NAMES):
+            model.generate(input_ids=inputs["input_ids"], num_beams=2, max_new_tokens=2, do_sample=False)
         for strength in ("1", True, float("nan"), torch.tensor(1), torch.ones(2, 2), None):
             with pytest.raises(mc.ShapeError, match="a strength is a finite number"):
                 handle.strength = strength
