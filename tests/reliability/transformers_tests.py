@@ -78,7 +78,7 @@ def check(model_type: str, source: Path, kinds: Sequence[str]) -> list[Row]:
             models_patched += models
             if outcome.raised is not None:
                 verdict = "refused" if refused(outcome.raised) else "failed"
-                told[verdict][name] = f"{type(outcome.raised).__name__}: {outcome.raised}"[:400]
+                told[verdict][name] = f"{type(outcome.raised).__name__}: {outcome.raised}"[:140]
         passed = len(sound) - sum(map(len, told.values()))
         rows.append(
             {**head, "kind": kind, "passed": passed, **told, "models": models_patched, "seconds": _since(began)}
@@ -100,17 +100,30 @@ def page(rows: Iterable[Row]) -> str:
         [f"`{name}`", found["none"]["passed"], *(_cell(found[kind]) for kind in kinds)]
         for name, found in by_type.items()
     ]
+    # What is said once stands once, with the tests and types that it is said of.
+    said: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for name, found in by_type.items():
+        for kind in kinds:
+            for verdict in ("refused", "failed"):
+                for test, words in found[kind][verdict].items():
+                    of = said.setdefault(
+                        (verdict, words.splitlines()[0]), {"kinds": set(), "types": set(), "tests": set()}
+                    )
+                    for which, one in (("kinds", kind), ("types", name), ("tests", test)):
+                        of[which].add(one)
     told = [
-        f"- `{name}`, {kind}, `{test}`: {verdict}. {words.splitlines()[0]}"
-        for name, found in by_type.items()
-        for kind in kinds
-        for verdict in ("refused", "failed")
-        for test, words in found[kind][verdict].items()
+        f"- {verdict}: {words}\n    - {', '.join(sorted(of['kinds']))}; types {_listed(of['types'])}; tests "
+        f"{_listed(of['tests'])}"
+        for (verdict, words), of in sorted(said.items())
     ]
     versions = sorted({row["versions"] for found in by_type.values() for row in found.values()})
     text = [[str(cell) for cell in line] for line in lines]
     parts = [f"Measured with {' and '.join(versions)}.", table(["type", "without", *kinds], text)]
     return "\n\n".join([*parts, *(["\n".join(told)] if told else [])])
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
 
 
 def _cell(row: Row) -> str:
