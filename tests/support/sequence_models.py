@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -57,6 +58,27 @@ class Put:
     layers: tuple[int, ...] | None = None
     seed: int = 0
     positions: Any = None
+
+
+@dataclass(eq=False)
+class Active:
+    """One edit in the model.
+
+    Attributes:
+        handle: A handle or a capture.
+        stands: The module of layer 1 that PEFT replaces and that may itself be a site: OPT's `fc2`.
+        off: The open `disabled()` of it.
+    """
+
+    what: Put
+    handle: Any
+    shifts: mc.ShiftStack | None
+    stands: Any = None
+    off: list[contextlib.ExitStack] = field(default_factory=list)
+
+    @property
+    def is_used_capture(self) -> bool:
+        return self.what.kind == "capture" and any(self.handle._taken.values())
 
 
 def _read(value: Tensor, at: mc.At) -> None:

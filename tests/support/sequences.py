@@ -13,7 +13,6 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,6 +24,7 @@ import mimic_core as mc
 from mimic_core import optimizers
 from tests.support.sequence_models import (
     UNWRAPPED,
+    Active,
     Put,
     change_model,
     changes,
@@ -45,27 +45,6 @@ from tests.support.sequence_models import (
 )
 from tests.support.sequence_oracle import by_torch, expected, reads_lse
 from tests.support.snapshot import left_in, snapshot
-
-
-@dataclass(eq=False)
-class Active:
-    """One edit in the model.
-
-    Attributes:
-        handle: A handle or a capture.
-        stands: The module of layer 1 that PEFT replaces and that may itself be a site: OPT's `fc2`.
-        off: The open `disabled()` of it.
-    """
-
-    what: Put
-    handle: Any
-    shifts: mc.ShiftStack | None
-    stands: Any = None
-    off: list[contextlib.ExitStack] = field(default_factory=list)
-
-    @property
-    def is_used_capture(self) -> bool:
-        return self.what.kind == "capture" and any(self.handle._taken.values())
 
 
 class World:
@@ -174,8 +153,11 @@ class World:
         self.compare(found[0], others, "forward")
 
     def touched_in_a_run(self, index: int, removes: bool) -> None:
-        """While another thread is inside a forward, an edit is switched off or removed: one of the two is refused."""
-        one = self.active[index % len(self.active)]
+        """While another thread is inside a forward, an edit is switched off or removed.
+
+        Off is refused. After a removal, the forward is refused too, or all of that edit has run before.
+        """
+        one, before = self.active[index % len(self.active)], list(self.active)
         if (
             any(o.what.kind == "capture" for o in self.active)
             or len(self.acting) < len(self.active)
@@ -206,7 +188,7 @@ class World:
         if not inside.is_set():  # an edit before it was refused
             return
         if removes:
-            assert found[0][0] != "gives", "a forward has lost an edit in its middle"
+            self.compare_unless_refused(found[0], before)
         else:
             assert refused, "an edit was switched off in the middle of a forward of another thread"
             self.compare(found[0], self.active, "forward")
@@ -238,6 +220,11 @@ class World:
         """Compare what was found in a forward with what it gives with these edits."""
         wanted = expected(self.family, self.history, tuple(one.what for one in edits), how)[0]
         assert same(found, wanted), f"{how}: {difference(found, wanted)}"
+
+    def compare_unless_refused(self, found: Any, edits: list[Active]) -> None:
+        """A forward whose edits have changed meanwhile is as they were when it began, or it is refused."""
+        if found != ("refused", "PatchStateError"):
+            self.compare(found, edits, "forward")
 
     def glance(self) -> None:
         """One forward after each operation. A capture would hold it, so then it runs in another thread."""
@@ -327,10 +314,14 @@ class World:
             self.compare(inside[1], self.acting, "other forward")
 
     def removed_inside(self, index: int) -> None:
-        """An edit is removed in the middle of a forward, from a hook. What the forward gives is not compared."""
+        """An edit is removed in the middle of a forward, from a hook."""
+        before, usual = list(self.active), len(self.acting) == len(self.active) and not self.out_of_place
+        usual = usual and not any(one.what.kind == "capture" for one in before)
         one = self.active.pop(index % len(self.active))
         with mc.hook(self.inner, "mlp_out", lambda value, at: take_out(one.handle), layers=[1]):
-            run(self.outer, self.family, "forward", [])
+            found = run(self.outer, self.family, "forward", [])
+        if usual:
+            self.compare_unless_refused(found, before)
         take_out(one.handle)
         for context in one.off:
             context.close()
