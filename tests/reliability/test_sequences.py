@@ -48,8 +48,9 @@ def machine(family: str, by_chance: bool) -> type[RuleBasedStateMachine]:
             # hypothesis holds the model of a sequence that failed. Each shorter one would then fail for that reason.
             if AttentionInterface.get_interface is not UNWRAPPED:
                 gc.collect()
+            self.world, self.failed = World(family), True
             assume(AttentionInterface.get_interface is UNWRAPPED)
-            self.world, self.failed = World(family), False
+            self.failed = False
 
         def do(self, operation: Callable[..., None], *arguments: Any) -> None:
             self.failed = True

@@ -298,6 +298,7 @@ class World:
     def nested(self, how: str) -> None:
         """A forward on other tokens inside a forward, from a hook."""
         odd = self.out_of_place or self.history[-1:] == ("reentrant checkpointing",)
+        odd = odd or (self.inner.training and self.family == "opt")  # its dropout draws from one state
         if odd or any(one.what.kind == "capture" for one in self.active):
             return
         inside: list[Any] = []
