@@ -7,44 +7,27 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import nn
-
-from ..heads import ShiftStack, stack
+from ..heads import ShiftStack
 from . import hub
-from .files import load_shifts, save_shifts
+from .files import load_shifts as load
+from .files import save_shifts
+
+__all__ = ["load", "push_to_hub", "save_pretrained"]
 
 
-class _Pretrained:
-    def save_pretrained(
-        self,
-        shifts: ShiftStack,
-        path: str | os.PathLike[str],
-        *,
-        license: str | None = None,
-        training: str | None = None,
-    ) -> None:
-        save_shifts(shifts, path)
-        card = Path(path, hub.CARD)
-        if not card.exists():
-            card.write_text(hub.model_card(shifts, license=license, training=training))
-
-    def push_to_hub(
-        self,
-        shifts: ShiftStack,
-        repo_id: str,
-        *,
-        license: str | None = None,
-        training: str | None = None,
-        token: str | bool | None = None,
-        **options: Any,
-    ) -> str:
-        with TemporaryDirectory() as folder:
-            save_shifts(shifts, folder)
-            Path(folder, hub.CARD).write_text(hub.model_card(shifts, repo_id, license, training))
-            return hub.upload(Path(folder), repo_id, with_card=True, token=token, **options)
-
-    def load(self, source: str | os.PathLike[str], model: nn.Module, **options: Any) -> ShiftStack:
-        return load_shifts(source, model, **options)
+def save_pretrained(
+    shifts: ShiftStack, path: str | os.PathLike[str], *, license: str | None, training: str | None
+) -> None:
+    """See `ShiftStack.save_pretrained`."""
+    save_shifts(shifts, path)
+    card = Path(path, hub.CARD)
+    if not card.exists():
+        card.write_text(hub.model_card(shifts, license=license, training=training))
 
 
-stack.files = _Pretrained()
+def push_to_hub(shifts: ShiftStack, repo_id: str, *, license: str | None, training: str | None, **options: Any) -> str:
+    """See `ShiftStack.push_to_hub`; `options` are those of `hub.upload`."""
+    with TemporaryDirectory() as folder:
+        save_shifts(shifts, folder)
+        Path(folder, hub.CARD).write_text(hub.model_card(shifts, repo_id, license, training))
+        return hub.upload(Path(folder), repo_id, with_card=True, **options)
