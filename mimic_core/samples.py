@@ -66,6 +66,11 @@ class Samples:
         return self._repeated[rows]
 
 
+def by_row(x: Tensor, value: Tensor) -> Tensor:
+    """One number for each row [b], with axes of length 1 behind it, so that it broadcasts to `value` [b ...]."""
+    return x.view(-1, *[1] * (value.ndim - 1))
+
+
 def check_strength(strength: object, n: int | None = None, each: bool = False) -> float | Tensor:
     """Return a number or a tensor [], or with `each` also a tensor [b].
 

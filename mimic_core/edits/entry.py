@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import PatchStateError, ShapeError
 from ..positions import Positions
-from ..samples import Samples
+from ..samples import Samples, by_row
 from ..types import READ_ONLY_SITES, At, AttentionView, ForwardView, Site, check_token_site, tokens_of
 from .forward import check_uncompiled
 from .scope import LayerScope
@@ -152,20 +152,19 @@ class Entry:
         edit, owner = self.edit, self.owner
         self._check_known()
         samples, run, chosen = owner.samples(value.shape[0]), edit.run, None
-        if edit.picks is not None:
-            if samples is None or samples.stacks is None:
-                raise PatchStateError(_SAY_WHICH)
-            owner.reached(edit.layer, edit.site)
+        if edit.picks is not None and (samples is None or samples.stacks is None):
+            raise PatchStateError(_SAY_WHICH)
+        owner.reached(edit.layer, edit.site)
+        if edit.picks is not None and samples is not None:
             picked = edit.picks(samples, value.device)
             if picked is None:
                 return value
             run, rows = picked
-            chosen = None if rows is None else rows.view(-1, *[1] * (value.ndim - 1))
+            chosen = None if rows is None else by_row(rows, value)
         chosen = self._at_positions(value, chosen)
         # A copy, because the function may write into it.
         given = value.clone() if edit.keeps else value
         result = run(given, at)  # pyright: ignore[reportArgumentType]
-        owner.reached(edit.layer, edit.site)
         result = given if result is None else self._checked(result, value)
         strength = owner.strength if samples is None or samples.strength is None else samples.strength
         if isinstance(strength, Tensor) and edit.shared is not None:
@@ -244,7 +243,7 @@ def _partly(value: Tensor, result: Tensor, strength: float | Tensor) -> Tensor:
     wide = torch.promote_types(value.dtype, torch.float32)
     if isinstance(strength, Tensor):
         strength = strength.to(value.device, wide)
-        strength = strength.view(-1, *[1] * (value.ndim - 1)) if strength.ndim else strength
+        strength = by_row(strength, value) if strength.ndim else strength
     return torch.lerp(value.to(wide), result.to(wide), strength).to(value.dtype)
 
 

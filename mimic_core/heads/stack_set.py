@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ShapeError, UnknownNameError
 from ..parallel import Parallel
-from ..samples import Samples
+from ..samples import Samples, by_row
 from ..types import At, Site
 from .base import ShiftHead
 from .split import of_process
@@ -115,7 +115,9 @@ class Mixed:
 
     def _chosen(self, samples: Samples, device: torch.device) -> tuple[list[ShiftHead], Tensor | None, Tensor | None]:
         """The different heads, which of them each row gets [b], and whether it gets any [b]."""
-        heads = [self._head_of(stack) for stack in samples.stacks or ()]
+        stacks = samples.stacks or ()
+        of_stack = {stack: self._head_of(stack) for stack in set(stacks)}  # many samples have the same
+        heads = [of_stack[stack] for stack in stacks]
         different = {id(head): head for head in heads if head is not None}
         ours = [of_process(head, self.parallel, self.site) for head in different.values()]
         if samples.is_uniform:
@@ -147,8 +149,7 @@ class Mixed:
         def run(value: Tensor, at: At) -> Tensor:
             result = value
             for place, head in enumerate(heads):
-                rows = (index == place).view(-1, *[1] * (value.ndim - 1))
-                result = torch.where(rows, self._edit_of(head)(value, at), result)
+                result = torch.where(by_row(index == place, value), self._edit_of(head)(value, at), result)
             return result
 
         return run
