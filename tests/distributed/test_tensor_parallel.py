@@ -47,12 +47,11 @@ class Subject:
     split_moe: nn.Module
 
 
-def begin(folder: Path) -> Subject:
+def begin(folder: Path) -> tuple[Subject]:
     logging.disable_progress_bar()
     auto = {"tp_plan": "auto"}
-    return Subject(
-        folder, dist.get_rank(), *(load(folder, name, **kw) for name in ("llama", "moe") for kw in ({}, auto))
-    )
+    models = (load(folder, name, **kw) for name in ("llama", "moe") for kw in ({}, auto))
+    return (Subject(folder, dist.get_rank(), *models),)
 
 
 def load(folder: Path, name: str, **options: Any) -> nn.Module:

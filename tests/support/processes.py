@@ -14,13 +14,15 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessException, spawn
 
-Check = Callable[[Any], None]
+Check = Callable[..., None]
 
 
-def outcomes(processes: int, folder: Path, begin: Callable[[Path], Any], checks: Mapping[str, Check]) -> dict[str, str]:
+def outcomes(
+    processes: int, folder: Path, begin: Callable[[Path], tuple[Any, ...]], checks: Mapping[str, Check]
+) -> dict[str, str]:
     """Run checks in a group of processes. What each raised in any process, by name; empty: nothing.
 
-    `begin` gets the folder and returns the argument of the checks. It and the checks are functions of a module.
+    `begin` gets the folder and returns the arguments of the checks. It and the checks are functions of a module.
     """
     otherwise = ""
     try:
@@ -42,7 +44,7 @@ def _run(rank: int, processes: int, folder: Path, begin: Callable[[Path], Any], 
     found = {}
     for name, check in checks.items():
         try:
-            check(subject)
+            check(*subject)
             found[name] = ""
         except BaseException:
             found[name] = f"in process {rank}: {traceback.format_exc()}"
