@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..edits import installed
 from ..edits.entry import Bystander, Entry, SiteEdit
 from ..edits.interface import SLOT, AttentionSlot
-from ..errors import UnsupportedModelError
+from ..errors import PatchStateError, UnsupportedModelError
 from ..types import At
 
 TOKENS = 4
@@ -64,7 +64,7 @@ def probe(model: nn.Module, decoder: nn.Module) -> Probe:
 
     Raises:
         UnsupportedModelError: neither runs on text without other inputs.
-        PatchStateError: the model has edits, and another thread is inside a forward of it.
+        PatchStateError: the model has edits, and they refuse the forward, or another thread is inside one of it.
     """
     modules = list(model.modules())[1:]  # without the model: a reference from the cached value would keep it alive
     before, seen = _kept.get(model, ([], None))
@@ -93,6 +93,7 @@ def run_on_text(model: nn.Module, decoder: nn.Module, watch: Callable[[], Abstra
 
     Raises:
         UnsupportedModelError: neither runs on text without other inputs.
+        PatchStateError: edits that the model already has refuse the forward.
     """
     vocabulary = _vocabulary(model, decoder)
     errors = []
@@ -100,6 +101,8 @@ def run_on_text(model: nn.Module, decoder: nn.Module, watch: Callable[[], Abstra
         try:
             with watch(), _calm(model), torch.no_grad():
                 runner(**_text_for(runner, vocabulary))
+        except PatchStateError:  # edits that are in it already refuse the forward: the model is not to blame
+            raise
         except Exception as error:  # a model can raise anything on an input that it does not support
             errors.append(f"{type(runner).__name__}: {type(error).__name__}: {error}")
         else:
