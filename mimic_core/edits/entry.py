@@ -40,8 +40,10 @@ class SiteEdit:
             is then not used.
         shared: What the strength passes through, if the process has only some attention heads at the site: its gradient
             is that of all of them.
+        place: Layer and site.
         is_limited: It acts only on some tokens.
         is_apart: It may act on some tokens or samples only, so it runs apart from the attention.
+        is_simple: It needs nothing but the value, and acts on all of it.
     """
 
     layer: int
@@ -57,14 +59,19 @@ class SiteEdit:
     picks: Callable[[Samples, torch.device], tuple[Run, Tensor | None] | None] | None = None
     shared: Callable[[Tensor], Tensor] | None = None
 
+    place: tuple[int, Site] = field(init=False)
     is_limited: bool = field(init=False)
     is_apart: bool = field(init=False)
+    is_simple: bool = field(init=False)
 
     def __post_init__(self) -> None:
         # Worked out once, because each decoded token asks. torch.compile can't trace a cached_property.
         limited = isinstance(self.positions, Tensor) or self.positions != "all"
-        object.__setattr__(self, "is_limited", limited)
-        object.__setattr__(self, "is_apart", limited or self.picks is not None)
+        apart = limited or self.picks is not None
+        simple = not (apart or self.needs_at or self.keeps or self.site in READ_ONLY_SITES)
+        found = {"place": (self.layer, self.site), "is_limited": limited, "is_apart": apart, "is_simple": simple}
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     @property
     def looks(self) -> bool:
@@ -101,7 +108,7 @@ class Owner(Protocol):
 
     def samples(self, b: int) -> Samples | None: ...
 
-    def reached(self, layer: int, site: Site) -> None: ...
+    def reached(self, place: tuple[int, Site]) -> None: ...
 
     def unflatten(self, states: Tensor) -> Tensor: ...
 
@@ -130,6 +137,10 @@ class Entry:
 
     def apply(self, value: Tensor, module: nn.Module, attention: AttentionView | None = None) -> Tensor:
         edit, owner = self.edit, self.owner
+        if edit.is_simple and owner.is_plain:  # a fast path, because the overhead matters in decoding
+            result = edit.run(value, None)  # pyright: ignore[reportArgumentType]
+            owner.reached(edit.place)
+            return value if result is None else self._checked(result, value)
         if edit.keeps and edit.site in _IN_CACHE:
             value = value.clone()
         at = None
@@ -139,7 +150,7 @@ class Entry:
         if self.is_apart and edit.site not in READ_ONLY_SITES:
             return self._apart(value, at)
         result = edit.run(value, at)  # pyright: ignore[reportArgumentType]
-        owner.reached(edit.layer, edit.site)
+        owner.reached(edit.place)
         if result is not None:
             result = self._checked(result, value)
         if not edit.keeps or edit.site in _IN_CACHE or edit.site in READ_ONLY_SITES:
@@ -154,7 +165,7 @@ class Entry:
         samples, run, chosen = owner.samples(value.shape[0]), edit.run, None
         if edit.picks is not None and (samples is None or samples.stacks is None):
             raise PatchStateError(_SAY_WHICH)
-        owner.reached(edit.layer, edit.site)
+        owner.reached(edit.place)
         if edit.picks is not None and samples is not None:
             picked = edit.picks(samples, value.device)
             if picked is None:
@@ -274,7 +285,7 @@ class Bystander:
 
     def samples(self, b: int) -> Samples | None: ...
 
-    def reached(self, layer: int, site: Site) -> None: ...
+    def reached(self, place: tuple[int, Site]) -> None: ...
 
     def unflatten(self, states: Tensor) -> Tensor:
         return states

@@ -237,8 +237,8 @@ class Installation:
         finally:
             self._refresh()
 
-    def reached(self, layer: int, site: Site) -> None:
-        if torch.compiler.is_compiling() or self._watch.reached(layer, site):
+    def reached(self, place: tuple[int, Site]) -> None:
+        if torch.compiler.is_compiling() or self._watch.reached(place):
             return
         if self._came_inside and self._acts_here and is_called(self._decoder):
             raise _halfway("put in")

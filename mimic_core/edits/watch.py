@@ -257,18 +257,18 @@ class ForwardWatch:
         runs = self._state.runs
         return runs[-1].tokens if runs else self._state.tokens
 
-    def reached(self, layer: int, site: Site) -> bool:
+    def reached(self, place: tuple[int, Site]) -> bool:
         """Note that an edit has run. False if this thread is in no forward that began with the edits."""
         runs = self._state.runs
         if runs:
-            runs[-1].reached.add((layer, site))
+            runs[-1].reached.add(place)
         return bool(runs)
 
 
 def _sizes_of_tokens(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
     """Batch and length of a decoder's tokens."""
-    for x in (*map(arguments.get, _TOKENS), *[*arguments.values()][:1]):
-        if isinstance(x, Tensor):
+    for name in (*_TOKENS, *[*arguments][:1]):
+        if isinstance(x := arguments.get(name), Tensor):
             return (x.shape[0], x.shape[1]) if x.ndim > 1 else None
     return None
 
