@@ -103,7 +103,7 @@ def machine(family: str, by_chance: bool) -> type[RuleBasedStateMachine]:
         )
         def capture(self, sites: set[str], layers: Any, seed: int, how: str, stays: bool) -> None:
             self.do(World.put, Put("capture", "", tuple(sorted(sites)), layers, seed), "whole", False)
-            if not stays:
+            if not stays and not self.world.out_of_place:
                 self.do(World.check, how)
                 self.do(World.remove, -1, False)
 
@@ -171,6 +171,11 @@ def machine(family: str, by_chance: bool) -> type[RuleBasedStateMachine]:
         def interrupt(self, how: str, place: str, error: type[BaseException], after: int, threaded: bool) -> None:
             self.do(World.interrupted, how, place, error, after, threaded)
             self.do(World.glance)
+
+        @precondition(lambda self: not any(one.what.kind == "capture" for one in self.world.active))
+        @rule(how=st.sampled_from(["forward", "forward of the base model"]))
+        def compile(self, how: str) -> None:
+            self.do(World.compiled, how)
 
         @rule(how=runs)
         def nest(self, how: str) -> None:

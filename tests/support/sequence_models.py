@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 import mimic_core as mc
 from mimic_core.heads.base import head_for_config
 from tests.support.cases import BY_NAME, HEADS, as_dtype, fresh_model
+from tests.support.snapshot import snapshot
 from tests.zoo.tiny import tiny
 
 Outcome = tuple[Any, ...]
@@ -370,3 +372,24 @@ def difference(found: Any, wanted: Any) -> str:
 
 def _words(outcome: Any) -> str:
     return str(outcome if outcome is None or outcome[0] != "gives" else outcome[0])
+
+
+def off_and_on(handle: mc.Handle) -> None:
+    with handle.disabled():
+        pass
+
+
+def here(work: Callable[[], Any]) -> Any:
+    return work()
+
+
+def check_refused(model: Any, shifts: mc.ShiftStack | None = None) -> None:
+    """A stack, or a hook, can't be put into the model."""
+    with pytest.raises(mc.PatchStateError):
+        put(model, Put("hook", "double", ("query",))) if shifts is None else mc.patch(model, shifts)
+
+
+def check_as_it_was(family: str, history: tuple[str, ...], model: Any) -> None:
+    """A model is as one that was never patched."""
+    apart = changes(snapshot(inner_of(plain(family, history))), snapshot(model))
+    assert apart == [], f"the model is not as it was: {str(apart)[:2000]}"

@@ -278,7 +278,7 @@ def expected(family: str, history: tuple[str, ...], edits: Edits, how: str) -> t
         for one in found:
             take_out(one)
     held_together = tuple(held(one) for one in found if not isinstance(one, mc.Handle))
-    _check_close(family, history, how, together, outcome)
+    check_close(family, history, how, together, outcome)
     return together, held_together
 
 
@@ -287,8 +287,8 @@ def reads_lse(what: Put) -> bool:
     return "lse" in what.sites or (what.kind == "stack" and what.name in GATED)
 
 
-def _check_close(family: str, history: tuple[str, ...], how: str, found: Outcome, wanted: Outcome) -> None:
-    """Compare what reads the LSE with the definition: the logits of tokens that are not padding, in fp32 or fp64."""
+def check_close(family: str, history: tuple[str, ...], how: str, found: Outcome, wanted: Outcome) -> None:
+    """Compare what has other bits than the second formula: the logits of tokens that are not padding, fp32 or fp64."""
     assert found[:1] == wanted[:1], f"{how}: {difference(found, wanted)}"
     if found[0] != "gives":
         assert same(found, wanted), f"{how}: {found} and not {wanted}"

@@ -12,7 +12,6 @@ import gc
 import pickle
 import threading
 import weakref
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,15 +26,17 @@ from tests.support.sequence_models import (
     Active,
     Put,
     change_model,
-    changes,
+    check_as_it_was,
+    check_refused,
     difference,
     edited_sites,
     held,
+    here,
     in_thread,
     inner_of,
     inputs_of,
     layers_of,
-    plain,
+    off_and_on,
     pristine,
     put,
     run,
@@ -43,8 +44,8 @@ from tests.support.sequence_models import (
     stack,
     take_out,
 )
-from tests.support.sequence_oracle import by_torch, expected, reads_lse
-from tests.support.snapshot import left_in, snapshot
+from tests.support.sequence_oracle import by_torch, check_close, expected, reads_lse
+from tests.support.snapshot import left_in
 
 
 class World:
@@ -79,6 +80,12 @@ class World:
         """Whether an edit is at a module that PEFT has replaced. Then each forward is refused."""
         return any(one.stands is not None and one.stands is not self.fc2 for one in self.active)
 
+    @property
+    def is_usual(self) -> bool:
+        """Whether all edits act at their places, and nothing is captured."""
+        captures = any(one.what.kind == "capture" for one in self.active)
+        return len(self.acting) == len(self.active) and not self.out_of_place and not captures
+
     # What is put in and taken out.
 
     def part(self, name: str) -> Any:
@@ -87,6 +94,9 @@ class World:
 
     def put(self, what: Put, part: str, threaded: bool) -> None:
         model = self.part(part)
+        if self.out_of_place:  # the model is run once, to find its sites
+            check_refused(model)
+            return
 
         def work() -> Active:
             if what.kind != "stack":
@@ -99,15 +109,11 @@ class World:
             one.stands = self.fc2
         self.active.append(one)
         if one.shifts is not None:
-            try:
-                mc.patch(self.inner, one.shifts)
-            except mc.PatchStateError:
-                return
-            raise AssertionError("a stack went into one model twice")
+            check_refused(self.inner, one.shifts)  # it is in it already
 
     def remove(self, index: int, threaded: bool) -> None:
         one = self.active.pop(index % len(self.active))
-        (in_thread if threaded else _here)(lambda: take_out(one.handle))
+        (in_thread if threaded else here)(lambda: take_out(one.handle))
         take_out(one.handle)
         for context in one.off:
             context.close()
@@ -158,11 +164,7 @@ class World:
         Off is refused. After a removal, the forward is refused too, or all of that edit has run before.
         """
         one, before = self.active[index % len(self.active)], list(self.active)
-        if (
-            any(o.what.kind == "capture" for o in self.active)
-            or len(self.acting) < len(self.active)
-            or self.out_of_place
-        ):
+        if not self.is_usual:
             return
         inside, done, found = threading.Event(), threading.Event(), []
 
@@ -211,7 +213,7 @@ class World:
             wanted = ("refused", "PatchStateError")
         stacks = [one.shifts for one in acting if one.shifts is not None]
         work = lambda: run(self.outer, self.family, how, stacks)  # noqa: E731
-        found = (in_thread if threaded else _here)(work)
+        found = (in_thread if threaded else here)(work)
         assert same(found, wanted), f"{how}: {difference(found, wanted)}"
         if wanted[0] == "gives" and not threaded:
             assert same(tuple(held(one.handle) for one in captures), wanted_held), f"{how}: other values were captured"
@@ -229,6 +231,24 @@ class World:
     def glance(self) -> None:
         """One forward after each operation. A capture would hold it, so then it runs in another thread."""
         self.check("forward", threaded=any(one.what.kind == "capture" for one in self.active))
+
+    def compiled(self, how: str) -> None:
+        """The MLP of a layer is compiled for one run: the same bits, but for what torch compiles in place of an op."""
+        layer = layers_of(self.outer, self.family)[0][1]
+        module = getattr(layer, "mlp", None) or layer.fc2
+        module.compile(backend="eager", dynamic=False)
+        try:
+            found = run(self.outer, self.family, how, [])
+        finally:
+            del module._compiled_call_impl
+            torch._dynamo.reset()
+        if self.out_of_place:
+            assert found == ("refused", "PatchStateError")
+        elif any(one.what.kind == "stack" and "mlp_out" in edited_sites(one.what) for one in self.acting):
+            wanted = expected(self.family, self.history, tuple(one.what for one in self.acting), how)[0]
+            check_close(self.family, self.history, how, found, wanted)
+        else:
+            self.compare(found, self.acting, how)
 
     def given(self, index: int, how: str, seed: int) -> None:
         """The caller names the tokens of one edit."""
@@ -248,11 +268,9 @@ class World:
 
     def check_two_threads(self) -> None:
         """Two forwards at the same time."""
-        if (
-            len(self.acting) < len(self.active) or self.inner.training or self.out_of_place
-        ):  # dropout draws from one state
-            return
         edits = [one for one in self.active if one.what.kind != "capture"]
+        if len(self.acting) < len(self.active) or self.inner.training or self.out_of_place:
+            return  # dropout draws from one state
         barrier, found = threading.Barrier(2), []
 
         def work() -> None:
@@ -277,16 +295,16 @@ class World:
             if calls[0] > after:
                 raise error("planted")
 
-        layers = mc.adapter_for(self.inner).spec(self.inner).layers
+        place = "begin" if self.out_of_place else place
         places = {
             "begin": lambda: self.inner.register_forward_pre_hook(fail),
             "end": lambda: self.inner.register_forward_hook(fail),
-            "layer": lambda: self.inner.get_submodule(layers[1].path).register_forward_pre_hook(fail),
+            "layer": lambda: layers_of(self.outer, self.family)[0][1].register_forward_pre_hook(fail),
             "head": lambda: self.inner.get_output_embeddings().register_forward_hook(fail),
         }
         made = places[place]() if place in places else mc.hook(self.inner, place, fail, layers=[1])
         try:
-            (in_thread if threaded else _here)(lambda: run(self.outer, self.family, how, []))
+            (in_thread if threaded else here)(lambda: run(self.outer, self.family, how, []))
         except error as raised:
             assert str(raised) == "planted"  # noqa: PT017 - it may also be refused before it gets there
         finally:
@@ -316,8 +334,9 @@ class World:
 
     def removed_inside(self, index: int) -> None:
         """An edit is removed in the middle of a forward, from a hook."""
-        before, usual = list(self.active), len(self.acting) == len(self.active) and not self.out_of_place
-        usual = usual and not any(one.what.kind == "capture" for one in before)
+        if self.out_of_place:
+            return
+        before, usual = list(self.active), self.is_usual
         one = self.active.pop(index % len(self.active))
         with mc.hook(self.inner, "mlp_out", lambda value, at: take_out(one.handle), layers=[1]):
             found = run(self.outer, self.family, "forward", [])
@@ -367,8 +386,7 @@ class World:
         assert AttentionInterface.get_interface is UNWRAPPED
         assert optimizers._hook is None
         assert not left_in(self.inner)
-        apart = changes(snapshot(inner_of(plain(self.family, self.history))), snapshot(self.inner))
-        assert apart == [], f"the model is not as it was: {str(apart)[:2000]}"
+        check_as_it_was(self.family, self.history, self.inner)
         for how in ("forward", "backward"):
             self.check(how)
 
@@ -380,12 +398,3 @@ class World:
         while self.active:
             self.remove(0, threaded=False)
         self.check_nothing_left()
-
-
-def off_and_on(handle: mc.Handle) -> None:
-    with handle.disabled():
-        pass
-
-
-def _here(work: Callable[[], Any]) -> Any:
-    return work()
