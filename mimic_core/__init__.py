@@ -34,6 +34,7 @@ from .heads import (
     TaskVectorConfig,
     register_head,
 )
+from .merge import merge
 from .patch import Handle, handles, hook, patch
 from .types import At, LayerSpec, ModelSpec
 
@@ -74,6 +75,7 @@ __all__ = [
     "hook",
     "load_shifts",
     "losses",
+    "merge",
     "ops",
     "patch",
     "register_adapter",

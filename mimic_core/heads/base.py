@@ -111,6 +111,13 @@ class ShiftHead(nn.Module):
         """
         return None
 
+    def constant(self) -> Tensor | None:
+        """The vector [h e], if all the head does is to add it at `attn_heads`: then `mimic_core.merge` takes it.
+
+        None: the head does something else.
+        """
+        return None
+
     def own(self, name: str) -> Tensor:
         """A parameter or buffer by name. This is 4 times faster than the attribute, which matters in decoding."""
         found = self._parameters.get(name)

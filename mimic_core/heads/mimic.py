@@ -82,10 +82,7 @@ class MimICHead(ShiftHead):
         self.per_head = None if config.shared else ("vector", "gate_weight", "gate_bias")
 
     def forward(self, value: Float[Tensor, "b t h e"], at: At) -> Float[Tensor, "b t h e"]:
-        vector = self.own("vector").to(value.device)
-        if self.config.shared:
-            # Not einops: with it, torch.compile made a new graph for the third sequence length.
-            vector = vector.unflatten(-1, (self.layer.heads, -1))
+        vector = self._vector().to(value.device)
         if not self.config.gate:
             return (value + vector.unsqueeze(-3)).to(value.dtype)
         log_z2 = at.lse if self.config.log_z2 == "attended" else at.lse_all_keys
@@ -103,6 +100,14 @@ class MimICHead(ShiftHead):
         if vector.device != query.device:
             vector, weight, bias = (x.to(query.device) for x in (vector, weight, bias))
         return vector, weight, bias
+
+    def constant(self) -> Float[Tensor, "h e"] | None:
+        return None if self.config.gate or self.config.mlp_vector else self._vector()
+
+    def _vector(self) -> Tensor:
+        vector = self.own("vector")
+        # Not einops: with it, torch.compile made a new graph for the third sequence length.
+        return vector.unflatten(-1, (self.layer.heads, -1)) if self.config.shared else vector
 
     def edits(self) -> dict[Site, Edit]:
         edits: dict[Site, Edit] = {self.site: self}
