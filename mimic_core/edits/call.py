@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.integrations import sdpa_attention
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -118,6 +120,14 @@ class AttentionCall(AttentionView):
         odd = [name for name in refused if options.get(name) is not None]
         if odd:
             problem = f"{', '.join(odd)} enter(s) its attention logits, which is not supported"
+        elif self.implementation == "sdpa" and not is_sdpa_of_torch():
+            found: Any = functional.scaled_dot_product_attention
+            problem = (
+                f"torch.nn.functional.scaled_dot_product_attention was replaced by {found.__module__}."
+                f"{getattr(found, '__qualname__', type(found).__qualname__)}, as torch's context_parallel and some "
+                f"kernel packages do, and it is not known what it computes; leave it as it was, or use a head that "
+                f"doesn't read the LSE, such as LIVE"
+            )
         elif self._is_flash:
             problem = why_not(self.module, self.query, self.key, self.mask, options)
         elif self.implementation not in ("sdpa", "eager", "flex_attention"):
@@ -189,6 +199,11 @@ class AttentionCall(AttentionView):
         if self.options.get("dropout") or like_sdpa.is_packed(q, k, self.mask, _PACKS_GROUPS):
             return False
         return ops.follows_sdpa(q, k, self.value, self.mask, self.scale, self.is_causal)
+
+
+def is_sdpa_of_torch() -> bool:
+    """Whether transformers' sdpa function reaches torch's. Edits that call `ops` in its place need that."""
+    return functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention  # pyright: ignore
 
 
 _PACKS_GROUPS = hasattr(sdpa_attention, "pack_gqa")

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 from ..errors import UnsupportedModelError
-from .call import UNUSUAL, AttentionCall, Plan, shifted
+from .call import UNUSUAL, AttentionCall, Plan, is_sdpa_of_torch, shifted
 from .entry import Entry
 from .replaced import ReplacedMethod
 
@@ -92,7 +92,7 @@ def _attention(
         return base(module, query, key, value, attention_mask, *args, **kwargs)
     # A fast path for the most common patch, because the overhead matters in decoding.
     if plan.only_shift is not None and implementation == "sdpa" and base is sdpa_attention_forward and not args:
-        usual = UNUSUAL.isdisjoint(kwargs)
+        usual = UNUSUAL.isdisjoint(kwargs) and is_sdpa_of_torch()
         out = shifted(plan.only_shift, module, query, key, value, attention_mask, kwargs) if usual else None
         if out is not None:
             return out, None
