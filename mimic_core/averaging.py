@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -13,28 +14,35 @@ from .errors import PatchStateError
 from .heads.stack import FORWARD_BEGINS
 
 _WRAP = "mimic_core.patch(model, DistributedDataParallel(shifts))"
+_HOLD = (
+    f"put fully_shard around a module that holds the stack and runs the model, such as the model after "
+    f"`model.shifts = shifts`; or keep the stack whole, as it is a few kilobytes: {_WRAP}"
+)
 _warned: WeakSet[nn.Module] = WeakSet()
 
 
 class Averaging:
-    """Called when a forward with gradients begins in a model with a stack.
+    """Called when a forward begins in a model with a stack.
 
     DistributedDataParallel averages in the backward what it was told of in the forward, so the one around the stack
-    is called here. A copy of a model has no such wrapper.
+    is called here. A copy of a model has no such wrapper. The fully_shard around a module that holds the stack and runs
+    the model has gathered the parameters by then, and averages their gradients itself.
 
     Args:
         shifts: The stack, or a set of them.
         wrapper: The DistributedDataParallel around it; None: there is none.
 
     Raises:
-        PatchStateError: the parameters are sharded, or the wrapper has an option that needs the stack's forward.
+        PatchStateError: fully_shard is around the stack itself, or the wrapper has an option that needs the stack's
+            forward.
     """
 
     def __init__(self, shifts: nn.Module, wrapper: DistributedDataParallel | None) -> None:
-        if any(hasattr(x, "device_mesh") for x in shifts.parameters()):  # a DTensor
+        self._was_sharded = _is_sharded(shifts)
+        if self._was_sharded and _gathers_in_its_own_forward(shifts):
             raise PatchStateError(
-                f"the parameters of these shifts are sharded, as by fully_shard, but a stack is a few kilobytes: shard "
-                f"the model alone, and put the whole stack into it with {_WRAP}"
+                f"fully_shard gathers the parameters in the forward of what it is around, and a stack's forward is "
+                f"never called: {_HOLD}"
             )
         if wrapper is not None and (wrapper.static_graph or wrapper.mixed_precision is not None):
             raise PatchStateError(
@@ -49,7 +57,10 @@ class Averaging:
         return {**self.__dict__, "_wrapper": None}
 
     def __call__(self, traced: bool) -> None:
-        trainable = _trainable(self._shifts)
+        with_gradients = torch.is_grad_enabled()
+        if (with_gradients or self._was_sharded) and _is_sharded(self._shifts):
+            raise PatchStateError(f"the parameters of these shifts are sharded while the model runs: {_HOLD}")
+        trainable = _trainable(self._shifts) if with_gradients else None
         if not trainable:
             return
         if self._wrapper is not None:
@@ -70,7 +81,7 @@ class Averaging:
             return
         # The DistributedDataParallel in whose forward this code runs.
         active: nn.Module | None = getattr(DistributedDataParallel, "_active_ddp_module", None)
-        if active is None and self._shifts not in _warned:
+        if active is None and not self._was_sharded and self._shifts not in _warned:
             _warned.add(self._shifts)
             warnings.warn(
                 f"nothing is seen to average the gradients of these shifts over {distributed.get_world_size()} "
@@ -82,6 +93,16 @@ class Averaging:
                 f"this forward runs in a DistributedDataParallel that does not hold the shifts, so their gradients "
                 f"would not be averaged over the processes: use {_WRAP}"
             )
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(hasattr(x, "device_mesh") for x in module.parameters())  # a DTensor
+
+
+def _gathers_in_its_own_forward(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule  # it takes a moment to import
+
+    return any(isinstance(x, FSDPModule) for x in module.modules())
 
 
 def _trainable(module: nn.Module) -> set[int]:

@@ -43,8 +43,8 @@ def patch(
 
         mimic_core.patch(model, DistributedDataParallel(shifts))
 
-    A DistributedDataParallel around a module that holds the stack does the same. A forward with gradients raises
-    PatchStateError if it runs in one that does not hold the stack.
+    A DistributedDataParallel or fully_shard around a module that holds the stack does the same. A forward with
+    gradients raises PatchStateError if it runs in a DistributedDataParallel that does not hold the stack.
 
     Args:
         shifts: The stack, or a `StackSet`. With a set, run the model inside `handle.using(...)`.
@@ -54,9 +54,10 @@ def patch(
         WrongTypeError: `shifts` is neither.
         UnsupportedModelError: no adapter fits the model, or it is tensor-parallel and a head needs all attention heads.
         ShapeError: the strength is no number, or the stack was built for a model of other sizes.
-        PatchStateError: this stack is already in this model, or in a part of it. Or its parameters are sharded, or
-            the options of its DistributedDataParallel need its forward. Or the model is tensor-parallel, and the stack
-            is not the same in all processes. A later forward also raises it if it does not reach one of the sites.
+        PatchStateError: this stack is already in this model, or in a part of it. Or fully_shard is around the stack
+            itself, or the options of its DistributedDataParallel need its forward. Or the model is tensor-parallel, and
+            the stack is not the same in all processes. A later forward also raises it if it does not reach one of the
+            sites, or if the parameters are still sharded then.
     """
     inner = shifts if isinstance(shifts, StackSet) else check_stack(shifts)
     averaging = Averaging(inner, shifts if isinstance(shifts, DistributedDataParallel) else None)

@@ -40,7 +40,8 @@ def save_shifts(
 ) -> None:
     """Write a stack to a directory: `shifts.safetensors` and `shifts.json`.
 
-    Each file is replaced completely or not at all. The model is not saved.
+    Each file is replaced completely or not at all. The model is not saved. If the parameters are sharded, call this in
+    all processes: it gathers them, and each process writes the same files.
 
     Args:
         shifts: The stack, or the DistributedDataParallel around it.
@@ -49,12 +50,15 @@ def save_shifts(
 
     Raises:
         WrongTypeError: `shifts` is not a ShiftStack.
+        PatchStateError: sharded parameters, and a hub repository: each process would push.
         CheckpointError: `load_shifts` could not read the files: two parameters share a tensor, a parametrization has
             changed the names, a number is NaN or infinite, a dtype is not a usual one. Nothing is written.
     """
     shifts = check_stack(shifts)
+    if push_to_hub is not None:
+        hub.check_one_pushes(shifts)
     _check_untied(shifts)
-    tensors = {name: x.detach().cpu().contiguous() for name, x in shifts.state_dict().items()}
+    tensors = {name: _whole(x.detach()).cpu().contiguous() for name, x in shifts.state_dict().items()}
     with torch.random.fork_rng(devices=[]):
         fresh = ShiftStack(head_class(shifts.name), shifts.config, shifts.spec)
     if problems := _problems(fresh, tensors):
@@ -155,11 +159,17 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, x in tensors.items() if not torch.isfinite(x.float()).all()]
 
 
+def _whole(x: Tensor) -> Tensor:
+    """All of a tensor that may be sharded (a DTensor)."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _check_untied(shifts: ShiftStack) -> None:
     """Refuse shared tensors: a file holds each tensor separately, so they would be separate after loading."""
     names: dict[int, str] = {}
     for name, x in shifts.state_dict(keep_vars=True).items():
-        if x.data_ptr() and (other := names.setdefault(x.data_ptr(), name)) != name:
+        own = x.to_local() if hasattr(x, "to_local") else x
+        if own.data_ptr() and (other := names.setdefault(own.data_ptr(), name)) != name:
             raise CheckpointError(
                 f"{other} and {name} share their memory, but after loading from a file they would be separate: give "
                 f"each layer its own tensor (`torch.nn.Parameter(x.detach().clone())`) before you save"

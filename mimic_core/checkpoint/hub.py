@@ -13,13 +13,26 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, PatchStateError
 from ..heads import ShiftStack
 
 FILES = ("shifts.safetensors", "shifts.json")
 CARD = "README.md"
 # The base class of the HTTP client's errors: httpx in huggingface_hub 1.x, httpx2 in 2.x.
 _HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+def check_one_pushes(shifts: ShiftStack) -> None:
+    """Refuse a sharded stack: all processes gather it, so each would push it.
+
+    Raises:
+        PatchStateError: the parameters are sharded.
+    """
+    if any(hasattr(x, "device_mesh") for x in shifts.parameters()):  # a DTensor
+        raise PatchStateError(
+            "the parameters of these shifts are sharded, and each process would push them: save them with "
+            "mimic_core.save_shifts in all processes, then load_shifts in one process without sharding, and push that"
+        )
 
 
 def upload(

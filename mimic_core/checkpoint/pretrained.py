@@ -27,6 +27,7 @@ def save_pretrained(
 
 def push_to_hub(shifts: ShiftStack, repo_id: str, *, license: str | None, training: str | None, **options: Any) -> str:
     """See `ShiftStack.push_to_hub`; `options` are those of `hub.upload`."""
+    hub.check_one_pushes(shifts)
     with TemporaryDirectory() as folder:
         save_shifts(shifts, folder)
         Path(folder, hub.CARD).write_text(hub.model_card(shifts, repo_id, license, training))

@@ -44,8 +44,8 @@ class Installation:
         key: The object that the edits belong to.
         parts: What of it has edits, so that none comes twice into a model.
         thread: The only thread in which they do anything; None means all.
-        begins: Called with False when a forward with gradients begins that is not a part of another one. Called with
-            True when torch.compile traces one: if it raises PatchStateError then, the decoder runs uncompiled.
+        begins: Called with False when a forward begins that is not a part of another one. Called with True when
+            torch.compile traces one with gradients: if it raises PatchStateError then, the decoder runs uncompiled.
 
     Raises:
         UnsupportedModelError: a layer lacks a site. The model is unchanged.
@@ -301,7 +301,7 @@ class Installation:
             PatchStateError: see `check_places`, and `ForwardWatch.begin`.
         """
         self.check_places()
-        if self.begins is not None and torch.is_grad_enabled() and self.active and not self.in_forward:
+        if self.begins is not None and self.active and not self.in_forward:
             self.begins(False)
         self._watch.begin(by_name(type(self._decoder).forward, args, kwargs), self._decoder)
 

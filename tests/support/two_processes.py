@@ -18,8 +18,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as read
+from torch.distributed.checkpoint.state_dict_saver import save as write
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import mimic_core as mc
@@ -43,6 +47,7 @@ def check(function: Callable[[], None]) -> Callable[[], None]:
 
 def begin(folder: Path) -> tuple[()]:
     """What Trainer and accelerate look for, beside the group that is there."""
+    os.environ |= {"FOLDER": str(folder)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return ()
 
@@ -195,19 +200,79 @@ def no_wrapper_is_told_once() -> None:
         assert all("nothing is seen to average" in str(one.message) for one in told)
 
 
-@check
-def in_a_sharded_model() -> None:
+def sharded(model: nn.Module) -> None:
     mesh = init_device_mesh("cpu", (2,))
-    model, shifts = model_and_shifts(torch.float64)
     for part in (*model.model.layers, model):
         fully_shard(part, mesh=mesh)
+
+
+SHARDED_RUNS = not torch.__version__.startswith("2.6.")  # torch 2.6 runs a sharded model on a GPU alone
+
+
+@check
+def in_a_sharded_model() -> None:
+    model, shifts = model_and_shifts(torch.float64)
+    sharded(model)
     with mc.patch(model, DistributedDataParallel(shifts)):
-        for _ in range(0 if torch.__version__.startswith("2.6.") else 2):  # torch 2.6 runs it on a GPU alone
+        for _ in range(2 if SHARDED_RUNS else 0):
             loss_of(model, mine(IDS)).backward()
             assert_averaged(shifts, whole())
-    fully_shard(shifts, mesh=mesh)
-    with pytest.raises(mc.PatchStateError, match="shard the model alone"):
+    other = copy.deepcopy(shifts)
+    fully_shard(shifts, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(mc.PatchStateError, match="a stack's forward is never called: put fully_shard around a module"):
         mc.patch(model, shifts)
+    for name, x in other.heads.named_parameters():
+        owner, _, last = name.rpartition(".")
+        x = distribute_tensor(x.detach(), init_device_mesh("cpu", (2,)), [Replicate()])
+        setattr(other.heads.get_submodule(owner), last, nn.Parameter(x))
+    model, _ = model_and_shifts(torch.float64)
+    with mc.patch(model, other):
+        for gradients in (torch.enable_grad(), torch.no_grad()):
+            with gradients, pytest.raises(mc.PatchStateError, match="sharded while the model runs: put fully_shard"):
+                loss_of(model, IDS)
+
+
+@check
+def held_by_a_sharded_model() -> None:
+    """Its parameters are sharded too. Files are whole, whoever writes or reads them."""
+    model, shifts = model_and_shifts(torch.float64)
+    model.shifts = shifts
+    before = copy.deepcopy(shifts.state_dict())
+    sharded(model)
+    optimizer = torch.optim.SGD(shifts.parameters(), lr=0.1)
+    with warnings.catch_warnings(), mc.patch(model, shifts):
+        warnings.simplefilter("error")
+        for _ in range(2 if SHARDED_RUNS else 0):
+            with torch.no_grad():
+                loss_of(model, IDS)
+            loss_of(model, mine(IDS)).backward()
+            for x, exact in zip(shifts.parameters(), whole(), strict=True):
+                torch.testing.assert_close(x.grad.full_tensor(), exact, rtol=1e-9, atol=1e-14)
+            shifts.zero_grad()
+        if SHARDED_RUNS:
+            loss_of(model, mine(IDS)).backward()
+            optimizer.step()
+    now = get_model_state_dict(shifts, options=StateDictOptions(full_state_dict=True))
+    for (name, x), gradient in zip(before.items(), whole(), strict=True):
+        torch.testing.assert_close(now[name], x - 0.1 * gradient if SHARDED_RUNS else x, rtol=1e-9, atol=1e-14)
+    plain, empty = model_and_shifts(torch.float64)
+    folder = Path(os.environ["FOLDER"])
+    mc.save_shifts(shifts, folder / f"{distributed.get_rank()}")
+    loaded = mc.load_shifts(folder / f"{distributed.get_rank()}", plain)
+    torch.testing.assert_close(loaded.state_dict(), now, rtol=0, atol=0)
+    with pytest.raises(mc.PatchStateError, match="each process would push"):
+        shifts.push_to_hub("user/name")
+    if not SHARDED_RUNS:  # nor can its processes read and write alone
+        return
+    write({"shifts": shifts.state_dict()}, checkpoint_id=folder / "sharded")
+    read({"shifts": empty.state_dict()}, checkpoint_id=folder / "sharded", no_dist=True)  # by one process
+    torch.testing.assert_close(empty.state_dict(), now, rtol=0, atol=0)
+    if distributed.get_rank() == 0:
+        write({"shifts": before}, checkpoint_id=folder / "whole", no_dist=True)
+    distributed.barrier()
+    read({"shifts": shifts.state_dict()}, checkpoint_id=folder / "whole")
+    now = get_model_state_dict(shifts, options=StateDictOptions(full_state_dict=True))
+    torch.testing.assert_close(now, before, rtol=0, atol=0)
 
 
 @check
