@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import StaticCache
 
 import mimic_core as mc
 from tests.support.cases import CASES, Case, fresh_model, random_shifts
-from tests.support.compilable import LLAMA, SHALLOW, text
+from tests.support.compilable import LLAMA, SHALLOW, Logits, in_onnxruntime, text
 
 
 @pytest.fixture(autouse=True)
@@ -143,15 +143,6 @@ def test_decoding_compiles_once(case: Case, cache: str, head: str) -> None:
     assert frames[2] == frames[-1], frames
 
 
-class Logits(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, use_cache=False).logits
-
-
 @pytest.mark.usefixtures("compilable")
 @pytest.mark.parametrize("head", ["mimic", "live", "mimic-shared"])
 def test_export(head: str) -> None:
@@ -172,17 +163,13 @@ def test_export(head: str) -> None:
 @pytest.mark.parametrize("head", ["mimic", "live"])
 def test_onnx(head: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime")
     model = fresh_model(LLAMA)
     ids = text(7)["input_ids"]
     with mc.patch(model, random_shifts(model, head)), torch.no_grad():
         wanted = model(input_ids=ids, use_cache=False).logits
-        program = torch.onnx.export(Logits(model), (ids,), dynamo=True, verbose=False)
-    assert program is not None
-    program.save(str(tmp_path / "model.onnx"))
-    session = runtime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-5, rtol=1e-4)
+        found = in_onnxruntime(model, ids, tmp_path)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("compilable")

@@ -56,7 +56,7 @@ MAY_READ = {"ops/native/build.py": {"CXX"}}
 RUN_FOREIGN_CODE = {"adapters/probe.py", "testing/verdicts.py"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # The folders of tests/ that hold no tests: what the tests may import.
-HELPERS = ("support", "zoo")
+HELPERS = ("support", "zoo", "engines")
 
 
 def module_name(path: Path) -> tuple[str, ...]:

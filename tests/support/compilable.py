@@ -1,10 +1,12 @@
-"""A fixture for what compiled.py and its neighbour need: a torch that can make one graph of a transformers model."""
+"""What needs one graph of a transformers model: whether this torch can make it, small models, and ONNX."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.support.cases import TEXT, Case, fresh_model
@@ -30,3 +32,24 @@ def compilable() -> None:
         torch.compile(fresh_model(LLAMA), fullgraph=True, backend="eager")(**text(5), use_cache=False)
     except torch._dynamo.exc.Unsupported as error:
         pytest.skip(f"the unpatched model doesn't compile with torch {torch.__version__}: {str(error)[:100]}")
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
+def in_onnxruntime(model: nn.Module, ids: Tensor, folder: Path) -> Tensor:
+    """The logits of a model that was exported to a file."""
+    import onnxruntime
+
+    program = torch.onnx.export(Logits(model), (ids,), dynamo=True, verbose=False)
+    assert program is not None
+    program.save(str(folder / "model.onnx"))
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
+    return torch.from_numpy(found)

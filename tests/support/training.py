@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +20,9 @@ LLAMA = BY_NAME["llama"]
 Step = list[tuple[Tensor, Any]]
 
 
-def model_and_shifts(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, mc.ShiftStack]:
+def model_and_shifts(dtype: torch.dtype = torch.float32, head: str = "mimic") -> tuple[nn.Module, mc.ShiftStack]:
     model = fresh_model(LLAMA, dtype=dtype)
-    return model, random_shifts(model, "mimic").to(dtype)
+    return model, random_shifts(model, head).to(dtype)
 
 
 def rows(count: int) -> Tensor:
@@ -54,17 +57,19 @@ class RecordingTrainer(ShiftTrainer):
         return loss
 
 
-def recorded(folder: Path | str, **options: Any) -> RecordingTrainer:
+def recorded(folder: Path | str, head: str = "mimic", **options: Any) -> RecordingTrainer:
     """A trainer that has trained."""
-    model, shifts = model_and_shifts()
+    model, shifts = model_and_shifts(head=head)
     trainer = RecordingTrainer(model=model, shifts=shifts, args=arguments(folder, **options), train_dataset=samples())
     trainer.train()
     return trainer
 
 
-def in_plain_torch(steps: list[Step], bf16: bool = False) -> tuple[list[list[Tensor]], mc.ShiftStack]:
+def in_plain_torch(
+    steps: list[Step], bf16: bool = False, head: str = "mimic"
+) -> tuple[list[list[Tensor]], mc.ShiftStack]:
     """The gradients of the same steps, and the stack after them."""
-    model, shifts = model_and_shifts()
+    model, shifts = model_and_shifts(head=head)
     named = dict(shifts.named_parameters())
     groups = [{"params": [x for name, x in named.items() if "bias" not in name]}]
     groups += [{"params": [x for name, x in named.items() if "bias" in name], "weight_decay": 0.0}]
@@ -83,6 +88,35 @@ def in_plain_torch(steps: list[Step], bf16: bool = False) -> tuple[list[list[Ten
             optimizer.step()
             optimizer.zero_grad()
     return found, shifts
+
+
+def lightning_module(shifts: mc.ShiftStack, loss_of: Callable[[Tensor], Tensor]) -> Any:
+    """A LightningModule that holds a stack, keeps its gradients, and trains it on given rows."""
+    import lightning
+
+    class ShiftModule(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shifts = shifts
+            self.gradients: list[list[Tensor]] = []
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            return loss_of(batch)
+
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            self.gradients.append(gradients_of(self.shifts))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def fit(self, ids: Tensor, processes: int) -> None:
+            options = {"accelerator": "cpu", "strategy": "ddp", "devices": processes, "max_epochs": 2, "logger": False}
+            options |= {f"enable_{name}": False for name in ("checkpointing", "progress_bar", "model_summary")}
+            with patch.dict(os.environ):  # it takes WORLD_SIZE away
+                trainer = lightning.Trainer(**options, use_distributed_sampler=False)
+                trainer.fit(self, torch.utils.data.DataLoader(ids, batch_size=len(ids)))
+
+    return ShiftModule()
 
 
 def gradients_of(shifts: mc.ShiftStack) -> list[Tensor]:

@@ -10,21 +10,23 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from torch import Tensor, distributed, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as read
 from torch.distributed.checkpoint.state_dict_saver import save as write
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import mimic_core as mc
 from tests.support.training import (
@@ -32,6 +34,7 @@ from tests.support.training import (
     arguments,
     gradients_of,
     in_plain_torch,
+    lightning_module,
     model_and_shifts,
     rows,
     samples,
@@ -233,6 +236,27 @@ def in_a_sharded_model() -> None:
 
 
 @check
+def in_a_sharded_model_that_one_process_reads() -> None:
+    folder = Path(os.environ["FOLDER"]) / "model"
+    first = distributed.get_rank() == 0
+    if first:
+        model_and_shifts(torch.float64)[0].save_pretrained(folder)
+    distributed.barrier()
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float64)
+    model.eval().requires_grad_(False)
+    weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).state_dict() if first else {}
+    sharded(model)
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    shifts = mc.build_shifts(model, "mimic").double()
+    shifts.load_state_dict(model_and_shifts(torch.float64)[1].state_dict())
+    with mc.patch(model, DistributedDataParallel(shifts)):
+        if SHARDED_RUNS:
+            loss_of(model, mine(IDS)).backward()
+            assert_averaged(shifts, whole())
+
+
+@check
 def held_by_a_sharded_model() -> None:
     """Its parameters are sharded too. Files are whole, whoever writes or reads them."""
     model, shifts = model_and_shifts(torch.float64)
@@ -286,6 +310,28 @@ def what_is_refused() -> None:
         pytest.raises(mc.PatchStateError, match="does not call the Distributed"),
     ):
         loss_of(compiled, mine(IDS))
+
+
+@check
+def with_lightning() -> None:
+    if find_spec("lightning") is None:
+        return
+    model, shifts = model_and_shifts(torch.float64)
+    before = copy.deepcopy(shifts.state_dict())
+    if distributed.get_rank() == 1:  # its wrapper gives all processes the numbers of the first
+        shifts[0].vector.data.zero_()
+    with warnings.catch_warnings(), mc.patch(model, shifts):
+        warnings.filterwarnings("error", message="nothing is seen to average")
+        module = lightning_module(shifts, lambda ids: loss_of(model, ids))
+        module.fit(mine(IDS), processes=2)
+    for found, exact in zip(module.gradients[0], whole(), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-14)
+    assert len(module.gradients) == 2
+    both: list[Any] = [None, None]
+    distributed.all_gather_object(both, shifts.state_dict())
+    torch.testing.assert_close(both[0], both[1], rtol=0, atol=0)
+    assert all(not torch.equal(x, before[name]) for name, x in shifts.state_dict().items())
+    assert all(name.startswith("shifts.") for name in module.state_dict())
 
 
 @check
