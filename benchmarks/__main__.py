@@ -16,12 +16,17 @@ from tqdm import tqdm
 
 import mimic_core as mc
 
-from . import bench_host, bench_patch, bench_shift, plots, records, report
+from . import bench_host, bench_patch, bench_shift, bench_stacks, plots, records, report
 from .bench_shift import Task
 from .errors import BenchmarkError
 from .records import Machine, Row
 
-BENCHES = {"host": bench_host.tasks, "shift": bench_shift.tasks, "patch": bench_patch.tasks}
+BENCHES = {
+    "host": bench_host.tasks,
+    "shift": bench_shift.tasks,
+    "patch": bench_patch.tasks,
+    "stacks": bench_stacks.tasks,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,7 +48,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="a few cases and rounds, to try the command")
     parser.add_argument(
-        "--only", choices=list(BENCHES), help="host: calls with tiny tensors; shift: attention; patch: whole models"
+        "--only",
+        choices=list(BENCHES),
+        help="host: calls with tiny tensors; shift: attention; patch: whole models; stacks: many in one batch",
     )
     parser.add_argument("--cases", default="*", help="only cases with names of this shell pattern, such as 'd64-*'")
     parser.add_argument(

@@ -44,9 +44,14 @@ _GRAPHS = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") 
 _LIMIT = 1e-3
 
 
+def host_effort(quick: bool) -> Effort:
+    """How long to measure what takes the host's time alone."""
+    return _QUICK if quick else _FULL
+
+
 def tasks(device: torch.device, quick: bool) -> Iterator[Task]:
     """Calls, layers of tiny models, and generation with a static cache; all on one thread."""
-    effort = _QUICK if quick else _FULL
+    effort = host_effort(quick)
     ways = ["eager"] if quick or not CAN_COMPILE else ["eager", "compiled"]
     graphs = ["graphs"] if device.type == "cuda" and not quick else []
     for way in [*ways, *graphs]:

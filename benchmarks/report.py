@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .bench_host import ADD, PLAIN_ADD, PUBLISHED_LIVE
 from .bench_patch import LIVE, MIMIC, UNPATCHED, ZERO
+from .bench_stacks import HEADS, LORA, STACKS, of
 from .cases import CACHED, LENGTHS, NEUTRAL, SHAPES
 from .contestants import OURS, PUBLISHED, YARDSTICK
 from .plots import IMAGES
@@ -90,6 +91,7 @@ def section(rows: Sequence[Row], name: str) -> str:
         "LIVE's addition, against adding alone": _live(rows),
         "Whole models, against the unpatched one": _whole_models(rows),
         "A training step of MimIC": _training(rows),
+        "Many stacks in one batch, against the unpatched model": _stacks(rows),
         # Rows from before there were host rows were not measured against the targets of today.
         "Targets": targets(rows, measured_only=True) if any(row.bench == "host" for row in rows) else "",
     }
@@ -221,6 +223,19 @@ def _whole_models(rows: Sequence[Row]) -> str:
             lines.append([row.model, row.dtype, row.what, str(row.s), _time(row.time_us), *ratios])
     names = [name.removeprefix(f"{OURS}: ") for name in (MIMIC, ZERO, LIVE)]
     return table(["model", "", "", "tokens", UNPATCHED, *names, PUBLISHED], lines, left=3)
+
+
+def _stacks(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        if row.contestant == UNPATCHED and row.bench == "stacks":
+            for kind in (*HEADS, LORA):
+                counts = (0, *STACKS)
+                others = (_find(rows, of(kind, count), row.what, case=row.case) for count in counts)
+                ratios = [_spread(other) if other else "" for other in others]
+                lines.append([row.what, kind, str(row.b), _time(row.time_us), *ratios])
+    head = ["", "", "rows", UNPATCHED, "one patch", *(f"{n} stack{'s' if n > 1 else ''}" for n in STACKS)]
+    return table(head, lines, left=2)
 
 
 def _training(rows: Sequence[Row]) -> str:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from einops import repeat
 from torch import Tensor
 
-from .errors import ShapeError
+from .errors import PatchStateError, ShapeError
+
+
+class Kept(Protocol):
+    """An edit with numbers that are read once for many forwards."""
+
+    edit: Any
+
+    def is_current(self) -> bool:
+        """Whether they would be the same if they were read now."""
+        ...
 
 
 class Samples:
@@ -21,6 +32,7 @@ class Samples:
         is_uniform: All samples get the same, however many there are.
         strength: The factor of each edit, a number or a tensor [n]. None: what the handle says.
         remembered: What edits have worked out of it, which is the same for all forwards.
+        kept: What edits have read of the parameters in this call of `generate`. None: they read them for each forward.
     """
 
     def __init__(
@@ -30,6 +42,7 @@ class Samples:
         self.is_uniform = is_uniform
         self.strength = strength
         self.remembered: dict[Any, Any] = {}
+        self.kept: dict[Any, Kept] | None = None
         self._repeated: dict[int, Samples] = {}
 
     @property
@@ -64,6 +77,24 @@ class Samples:
                 strength = repeat(strength, "b -> (b n)", n=rows)
             self._repeated[rows] = Samples(stacks, self.is_uniform, strength)
         return self._repeated[rows]
+
+    def for_call(self) -> Samples:
+        """The same for one call of `generate`, in which parameters are read once."""
+        twin = copy.copy(self)
+        twin.kept = {}
+        return twin
+
+    def check_kept(self) -> None:
+        """Check at the end of the call that the parameters are still what was read.
+
+        Raises:
+            PatchStateError: they are not.
+        """
+        if not all(kept.is_current() for kept in (self.kept or {}).values()):
+            raise PatchStateError(
+                "the parameters of a stack have changed while `generate` ran, which reads those of a set once: change "
+                "them between two calls, or put a changed copy into the set, which a running `handle.using` doesn't see"
+            )
 
 
 def by_row(x: Tensor, value: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ class Generation:
         rows: How many rows a sample has, which stand side by side: beams, several sequences.
         prompts: The prompts [b s] of the decoders that have run, by the object that asked.
         counted: How many tokens these decoders have got, for caches that do not count them.
+        samples: What `handle.using` said, and the same for this call.
     """
 
     model: object
@@ -69,6 +70,7 @@ class Generation:
     rows: int = 1
     prompts: dict[int, Tensor] = field(default_factory=dict)
     counted: dict[int, int] = field(default_factory=dict)
+    samples: dict[Samples, Samples] = field(default_factory=dict)
 
     @staticmethod
     def of(model: Any, arguments: Mapping[str, Any]) -> Generation:
@@ -162,9 +164,12 @@ def _wrap(original: Callable[..., Any], in_use: Callable[[], bool]) -> Callable[
         call = Generation.of(self, arguments) if outer is None else outer.continued_by(self, arguments)
         token = _generation.set(call)
         try:
-            return original(self, *args, **kwargs)
+            found = original(self, *args, **kwargs)
         finally:
             _generation.reset(token)
+        for samples in call.samples.values():
+            samples.check_kept()
+        return found
 
     return generate
 

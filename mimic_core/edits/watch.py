@@ -16,7 +16,7 @@ from ..errors import PatchStateError
 from ..samples import Samples
 from ..types import ForwardView, Site
 from .forward import Again, Forward
-from .prompts import Given, current_generation, watched_batches, watched_generate
+from .prompts import Generation, Given, current_generation, watched_batches, watched_generate
 
 # What a decoder's tokens are called, the likelier first.
 _TOKENS = ("inputs_embeds", "input_ids", "decoder_inputs_embeds", "decoder_input_ids", "hidden_states")
@@ -49,7 +49,7 @@ class Run:
         has_grad: It was started with gradients on.
         was_on: It began with the edits.
         given: What `Handle.at` and `using` said when it began, if an edit asks or they limit edits in any thread.
-        rows: How many rows `generate` makes of a sample.
+        generation: The call of `generate` that it is a step of, if there are samples.
         changes: `ForwardWatch.changes` when it began.
         reached: The sites whose edits have run.
     """
@@ -59,7 +59,7 @@ class Run:
     has_grad: bool
     was_on: bool
     given: Given | None
-    rows: int
+    generation: Generation | None
     changes: int
     reached: set[tuple[int, Site]] = field(default_factory=set)
 
@@ -159,9 +159,9 @@ class ForwardWatch:
             was_on, changes = not self._off, self.changes
         self.had_callers |= given is not None and given.limits and torch.is_grad_enabled()
         generation = None if state.runs or given is None or given.samples is None else current_generation()
-        rows = 1 if generation is None else generation.rows
         state.ran = True
-        state.runs.append(Run(forward, sizes or self.tokens, torch.is_grad_enabled(), was_on, given, rows, changes))
+        has_grad = torch.is_grad_enabled()
+        state.runs.append(Run(forward, sizes or self.tokens, has_grad, was_on, given, generation, changes))
 
     def _look(
         self, arguments: Mapping[str, Any], sizes: tuple[int, int] | None, decoder: nn.Module, given: Given | None
@@ -249,7 +249,17 @@ class ForwardWatch:
         """
         runs = self._state.runs
         samples = None if not runs or runs[-1].given is None else runs[-1].given.samples
-        return None if samples is None else samples.for_rows(b, runs[-1].rows)
+        if samples is None:
+            return None
+        generation = runs[-1].generation
+        if generation is None:
+            return samples.for_rows(b, 1)
+        samples = samples.for_rows(b, generation.rows)
+        if torch.is_grad_enabled():
+            return samples
+        if samples not in generation.samples:
+            generation.samples[samples] = samples.for_call()
+        return generation.samples[samples]
 
     @property
     def tokens(self) -> tuple[int, int]:

@@ -109,9 +109,15 @@ class Mixed:
         if not heads:
             return None
         if len(heads) == 1:
-            return self._edit_of(heads[0]), rows
-        together = heads[0].takes_samples and not heads[0]._modules
-        return (self._gathered if together else self._one_by_one)(heads, index), rows
+            return heads[0].edits()[self.site], rows
+        if samples.kept is not None and key in samples.kept:
+            return samples.kept[key].edit, rows
+        if not heads[0].takes_samples or heads[0]._modules:
+            return self._one_by_one(heads, index), rows
+        gathered = _Gathered(heads, index, self.site)
+        if samples.kept is not None:
+            samples.kept[key] = gathered
+        return gathered.edit, rows
 
     def _chosen(self, samples: Samples, device: torch.device) -> tuple[list[ShiftHead], Tensor | None, Tensor | None]:
         """The different heads, which of them each row gets [b], and whether it gets any [b]."""
@@ -132,27 +138,55 @@ class Mixed:
             return None
         return stack[self.layer]
 
-    def _edit_of(self, head: ShiftHead) -> Callable[[Tensor, At], Tensor]:
-        return head.edits()[self.site]
-
-    def _gathered(self, heads: list[ShiftHead], index: Tensor) -> Callable[[Tensor, At], Tensor]:
-        """One head whose parameters have one more axis in front, for the rows."""
-        of_rows = {
-            name: torch.stack([head.own(name).to(index.device) for head in heads])[index]
-            for name in (*heads[0]._parameters, *heads[0]._buffers)
-        }
-        twin = object.__new__(type(heads[0]))
-        twin.__dict__ = {**heads[0].__dict__, "_parameters": of_rows}
-        return self._edit_of(twin)
-
     def _one_by_one(self, heads: list[ShiftHead], index: Tensor) -> Callable[[Tensor, At], Tensor]:
         def run(value: Tensor, at: At) -> Tensor:
             result = value
             for place, head in enumerate(heads):
-                result = torch.where(by_row(index == place, value), self._edit_of(head)(value, at), result)
+                result = torch.where(by_row(index == place, value), head.edits()[self.site](value, at), result)
             return result
 
         return run
+
+
+class _Gathered:
+    """One head for all rows: each parameter has one more axis in front.
+
+    Outside `generate` it lives for one forward. What writes to a parameter does not always leave a trace (`.data`, a
+    kernel of an optimizer), so it can't be known whether numbers that were read before are still right.
+
+    Attributes:
+        edit: The function that edits the site.
+    """
+
+    def __init__(self, heads: list[ShiftHead], index: Tensor, site: Site) -> None:
+        self._heads, self._index = heads, index
+        self._names = [(name, held) for held in ("_parameters", "_buffers") for name in heads[0].__dict__[held]]
+        self._own = self._read()
+        twin = object.__new__(type(heads[0]))
+        twin.__dict__ = {**heads[0].__dict__, "_parameters": self._own}
+        self.edit = twin.edits()[site]
+
+    def is_current(self) -> bool:
+        now = self._read()
+        return all(_same(x, now[name]) for name, x in self._own.items())
+
+    def _read(self) -> dict[str, Tensor]:
+        return {name: self._of_rows(name, held) for name, held in self._names}
+
+    def _of_rows(self, name: str, held: str) -> Tensor:
+        heads, device = self._heads, self._index.device
+        try:
+            whole = torch.stack([head.__dict__[held][name] for head in heads])
+        except (KeyError, TypeError, RuntimeError):  # a parametrization computes it, or they are on several devices
+            whole = torch.stack([head.own(name).to(device) for head in heads])
+        return (whole if whole.device == device else whole.to(device)).index_select(0, self._index)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether the numbers are the same. NaN is the same as NaN."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def kinds(stacks: Iterable[ShiftStack]) -> dict[Kind, list[ShiftStack]]:

@@ -175,6 +175,8 @@ def gated_shift(
     Computed in fp32. Differentiable in every argument.
     Source: Jiang et al., CVPR 2025, arXiv:2504.08851, section 3.2.
     """
+    if vector.ndim == 3 and vector.shape[:2] == gate_weight.shape[:2] == gate_bias.shape == query.shape[:2]:
+        return _of_samples(attn_out, query, lse, vector, gate_weight, gate_bias)
     if ops := native.ops_for(query):
         out = ops.gated_shift(attn_out, query, lse, vector, gate_weight, gate_bias)
         if out is not None:
@@ -182,6 +184,16 @@ def gated_shift(
     check_shift(query, attn_out.shape, vector, gate_weight, gate_bias, lse)
     with full_precision(query):
         return _reference.gated_shift(attn_out, query, lse, vector, gate_weight, gate_bias)
+
+
+def _of_samples(attn_out: Tensor, query: Tensor, lse: Tensor, *parameters: Tensor) -> Tensor:
+    """`gated_shift` where each sample has its own parameters: as one sample that has the attention heads of all."""
+    # Not einops: this also runs for each decoded token.
+    b, h, t, d = query.shape
+    heads = attn_out.transpose(1, 2).reshape(1, b * h, t, -1).transpose(1, 2)
+    folded = [x.flatten(0, 1) for x in parameters]
+    out = gated_shift(heads, query.reshape(1, b * h, t, d), lse.reshape(1, b * h, t), *folded)
+    return out.transpose(1, 2).reshape(b, h, t, -1).transpose(1, 2)
 
 
 def shifted_attention(

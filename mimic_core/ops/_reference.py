@@ -75,24 +75,23 @@ def gate(log_z1: Float[Tensor, ...], lse: Float[Tensor, ...]) -> Float[Tensor, .
 
 
 def gate_logit(
-    query: Float[Tensor, "b h t d"], weight: Float[Tensor, "*b h d"], bias: Float[Tensor, "*b h"]
+    query: Float[Tensor, "b h t d"], weight: Float[Tensor, "h d"], bias: Float[Tensor, " h"]
 ) -> Float[Tensor, "b h t"]:
     """query . weight + bias for each attention head: the learned estimate of log Z1."""
     q = wide(query)
-    axes = "b h d" if weight.ndim == 3 else "h d"
-    return einsum(q, weight.to(q.dtype), f"b h t d, {axes} -> b h t") + rearrange(bias.to(q.dtype), "... h -> ... h 1")
+    return einsum(q, weight.to(q.dtype), "b h t d, h d -> b h t") + rearrange(bias.to(q.dtype), "h -> h 1")
 
 
 def gated_shift(
     attn_out: Float[Tensor, "b t h e"],
     query: Float[Tensor, "b h t d"],
     lse: Float[Tensor, "b h t"],
-    vector: Float[Tensor, "*b h e"],
-    gate_weight: Float[Tensor, "*b h d"],
-    gate_bias: Float[Tensor, "*b h"],
+    vector: Float[Tensor, "h e"],
+    gate_weight: Float[Tensor, "h d"],
+    gate_bias: Float[Tensor, " h"],
 ) -> Float[Tensor, "b t h e"]:
     mu = rearrange(gate(gate_logit(query, gate_weight, gate_bias), lse), "b h t -> b t h 1")
-    return (wide(attn_out) + mu * rearrange(vector.to(mu.dtype), "... h e -> ... 1 h e")).to(attn_out.dtype)
+    return (wide(attn_out) + mu * vector.to(mu.dtype)).to(attn_out.dtype)
 
 
 def norm_preserving_add(

@@ -16,6 +16,7 @@ from benchmarks import (
     bench_host,
     bench_patch,
     bench_shift,
+    bench_stacks,
     card,
     cases,
     check,
@@ -62,7 +63,7 @@ def test_quick_run_writes_rows_and_pictures(tmp_path: Path, capsys: pytest.Captu
     assert {path.name for path in tmp_path.iterdir()} == {"part-cpu.csv", "time-part-cpu.png", "memory-part-cpu.png"}
     assert {row.what for row in rows} == {
         *("forward", "forward+backward", "decode", "live forward", "live forward+backward", "error"),
-        *("prefill", "decode step", "training step"),
+        *("prefill", "decode step", "training step", *bench_stacks.STAGES),
         *bench_host.CALLS,
         *([bench_host.STATIC_CACHE] if bench_host.CAN_COMPILE else []),
     }
@@ -79,7 +80,7 @@ def test_quick_run_writes_rows_and_pictures(tmp_path: Path, capsys: pytest.Captu
         else:
             assert None not in (row.ratio, row.ratio_p20, row.ratio_p80, row.time_us, row.added_us)
             assert row.rounds == BRIEF.rounds
-            assert row.what == "decode step" or row.bench == "host" or row.peak_bytes
+            assert row.what == "decode step" or row.bench in ("host", "stacks") or row.peak_bytes
         if row.contestant == contestants.OURS and not row.what.startswith("live") and row.bench != "host":
             assert row.backend
             assert row.why

@@ -70,6 +70,10 @@ def _results(native: ModuleType, device: torch.device, dtype: torch.dtype) -> It
         for i, (mine, exact) in enumerate(zip(of_found, of_wanted, strict=True)):
             if mine is not None and exact is not None:
                 yield f"gradient {i} of {name}", mine, exact
+    with torch.no_grad():  # for decoding alone
+        own = x[:, None], normal(5, 72), normal(5)
+        if (found := native.norm_preserving_add(*own)) is not None:
+            yield "norm_preserving_add of samples", found, _reference.norm_preserving_add(*own)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

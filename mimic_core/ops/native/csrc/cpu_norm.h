@@ -98,6 +98,23 @@ inline Tensor norm_preserving_add(const Tensor& x, const Tensor& vector, double 
   return out;
 }
 
+// The same where each sample, an entry of the first axis of x, has its own vector [b c] and scale [b].
+inline Tensor norm_preserving_add_of_samples(const Tensor& x, const Tensor& vectors, const Tensor& scales) {
+  const Tensor out = at::empty(x.sizes(), x.options());
+  const int64_t c = x.size(-1), b = x.size(0), rows = x.numel() / c / b;
+  MIMIC_CORE_DISPATCH(x.scalar_type(), "norm", [&] {
+    using A = at::opmath_type<scalar_t>;
+    const scalar_t* from = x.const_data_ptr<scalar_t>();
+    const A *vp = vectors.const_data_ptr<A>(), *sp = scales.const_data_ptr<A>();
+    scalar_t* to = out.data_ptr<scalar_t>();
+    at::parallel_for(0, b, std::max<int64_t>(1, rows_each(c) / rows), [=](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        norm_rows<scalar_t>(from + i * rows * c, vp + i * c, sp[i], to + i * rows * c, 0, rows, c);
+    });
+  });
+  return out;
+}
+
 template <typename A>
 A along_moved(const A* grad, const A* row, const A* vector, A scale, int64_t n) {
   return sum_of<A>(n, [=](int64_t j) { return grad[j] * (row[j] + scale * vector[j]); });

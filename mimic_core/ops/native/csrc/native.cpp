@@ -108,6 +108,7 @@ PyObject* norm_preserving_add(PyObject*, PyObject* const* x, Py_ssize_t n) {
   {
     pybind11::gil_scoped_release unlocked;
     found = mimic_core::norm_preserving_add(states, vector, scale, number);
+    if (!found && scale) found = mimic_core::norm_preserving_add_of_samples(states, vector, *scale);
   }
   return wrapped(std::move(found));
   END_HANDLE_TH_ERRORS

@@ -113,4 +113,16 @@ inline MaybeTensor norm_preserving_add(const Tensor& x, const Tensor& vector, co
   return norm_preserving_add_rows(x.contiguous(), parameter(vector, wide(x)), factor(of_scale, number, x));
 }
 
+// The same with a vector [b c] and a scale [b], for decoding alone: on a CPU, without a gradient.
+inline MaybeTensor norm_preserving_add_of_samples(const Tensor& x, const Tensor& vector, const Tensor& scale) {
+  if (!unwatched() || !is_plain(x) || on_gpu(x) || !is_supported(x) || x.dim() < 2 || x.numel() == 0) return std::nullopt;
+  for (const Tensor* p : {&vector, &scale}) {
+    if (!is_plain_beside(*p, x) || !cpu::is_supported(p->scalar_type())) return std::nullopt;
+  }
+  if (!has_sizes(vector, {x.size(0), x.size(-1)}) || !has_sizes(scale, {x.size(0)})) return std::nullopt;
+  if (any_wants_gradient({&x, &vector, &scale})) return std::nullopt;
+  at::AutoDispatchBelowADInplaceOrView below;
+  return cpu::norm_preserving_add_of_samples(x.contiguous(), parameter(vector, wide(x)), parameter(scale, wide(x)));
+}
+
 }  // namespace mimic_core
