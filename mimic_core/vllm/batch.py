@@ -1,0 +1,108 @@
+"""Which head each token of a step gets: indices in buffers, and one gather from stacked parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..heads import ShiftHead, ShiftStack
+from ..types import At, Site
+
+
+class Tokens:
+    """For the stacks of one kind: the row of each token of the running step, and its strength.
+
+    Attributes:
+        is_active: Whether any token of the step has such a stack.
+        only: The row, if all tokens have the same one at strength 1.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._rows = torch.zeros(most, dtype=torch.int64)
+        self._strengths = torch.zeros(most)
+        self.is_active = False
+        self.only: int | None = None
+
+    def begin(self, rows: np.ndarray, strengths: np.ndarray, counts: np.ndarray) -> None:
+        """Say what the next step runs.
+
+        Args:
+            rows: The row of each request's stack [r]; -1: it has none of this kind.
+            strengths: [r].
+            counts: How many tokens of each request the step runs [r].
+        """
+        has = rows >= 0
+        self.is_active = bool(has.any())
+        self.only = None
+        if not self.is_active:
+            return
+        if (rows == rows[0]).all() and (strengths == 1).all():
+            self.only = int(rows[0])
+            return
+        n = int(counts.sum())
+        self._rows[:n] = torch.from_numpy(np.repeat(np.where(has, rows, 0), counts))
+        self._strengths[:n] = torch.from_numpy(np.repeat(np.where(has, strengths, 0.0), counts))
+        self._strengths[n:] = 0  # padding
+
+    def end(self) -> None:
+        """The step is over: what runs outside a step, such as a warm-up, has no stack."""
+        self.is_active = False
+
+    def of(self, n: int) -> tuple[Tensor, Tensor]:
+        """The rows and strengths of the first n tokens."""
+        return self._rows[:n], self._strengths[:n]
+
+
+class Heads:
+    """The heads of one kind at one site of one layer, for tokens of which each may have another one.
+
+    Args:
+        stacks: The stacks of the kind, one for each row. Not all need to have a head in the layer.
+    """
+
+    def __init__(self, stacks: Sequence[ShiftStack], layer: int, site: Site, tokens: Tokens) -> None:
+        found = [stack[layer] if layer in stack.layers else None for stack in stacks]
+        self._heads = found
+        self._tokens = tokens
+        self._site: Site = site
+        self._some = next(head for head in found if head is not None)
+        names = (*self._some._parameters, *self._some._buffers)
+        # A row without a head here has another one's numbers, and strength 0.
+        filled = [head or self._some for head in found]
+        self._stacked = {name: torch.stack([head.own(name).detach() for head in filled]) for name in names}
+        self._has = None if None not in found else torch.tensor([float(head is not None) for head in found])
+        self.needs_lse = self._some.needs_lse and site == "attn_heads"
+        self.layer = layer
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a token of the step may get a head here."""
+        tokens = self._tokens
+        return tokens.is_active and (tokens.only is None or self._heads[tokens.only] is not None)
+
+    def __call__(self, value: Tensor, attention: Any = None) -> Tensor:
+        """The edited value of a step's tokens [n ...]."""
+        only = self._tokens.only
+        if only is not None:
+            head = self._heads[only]
+            assert head is not None
+            return head.edits()[self._site](value[None], self._at(attention, at_once=True))[0]
+        rows, strengths = self._tokens.of(len(value))
+        if self._has is not None:
+            strengths = strengths * self._has[rows]
+        # To the head, each token is a sample of its own.
+        twin: ShiftHead = object.__new__(type(self._some))
+        of_tokens = {name: x[rows] for name, x in self._stacked.items()}
+        twin.__dict__ = {**self._some.__dict__, "_parameters": of_tokens, "_buffers": {}}
+        edited = twin.edits()[self._site](value[:, None], self._at(attention, at_once=False))[:, 0]
+        wide = torch.promote_types(value.dtype, torch.float32)
+        strengths = strengths.view(-1, *[1] * (value.ndim - 1)).to(wide)
+        return torch.lerp(value.to(wide), edited.to(wide), strengths).to(value.dtype)
+
+    def _at(self, attention: Any, at_once: bool) -> At:
+        module: Any = None  # vLLM's is another one than the head knows
+        return At(self.layer, self._site, module, None if attention is None else attention.view(at_once))

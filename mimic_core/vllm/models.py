@@ -1,0 +1,125 @@
+"""Where the sites of a model are in vLLM's own modules."""
+
+# vLLM has an environment of its own.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ..adapters import locate
+from ..errors import UnsupportedModelError
+from ..types import Located, Site
+
+# vLLM's classes whose answers were seen to be those of the patched model of transformers, by tests/serve.
+TRIED = ("Gemma3ForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM")
+
+
+class VLLMLayer(NamedTuple):
+    """The modules of a decoder layer. `attn` is vLLM's `Attention`; `mlp` is None if vLLM has no module for it."""
+
+    layer: nn.Module
+    attention: nn.Module
+    attn: Any
+    mlp: nn.Module | None
+
+
+def known_to_transformers(model_config: Any) -> Located:
+    """The model as transformers builds it, without its weights: its sizes and sites, and who it is.
+
+    Raises:
+        UnsupportedModelError: transformers has no class for it, or no adapter fits it.
+    """
+    config = model_config.hf_config
+    (name, *_) = config.architectures or [""]
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise UnsupportedModelError(f"transformers has no class {name!r}, so the sites of this model are not known")
+    with torch.device("meta"):
+        model = kind(config).eval()
+    return locate(model)
+
+
+def layers_of(model: nn.Module, found: Located) -> list[VLLMLayer]:
+    """The decoder layers of vLLM's model, in order.
+
+    Raises:
+        UnsupportedModelError: it was not tried, or its modules are not as expected.
+    """
+    name = type(model).__name__
+    if name not in TRIED:
+        raise UnsupportedModelError(
+            f"stacks were not seen to be exact in vLLM's class {name}; those that were: {', '.join(TRIED)}"
+        )
+    layers = []
+    for spec in found.spec.layers:
+        mine = _layer(model, found, spec.index)
+        attn = mine.attn
+        sizes = (attn.num_heads, attn.num_kv_heads, attn.head_size, attn.head_size_v)
+        wanted = (spec.heads, spec.kv_heads, spec.head_dim, spec.value_dim)
+        if sizes != wanted:
+            raise UnsupportedModelError(
+                f"layer {spec.index} has {wanted} heads, key heads, head and value widths in transformers, and {sizes} "
+                f"in vLLM's {name}"
+            )
+        layers.append(mine)
+    return layers
+
+
+def _layer(model: nn.Module, found: Located, index: int) -> VLLMLayer:
+    """The modules have the names that they have in transformers, whatever comes before those of the layers."""
+    from vllm.model_executor.layers.attention import Attention
+
+    inside = [
+        (path.split("."), module)
+        for path, module in model.named_modules()
+        if isinstance(module, Attention) and module.attn_type == "decoder"
+    ]
+    paths = [(path, module) for path, module in inside if str(index) in path]
+    if len(paths) != 1:
+        raise UnsupportedModelError(
+            f"layer {index} of vLLM's {type(model).__name__} has {len(paths)} modules that attend; one is needed"
+        )
+    path, attn = paths[0]
+    at = path.index(str(index)) + 1
+    layer = model.get_submodule(".".join(path[:at]))
+    attention = model.get_submodule(".".join(path[:-1]))
+    theirs = found.model.get_submodule(found.spec.layers[index].path)
+    names = {id(module): name for name, module in theirs.named_modules()}
+    mlp = None
+    if "mlp_out" in found.spec.layers[index].sites:
+        mlp = layer._modules.get(names.get(id(found.module(index, "mlp_out")), ""))
+    return VLLMLayer(layer, attention, attn, mlp)
+
+
+Edit = Callable[[Tensor], Tensor]
+
+
+def edit_output(mine: VLLMLayer, site: Site, edit: Edit) -> None:
+    """Let the output of a module go through `edit`, which gets the value of the site [n c].
+
+    Raises:
+        UnsupportedModelError: there is no module for the site.
+    """
+    modules = {"mlp_out": mine.mlp, "attn_out": mine.attention, "layer_out": mine.layer}
+    module = modules[site]
+    if module is None:
+        raise UnsupportedModelError(f"vLLM's {type(mine.layer).__name__} has no module whose output is {site!r}")
+    inner = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = inner(*args, **kwargs)
+        if isinstance(out, Tensor):
+            return edit(out)
+        if site == "layer_out" and isinstance(out, tuple) and len(out) == 2:
+            # vLLM adds the residual in the next norm: the state of the layer is the sum of the two.
+            hidden, residual = out
+            return edit(hidden + residual), torch.zeros_like(residual)
+        raise UnsupportedModelError(f"vLLM's {type(module).__name__} returned {type(out).__name__}, not a tensor")
+
+    module.forward = forward

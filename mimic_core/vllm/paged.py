@@ -1,0 +1,162 @@
+"""The LSE of attention over vLLM's paged keys, on the CPU: what its kernel computes on the way and does not return."""
+
+# vLLM has an environment of its own.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailableError, PatchStateError
+from ..types import AttentionView
+
+# The most logits that are in memory at once.
+_LOGITS = 1 << 24
+
+
+class Attention:
+    """One call of a layer's attention: its queries [n h d], the pages with its keys, and which belong to a request."""
+
+    def __init__(self, impl: Any, query: Tensor, cache: Tensor, meta: Any) -> None:
+        self._impl = impl
+        self._query = query
+        self._cache = cache
+        self._meta = meta
+        self._lse: Tensor | None = None
+
+    @property
+    def lse(self) -> Tensor:
+        """[n h], in nats."""
+        if self._lse is None:
+            self._lse = lse(self._impl, self._query, self._cache, self._meta)
+        return self._lse
+
+    def view(self, at_once: bool) -> AttentionView:
+        """What a head reads: all tokens as one sample, or each token as a sample of its own."""
+        return _View(self, at_once)
+
+    def queries(self) -> Tensor:
+        """[n h d]."""
+        return self._query
+
+
+class _View(AttentionView):
+    def __init__(self, attention: Attention, at_once: bool) -> None:
+        self._attention = attention
+        self._at_once = at_once
+        query = attention.queries()
+        self.query = query.transpose(0, 1)[None] if at_once else query[:, :, None]
+        self.scale = attention._impl.scale
+
+    @property
+    def lse(self) -> Tensor:
+        lse = self._attention.lse
+        return lse.T[None] if self._at_once else lse[:, :, None]
+
+    @property
+    def is_causal(self) -> bool:
+        return True
+
+    @property
+    def lse_all_keys(self) -> Tensor:
+        raise PatchStateError("vLLM has no keys of masked tokens: log_z2='all_keys' can't be served")
+
+    @property
+    def logits(self) -> tuple[str, ...]:
+        raise PatchStateError("what the logits depend on is not known in vLLM")
+
+
+def lse(impl: Any, query: Tensor, cache: Tensor, meta: Any) -> Tensor:
+    """The LSE [n h] of the logits of a call of vLLM's CPU attention, in fp32."""
+    if not meta.causal or meta.dynamic_causal is not None:
+        raise PatchStateError("attention that is not causal has no LSE here: this model can't have gated heads")
+    keys = keys_of(cache)
+    starts, lengths = meta.query_start_loc.long(), meta.seq_lens.long()
+    counts = starts[1:] - starts[:-1]
+    result = torch.full(query.shape[:2], -torch.inf)
+    # Requests that decode have one token each: they are one batch, of which each has its own pages.
+    decoding = (counts == 1).nonzero()[:, 0]
+    if len(decoding):
+        at = starts[:-1][decoding]
+        result[at] = _lse(impl, query[at][:, None], keys, meta.block_table[decoding], lengths[decoding])[:, 0]
+    # The prompts of a step are few: their tokens are as many as those of all that decode.
+    for row in (counts > 1).nonzero()[:, 0].tolist():
+        one = slice(row, row + 1)
+        at = slice(int(starts[row]), int(starts[row + 1]))
+        result[at] = _lse(impl, query[at][None], keys, meta.block_table[one], lengths[one])[0]
+    return result
+
+
+def _lse(impl: Any, query: Tensor, keys: Tensor, pages: Tensor, lengths: Tensor) -> Tensor:
+    """The LSE [r t h] of requests whose last t tokens are the queries [r t h d]."""
+    r, t, h, d = query.shape
+    longest, (g, size) = int(lengths.max()), (keys.shape[1], keys.shape[3])
+    used = -(-longest // size)
+    found = keys[pages[:, :used].long()].float()  # [r pages g d size]
+    found = found.permute(0, 2, 3, 1, 4).reshape(r, g, d, used * size)[..., :longest]
+    parts = []
+    step = max(1, _LOGITS // (r * h * longest))
+    for first in range(0, t, step):
+        part = query[:, first : first + step].float() * impl.scale
+        rows = part.shape[1]
+        grouped = part.view(r, rows, g, h // g, d).permute(0, 2, 3, 1, 4).reshape(r, g, -1, d)
+        logits = (grouped @ found).view(r, h, rows, longest)
+        if impl.logits_soft_cap:
+            logits = impl.logits_soft_cap * torch.tanh(logits / impl.logits_soft_cap)
+        place = (lengths[:, None] - t + torch.arange(first, first + rows))[:, None, :, None]
+        key = torch.arange(longest)
+        seen = key <= place
+        if impl.sliding_window > 0:
+            seen = seen & (key > place - impl.sliding_window)
+        parts.append(logits.masked_fill(~seen, -torch.inf).logsumexp(-1).transpose(1, 2))
+    return torch.cat(parts, 1)
+
+
+def keys_of(cache: Tensor) -> Tensor:
+    """The keys [pages g d size] in a layer's cache [pages g size 2*d]: in each page they are stored transposed."""
+    pages, g, size, both = cache.shape
+    keys = cache.view(pages, g, size * 2, both // 2)[:, :, :size]
+    return keys.as_strided(
+        (pages, g, both // 2, size), (keys.stride(0), keys.stride(1), size, 1), keys.storage_offset()
+    )
+
+
+def check(attn: Any, name: str) -> None:
+    """Check that the LSE of a layer can be computed: by what its attention does, and by writing keys and reading them.
+
+    Raises:
+        BackendUnavailableError: it can't.
+    """
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    impl = attn.impl
+    problems = {
+        f"the attention backend {attn.attn_backend.get_name()}": type(impl) is not CPUAttentionBackendImpl,
+        f"attention of the kind {type(attn).__name__}": type(attn).__name__ != "Attention",
+        f"attention of the kind {attn.attn_type!r}": attn.attn_type != "decoder",
+        f"keys in {attn.kv_cache_dtype}": getattr(impl, "is_fp8_kv_cache", True),
+        "alibi": getattr(impl, "alibi_slopes", None) is not None,
+        "attention sinks": getattr(impl, "sinks", None) is not None,
+        "keys shared with another layer": attn.kv_sharing_target_layer_name is not None,
+        "attention that is not causal for images": attn.use_mm_prefix,
+    }
+    found = [problem for problem, is_so in problems.items() if is_so]
+    if not found:
+        _, g, size, both = attn.kv_cache.shape
+        scratch = torch.zeros(2, g, size, both, dtype=attn.kv_cache.dtype)
+        key = torch.randn(size + 3, g, both // 2).to(scratch.dtype)
+        parts = scratch.view(2, g, size * 2, both // 2).chunk(2, dim=2)
+        slots = torch.arange(len(key))
+        ops.cpu_attn_reshape_and_cache(key, key, *parts, slots, attn.isa, 1.0, 1.0, "auto")
+        read = keys_of(scratch).permute(0, 3, 1, 2).reshape(2 * size, g, both // 2)[: len(key)]
+        if not torch.equal(read, key):
+            found = [f"keys as the instruction set {attn.isa!r} stores them: pass dtype='float32'"]
+    if found:
+        raise BackendUnavailableError(
+            f"{name}: this head needs the LSE of attention, which can't be had exactly with {', '.join(found)}; serve "
+            f"heads without a gate, such as LIVE or MimIC with gate=False, or another model"
+        )

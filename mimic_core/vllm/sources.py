@@ -1,0 +1,93 @@
+"""Which stacks an engine serves: their names, their folders, and a digest of what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..checkpoint import hub
+from ..errors import CheckpointError, UnknownNameError, WrongTypeError
+
+# The key of vLLM's `additional_config`, and that of a request's `extra_args`.
+SHIFTS = "shifts"
+
+
+class Source(NamedTuple):
+    """A folder with a stack, and a digest of its two files. A request carries the digest, so it never gets another."""
+
+    folder: str
+    digest: str
+
+
+def engine_args(shifts: Mapping[str, str | os.PathLike[str]] | None = None) -> dict[str, Any]:
+    """The arguments that `vllm.LLM` or `vllm.EngineArgs` needs to serve stacks.
+
+        llm = LLM("my/model", **mimic_core.vllm.engine_args(shifts={"vqa": "vqa-shifts", "caption": "me/caption"}))
+        llm.generate(prompts, SamplingParams(extra_args={"shifts": "vqa", "strength": 1.0}))
+
+    Args:
+        shifts: The sources of the stacks by name: directories, or repositories of the Hugging Face Hub. None or empty:
+            the engine starts without a stack, and they can be added later.
+
+    Raises:
+        UnknownNameError: a name is no string, or empty.
+    """
+    named = {check_name(name): os.fspath(source) for name, source in (shifts or {}).items()}
+    return {"additional_config": {SHIFTS: named}, "enforce_eager": True}
+
+
+def check_name(name: object) -> str:
+    """Return the name of a stack.
+
+    Raises:
+        UnknownNameError: it is none.
+    """
+    if not isinstance(name, str) or not name:
+        raise UnknownNameError(f"the name of a stack is a string that is not empty; found {name!r}")
+    return name
+
+
+def sources_of(vllm_config: Any) -> dict[str, Any] | None:
+    """What the operator said, by name; None: the engine serves no stacks.
+
+    Raises:
+        WrongTypeError: it is no dict of strings.
+    """
+    config = vllm_config.additional_config
+    found = config.get(SHIFTS) if isinstance(config, Mapping) else None
+    if found is not None and not isinstance(found, dict):
+        raise WrongTypeError(
+            f"the stacks that vLLM serves are given as {{'{SHIFTS}': {{name: source}}}} in its additional_config; "
+            f"found {found!r}"
+        )
+    return found
+
+
+def resolve(source: object) -> Source:
+    """The folder of a source, downloaded if need be, and the digest of what is in it now.
+
+    Raises:
+        CheckpointError: there is no stack at `source`.
+    """
+    if not isinstance(source, str):
+        raise CheckpointError(f"the source of a stack is a directory or a hub repository; found {source!r}")
+    folder = str(hub.folder_of(source, None, None, None).resolve())
+    return Source(folder, digest_of(folder))
+
+
+def digest_of(folder: str) -> str:
+    """A digest of the two files of a stack.
+
+    Raises:
+        CheckpointError: one of them can't be read.
+    """
+    found = hashlib.sha256()
+    for name in hub.FILES:
+        try:
+            found.update(hashlib.sha256(Path(folder, name).read_bytes()).digest())
+        except OSError as error:
+            raise CheckpointError(f"{name} of the stack at {folder} can't be read: {error}") from error
+    return found.hexdigest()

@@ -1,0 +1,193 @@
+"""In the process with the model: the stacks, the edits of the model's modules, and what each token of a step gets."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..checkpoint import load_shifts
+from ..errors import CheckpointError, PatchStateError, UnsupportedModelError
+from ..heads import MimICHead, ShiftHead, ShiftStack
+from ..heads.stack_set import Kind, kind_of
+from ..types import Site
+from . import paged
+from .batch import Heads, Tokens
+from .models import edit_output, known_to_transformers, layers_of
+from .requests import FOUND
+from .sources import SHIFTS, digest_of
+
+log = logging.getLogger(__name__)
+
+OUTPUTS = ("mlp_out", "attn_out", "layer_out")
+
+
+class Server:
+    """The stacks that a model runner can give to its requests, by their digest.
+
+    Args:
+        runner: vLLM's, with its model and key cache.
+
+    Raises:
+        UnsupportedModelError: the model is none of those that were tried.
+    """
+
+    def __init__(self, vllm_config: Any, runner: Any) -> None:
+        self._found = known_to_transformers(vllm_config.model_config)
+        self._layers = layers_of(runner.get_model(), self._found)
+        self._runner = runner
+        self._most = runner.max_num_tokens
+        self._stacks: dict[str, ShiftStack] = {}
+        self._tokens: dict[Kind, Tokens] = {}
+        self._rows: dict[str, tuple[Kind, int]] = {}
+        self._heads: dict[tuple[int, Site], list[Heads]] = {}
+        self._edited: set[tuple[int, Site]] = set()
+        self._ids: list[str] = []
+        self._of_ids: dict[Kind, tuple[np.ndarray, np.ndarray]] = {}
+        self._pending = 0
+        runner._prepare_inputs = partial(self._prepare, runner._prepare_inputs)
+        runner.execute_model = partial(self._execute, runner.execute_model)
+
+    def add(self, name: str, folder: str, digest: str) -> None:
+        """Load a stack. It is then found by its digest.
+
+        Raises:
+            CheckpointError: it is not the one with the digest, is damaged, or does not fit the model.
+            UnsupportedModelError, BackendUnavailableError: its heads can't be served exactly.
+        """
+        if digest in self._stacks:
+            return
+        began = time.perf_counter()
+        stack = load_shifts(folder, self._found.model).requires_grad_(False)
+        if digest_of(folder) != digest:
+            raise CheckpointError(f"the stack {name!r} at {folder} was changed while it was loaded; load it again")
+        for head in stack:
+            self._check(name, head)
+        for head in stack:
+            for site in head.edits():
+                self._edit(head.layer.index, site)
+        self._stacks[digest] = stack
+        self._arrange()
+        log.info("stack %r loaded from %s in %.2f s", name, folder, time.perf_counter() - began)
+
+    def _check(self, name: str, head: ShiftHead) -> None:
+        index = head.layer.index
+        reads = head.needs_at and not isinstance(head, MimICHead)
+        problems = {
+            f"acts at {head.config.positions}, not at all tokens": head.config.positions != "all",
+            "reads more than its site": reads or head.needs_prompt_end,
+            "has no takes_samples, or modules of its own": not head.takes_samples or bool(head._modules),
+            "has log_z2='all_keys', and masked keys are not there": getattr(head.config, "log_z2", "") == "all_keys",
+        }
+        problems |= {f"edits {site}": site not in (*OUTPUTS, "attn_heads") for site in head.edits()}
+        mlp = self._layers[index].mlp
+        problems["edits mlp_out, for which vLLM has no module"] = "mlp_out" in head.edits() and mlp is None
+        found = [problem for problem, is_so in problems.items() if is_so]
+        if found:
+            raise UnsupportedModelError(
+                f"stack {name!r} can't be served: its {type(head).__name__} in layer {index} {'; '.join(found)}"
+            )
+        if head.needs_lse:
+            paged.check(self._layers[index].attn, f"stack {name!r}, layer {index}")
+
+    def _arrange(self) -> None:
+        """Stack the parameters of each kind anew."""
+        kinds: dict[Kind, list[str]] = {}
+        for digest, stack in self._stacks.items():
+            kinds.setdefault(kind_of(stack), []).append(digest)
+        self._rows = {digest: (kind, row) for kind, some in kinds.items() for row, digest in enumerate(some)}
+        self._tokens = {kind: self._tokens.get(kind) or Tokens(self._most) for kind in kinds}
+        self._heads = {key: [] for key in self._edited}
+        for kind, some in kinds.items():
+            stacks = [self._stacks[digest] for digest in some]
+            for layer in sorted({layer for stack in stacks for layer in stack.layers}):
+                head = next(stack[layer] for stack in stacks if layer in stack.layers)
+                for site in head.edits():
+                    self._heads[layer, site].append(Heads(stacks, layer, site, self._tokens[kind]))
+        self._ids = []
+
+    def _edit(self, layer: int, site: Site) -> None:
+        if (layer, site) in self._edited:
+            return
+        mine = self._layers[layer]
+        if site == "attn_heads":
+            mine.attn.impl.forward = partial(self._attend, layer, mine.attn.impl, mine.attn.impl.forward)
+        else:
+            edit_output(mine, site, partial(self._output, layer, site))
+        self._edited.add((layer, site))
+
+    def _output(self, layer: int, site: Site, value: Tensor) -> Tensor:
+        for heads in self._heads[layer, site]:
+            if heads.is_active:
+                value = heads(value)
+                self._pending -= 1
+        return value
+
+    def _attend(
+        self,
+        layer: int,
+        impl: Any,
+        inner: Callable[..., Any],
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: Tensor,
+        meta: Any,
+        output: Tensor,
+        *more: Any,
+        **kwargs: Any,
+    ) -> Any:
+        result = inner(module, query, key, value, cache, meta, output, *more, **kwargs)
+        active = [heads for heads in self._heads[layer, "attn_heads"] if heads.is_active]
+        if active:
+            n = meta.num_actual_tokens
+            attention = paged.Attention(impl, query[:n], cache, meta)
+            for heads in active:
+                output[:n] = heads(output[:n], attention)
+                self._pending -= 1
+        return result
+
+    def _prepare(self, inner: Callable[..., Any], scheduled: Any, counts: np.ndarray) -> Any:
+        """vLLM has chosen the requests of a step: say which tokens have which stack."""
+        ids = self._runner.input_batch.req_ids
+        if ids != self._ids or scheduled.scheduled_new_reqs:
+            self._look_up(ids)
+        for kind, tokens in self._tokens.items():
+            tokens.begin(*self._of_ids[kind], counts)
+        self._pending = sum(heads.is_active for some in self._heads.values() for heads in some)
+        return inner(scheduled, counts)
+
+    def _look_up(self, ids: list[str]) -> None:
+        """The batch has other requests than in the step before, or in another order."""
+        found = [self._asked(self._runner.requests[one].sampling_params) for one in ids]
+        strengths = np.array([strength for _, _, strength in found], dtype=np.float32)
+        for kind in self._tokens:
+            rows = np.array([row if of == kind else -1 for of, row, _ in found])
+            self._of_ids[kind] = (rows, strengths)
+        self._ids = list(ids)
+
+    def _asked(self, params: Any) -> tuple[Kind | None, int, float]:
+        extra = (None if params is None else params.extra_args) or {}
+        if SHIFTS in extra:
+            raise PatchStateError("a request for a stack came past vLLM's input processor, so nothing has checked it")
+        if FOUND not in extra:
+            return None, -1, 0.0
+        digest, strength = extra[FOUND]
+        return *self._rows[digest], strength
+
+    def _execute(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            result = inner(*args, **kwargs)
+        finally:
+            pending, self._pending = self._pending, 0
+            for tokens in self._tokens.values():
+                tokens.end()
+        if pending:
+            raise PatchStateError(f"a step ended with {pending} edits that did not run: answers would not be shifted")
+        return result
