@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..heads import ShiftHead, ShiftStack
 from ..types import At, Site
@@ -62,21 +62,22 @@ class Heads:
 
     Args:
         stacks: The stacks of the kind, one for each row. Not all need to have a head in the layer.
+        module: vLLM's module of the site.
     """
 
-    def __init__(self, stacks: Sequence[ShiftStack], layer: int, site: Site, tokens: Tokens) -> None:
+    def __init__(self, stacks: Sequence[ShiftStack], layer: int, site: Site, module: nn.Module, tokens: Tokens) -> None:
         found = [stack[layer] if layer in stack.layers else None for stack in stacks]
         self._heads = found
         self._tokens = tokens
         self._site: Site = site
+        self._layer = layer
+        self._module = module
         self._some = next(head for head in found if head is not None)
         names = (*self._some._parameters, *self._some._buffers)
         # A row without a head here has another one's numbers, and strength 0.
         filled = [head or self._some for head in found]
         self._stacked = {name: torch.stack([head.own(name).detach() for head in filled]) for name in names}
         self._has = None if None not in found else torch.tensor([float(head is not None) for head in found])
-        self.needs_lse = self._some.needs_lse and site == "attn_heads"
-        self.layer = layer
 
     @property
     def is_active(self) -> bool:
@@ -104,5 +105,4 @@ class Heads:
         return torch.lerp(value.to(wide), edited.to(wide), strengths).to(value.dtype)
 
     def _at(self, attention: Any, at_once: bool) -> At:
-        module: Any = None  # vLLM's is another one than the head knows
-        return At(self.layer, self._site, module, None if attention is None else attention.view(at_once))
+        return At(self._layer, self._site, self._module, None if attention is None else attention.view(at_once))

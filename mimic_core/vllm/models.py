@@ -21,12 +21,10 @@ TRIED = ("Gemma3ForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM")
 
 
 class VLLMLayer(NamedTuple):
-    """The modules of a decoder layer. `attn` is vLLM's `Attention`; `mlp` is None if vLLM has no module for it."""
+    """The modules of a decoder layer. `attn` is vLLM's `Attention`, and `sites` the modules of the sites that it has."""
 
-    layer: nn.Module
-    attention: nn.Module
     attn: Any
-    mlp: nn.Module | None
+    sites: dict[Site, nn.Module]
 
 
 def known_to_transformers(model_config: Any) -> Located:
@@ -89,27 +87,18 @@ def _layer(model: nn.Module, found: Located, index: int) -> VLLMLayer:
     at = path.index(str(index)) + 1
     layer = model.get_submodule(".".join(path[:at]))
     attention = model.get_submodule(".".join(path[:-1]))
+    sites: dict[Site, nn.Module] = {"attn_heads": attn, "attn_out": attention, "layer_out": layer}
     theirs = found.model.get_submodule(found.spec.layers[index].path)
     names = {id(module): name for name, module in theirs.named_modules()}
-    mlp = None
     if "mlp_out" in found.spec.layers[index].sites:
         mlp = layer._modules.get(names.get(id(found.module(index, "mlp_out")), ""))
-    return VLLMLayer(layer, attention, attn, mlp)
+        if mlp is not None:
+            sites["mlp_out"] = mlp
+    return VLLMLayer(attn, sites)
 
 
-Edit = Callable[[Tensor], Tensor]
-
-
-def edit_output(mine: VLLMLayer, site: Site, edit: Edit) -> None:
-    """Let the output of a module go through `edit`, which gets the value of the site [n c].
-
-    Raises:
-        UnsupportedModelError: there is no module for the site.
-    """
-    modules = {"mlp_out": mine.mlp, "attn_out": mine.attention, "layer_out": mine.layer}
-    module = modules[site]
-    if module is None:
-        raise UnsupportedModelError(f"vLLM's {type(mine.layer).__name__} has no module whose output is {site!r}")
+def edit_output(module: nn.Module, site: Site, edit: Callable[[Tensor], Tensor]) -> None:
+    """Let the output of a module go through `edit`, which gets the value of the site [n c]."""
     inner = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -24,8 +24,6 @@ from .sources import SHIFTS, digest_of
 
 log = logging.getLogger(__name__)
 
-OUTPUTS = ("mlp_out", "attn_out", "layer_out")
-
 
 class Server:
     """The stacks that a model runner can give to its requests, by their digest.
@@ -84,9 +82,8 @@ class Server:
             "has no takes_samples, or modules of its own": not head.takes_samples or bool(head._modules),
             "has log_z2='all_keys', and masked keys are not there": getattr(head.config, "log_z2", "") == "all_keys",
         }
-        problems |= {f"edits {site}": site not in (*OUTPUTS, "attn_heads") for site in head.edits()}
-        mlp = self._layers[index].mlp
-        problems["edits mlp_out, for which vLLM has no module"] = "mlp_out" in head.edits() and mlp is None
+        sites = self._layers[index].sites
+        problems |= {f"edits {site}, and vLLM has only {', '.join(sites)}": site not in sites for site in head.edits()}
         found = [problem for problem, is_so in problems.items() if is_so]
         if found:
             raise UnsupportedModelError(
@@ -108,7 +105,8 @@ class Server:
             for layer in sorted({layer for stack in stacks for layer in stack.layers}):
                 head = next(stack[layer] for stack in stacks if layer in stack.layers)
                 for site in head.edits():
-                    self._heads[layer, site].append(Heads(stacks, layer, site, self._tokens[kind]))
+                    module = self._layers[layer].sites[site]
+                    self._heads[layer, site].append(Heads(stacks, layer, site, module, self._tokens[kind]))
         self._ids = []
 
     def _edit(self, layer: int, site: Site) -> None:
@@ -118,7 +116,7 @@ class Server:
         if site == "attn_heads":
             mine.attn.impl.forward = partial(self._attend, layer, mine.attn.impl, mine.attn.impl.forward)
         else:
-            edit_output(mine, site, partial(self._output, layer, site))
+            edit_output(mine.sites[site], site, partial(self._output, layer, site))
         self._edited.add((layer, site))
 
     def _output(self, layer: int, site: Site, value: Tensor) -> Tensor:

@@ -1,0 +1,230 @@
+"""Stacks in vLLM answer as the patched model of transformers does: tokens, and log probabilities up to rounding.
+
+Run in an environment with vLLM: `python -m pytest -n 0 tests/serve`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+import mimic_core as mc
+from tests.support import serving
+from tests.support.serving import Ask
+
+vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own")
+from vllm.exceptions import VLLMValidationError  # noqa: E402
+
+import mimic_core.vllm as mv  # noqa: E402
+
+LENGTH = 16
+START = list(range(10, 102))  # two blocks of keys that prompts share, and most of a third
+
+
+class Served(NamedTuple):
+    model: PreTrainedModel
+    stacks: dict[str, mc.ShiftStack]
+    llm: Any
+    folder: Path
+
+    def check(self, asks: list[Ask]) -> None:
+        for found, ask in zip(serving.answers(self.llm, asks, LENGTH), asks, strict=True):
+            serving.assert_same(found, self.wanted(ask), ask[1:])
+
+    def wanted(self, ask: Ask) -> serving.Answer:
+        return serving.wanted(self.model, self.stacks, ask, LENGTH)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        yield
+
+
+def served(folder: Path, name: str, stacks: list[str], **options: Any) -> Iterator[Served]:
+    model = serving.model_at(folder / "model", name)
+    made = {one: serving.stack_at(folder / one, model, one, seed) for seed, one in enumerate(stacks)}
+    named = {one: folder / one for one in stacks}
+    with serving.engine(folder / "model", **mv.engine_args(named), **options) as llm:
+        yield Served(model, made, llm, folder)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Prompts come in chunks of 48 tokens, and the cache is too small for all requests: some are preempted."""
+    folder = tmp_path_factory.mktemp("llama")
+    options = {"max_num_batched_tokens": 48, "max_num_seqs": 16, "num_gpu_blocks_override": 24}
+    yield from served(folder, "llama", list(serving.STACKS), **options)
+
+
+def asks_of(stacks: list[str]) -> list[Ask]:
+    whole = [Ask([*START, 110 + i % 3], one) for i, one in enumerate([None, *stacks])]
+    parts = [Ask([*START, 120], one, strength) for one, strength in zip(stacks, itertools.cycle([0.5, -1.0, 0.0, 2.0]))]
+    return [*whole, *parts, Ask([5], "mimic"), Ask([7, 8, 9])]
+
+
+def test_a_batch_mixes_stacks_strengths_and_none(llama: Served) -> None:
+    asks = asks_of(list(serving.STACKS))
+    llama.check(asks)
+    assert len({tuple(llama.wanted(ask).tokens) for ask in asks}) > len(asks) // 2, "the stacks change answers"
+    llama.check(asks[::-1])  # the blocks are in the cache now
+
+
+def test_requests_are_cut_preempted_and_share_blocks(llama: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests above and below are meant to go through does happen in this engine."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted, steps = [], []
+    inner, schedule = Scheduler._preempt_request, Scheduler.schedule
+    monkeypatch.setattr(Scheduler, "_preempt_request", lambda *x, **y: (preempted.append(1), inner(*x, **y))[1])
+    monkeypatch.setattr(Scheduler, "schedule", lambda *x, **y: (steps.append(schedule(*x, **y)), steps[-1])[1])
+    asks = asks_of(list(serving.STACKS))
+    llama.llm.reset_prefix_cache()
+    llama.check(asks)
+    cut = [one for step in steps for one in step.num_scheduled_tokens.values() if 1 < one < len(START)]
+    assert preempted
+    assert cut
+    assert max(len(step.num_scheduled_tokens) for step in steps) > 4
+
+
+def one_by_one(llama: Served, asks: list[Ask]) -> list[bool]:
+    """Whether each answer is right, of requests that find the blocks of those before them."""
+    llama.llm.reset_prefix_cache()
+    return [serving.answers(llama.llm, [ask], LENGTH)[0].tokens == llama.wanted(ask).tokens for ask in asks]
+
+
+def test_blocks_are_shared_by_the_same_stack_and_strength_only(llama: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    asks = [
+        Ask([*START, 111], "mimic"),
+        Ask([*START, 111]),
+        Ask([*START, 111], "other"),
+        Ask([*START, 111], "mimic", 0.5),
+    ]
+    assert all(one_by_one(llama, asks))
+    monkeypatch.setattr("mimic_core.vllm.requests.salt", lambda _, given: given)
+    assert one_by_one(llama, asks) == [True, False, False, False], "without the salt, blocks of another stack are used"
+
+
+def test_no_salt_of_a_client_reaches_blocks_of_a_stack(llama: Served) -> None:
+    from mimic_core.vllm.requests import salt
+
+    stacks = llama.llm.llm_engine.input_processor.mimic_core_stacks
+    forged = salt((stacks["mimic"].digest, 1.0), None)
+    first, second = Ask([*START, 112], "mimic"), Ask([*START, 112])
+    llama.check([first])
+    prompt = {"prompt_token_ids": second.prompt, "cache_salt": forged}
+    (found,) = llama.llm.generate([prompt], serving.params(second, LENGTH), use_tqdm=False)
+    serving.assert_same(serving.answer_of(found.outputs[0]), llama.wanted(second), "a forged salt")
+
+
+def test_several_answers_and_log_probabilities_of_the_prompt(llama: Served) -> None:
+    ask = Ask([*START, 113], "mimic")
+    options = {"n": 3, "temperature": 1.0, "top_k": 1, "prompt_logprobs": 0}
+    prompt = {"prompt_token_ids": ask.prompt}
+    (found,) = llama.llm.generate([prompt], serving.params(ask, LENGTH, **options), use_tqdm=False)
+    assert [list(one.token_ids) for one in found.outputs] == [llama.wanted(ask).tokens] * 3
+    with mc.patch(llama.model, llama.stacks["mimic"]):
+        logprobs = llama.model(torch.tensor([ask.prompt])).logits[0].log_softmax(-1)
+    for place, one in enumerate(found.prompt_logprobs[1:]):
+        token = ask.prompt[place + 1]
+        assert abs(one[token].logprob - float(logprobs[place, token])) < 1e-4
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"shifts": "vqa"}, "no stack is called 'vqa'; this engine serves 'mimic'"),
+    ({"shifts": "/tmp/mimic"}, "no stack is called '/tmp/mimic'"),
+    ({"shifts": 3}, "no stack is called 3"),
+    ({"shifts": "mimic", "strength": "1"}, "a strength is a finite number; found '1'"),
+    ({"shifts": "mimic", "strength": True}, "a strength is a finite number; found True"),
+    ({"shifts": "mimic", "strength": float("nan")}, "a strength is a finite number; found nan"),
+    ({"strength": 1.0}, "a strength is given without a stack"),
+]
+
+
+def test_a_wrong_request_is_refused_and_the_others_go_on(llama: Served) -> None:
+    llm_engine = llama.llm.llm_engine
+    ask = Ask([*START, 114], "live")
+    options = serving.params(ask, LENGTH)
+    prompt = {"prompt_token_ids": ask.prompt}
+    llm_engine.add_request("good", prompt, options)
+    llm_engine.step()
+    for extra, message in WRONG:
+        with pytest.raises(VLLMValidationError, match=re.escape(message)):
+            llm_engine.add_request("bad", prompt, vllm.SamplingParams(extra_args=extra))
+    found = [one for one in finish(llama.llm) if one.request_id == "good"]
+    serving.assert_same(serving.answer_of(found[0].outputs[0]), llama.wanted(ask), ask)
+
+
+def finish(llm: Any) -> list[Any]:
+    """Run what was asked to its end."""
+    done = []
+    while llm.llm_engine.has_unfinished_requests():
+        done += [one for one in llm.llm_engine.step() if one.finished]
+    return done
+
+
+def test_stacks_come_and_go_while_the_engine_runs(llama: Served, tmp_path: Path) -> None:
+    llm, ask = llama.llm, Ask([*START, 115], "new")
+    stacks = [serving.stack_at(tmp_path / str(seed), llama.model, "mimic", 10 + seed) for seed in range(2)]
+    with pytest.raises(VLLMValidationError, match="no stack is called 'new'"):
+        serving.answers(llm, [ask], LENGTH)
+    mv.add(llm, "new", tmp_path / "0")
+    assert mv.names(llm) == [*serving.STACKS, "new"]
+    old = llama._replace(stacks={"new": stacks[0]})
+    old.check([ask])
+
+    llm.llm_engine.add_request("old", {"prompt_token_ids": ask.prompt}, serving.params(ask, LENGTH))
+    llm.llm_engine.step()
+    mv.add(llm, "new", tmp_path / "1")
+    llm.llm_engine.add_request("new", {"prompt_token_ids": ask.prompt}, serving.params(ask, LENGTH))
+    mv.remove(llm, "new")
+    found = {one.request_id: serving.answer_of(one.outputs[0]) for one in finish(llm)}
+    serving.assert_same(found["old"], old.wanted(ask), "a request goes on with the stack that it began with")
+    serving.assert_same(found["new"], llama._replace(stacks={"new": stacks[1]}).wanted(ask), "the stack was replaced")
+    with pytest.raises(mc.UnknownNameError, match="no stack is called 'new'"):
+        mv.remove(llm, "new")
+
+
+def broken_stacks(folder: Path, model: PreTrainedModel) -> Iterator[tuple[Path, str]]:
+    """Stacks that can't be served, and why."""
+    larger = serving.model_at(folder / "larger", "llama", num_attention_heads=8)
+    serving.stack_at(folder / "size", larger, "mimic")
+    yield folder / "size", "do not fit this model: they were made for heads 8 in layer 0"
+    stack = serving.stack_at(folder / "nan", model, "live")
+    tensors = {**stack.state_dict(), "heads.0.vector": torch.full((64,), float("nan"))}
+    save_file(tensors, folder / "nan" / "shifts.safetensors")
+    yield folder / "nan", "heads.0.vector holds NaN"
+    yield folder / "gone", "no shifts at"
+    for name, config, why in [
+        ("keys", mc.MimICConfig(log_z2="all_keys"), "has log_z2='all_keys'"),
+        ("end", mc.TaskVectorConfig(), "acts at prompt_end, not at all tokens"),
+    ]:
+        mc.save_shifts(mc.build_shifts(model, config), folder / name)
+        yield folder / name, why
+
+
+def test_a_stack_that_can_not_be_served_is_refused(llama: Served, tmp_path: Path) -> None:
+    for path, why in broken_stacks(tmp_path, llama.model):
+        with pytest.raises(mc.MimicError, match=re.escape(why)):
+            mv.add(llama.llm, "broken", path)
+    assert mv.names(llama.llm) == list(serving.STACKS)
+    llama.check([Ask([*START, 116], "mimic")])
+
+
+def test_a_step_in_which_an_edit_does_not_run_raises(llama: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody put the module's own forward back: no answer comes that is not shifted."""
+    model = llama.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    mlp = model.model.layers[1].mlp
+    monkeypatch.setattr(mlp, "forward", type(mlp).forward.__get__(mlp))
+    with pytest.raises(mc.PatchStateError, match="1 edits that did not run"):
+        serving.answers(llama.llm, [Ask([4, 5], "live")], 1)

@@ -1,0 +1,153 @@
+"""Tiny models for vLLM, stacks for them, and the answers of transformers' own model with the stack patched in."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import mimic_core as mc
+
+# vLLM's attention on a CPU has heads of at least 32.
+_TEXT: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GEMMA3: dict[str, Any] = {
+    "sliding_window": 16,
+    "query_pre_attn_scalar": 32,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "tie_word_embeddings": True,
+}
+# The class of transformers, and the options of its config.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "qwen3": ("Qwen3ForCausalLM", {}),
+    "gemma3": ("Gemma3ForCausalLM", _GEMMA3),
+}
+
+STACKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mimic": ("mimic", {}),
+    "other": ("mimic", {"layers": (1, 2)}),
+    "shared": ("mimic", {"shared": True}),
+    "vector": ("mimic", {"gate": False}),
+    "both": ("mimic", {"mlp_vector": True}),
+    "live": ("live", {"sigmoid": True}),
+    "layer": ("live", {"site": "layer_out", "sigmoid": True}),
+    "out": ("live", {"site": "attn_out", "sigmoid": True}),
+}
+
+
+class Ask(NamedTuple):
+    """A prompt, the stack it asks for, and the strength."""
+
+    prompt: list[int]
+    stack: str | None = None
+    strength: float = 1.0
+
+
+class Answer(NamedTuple):
+    """Greedy tokens and their log probabilities."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def model_at(path: Path, name: str, **options: Any) -> PreTrainedModel:
+    """A tiny model with random weights, also saved at `path`."""
+    torch.manual_seed(0)
+    kind = getattr(transformers, MODELS[name][0])
+    model = kind(kind.config_class(**{**_TEXT, **MODELS[name][1], **options})).eval().requires_grad_(False)
+    model.save_pretrained(path)
+    return model
+
+
+def stack_at(path: Path, model: PreTrainedModel, name: str, seed: int = 0) -> mc.ShiftStack:
+    """A stack with random numbers that change answers, also saved at `path`."""
+    head, options = STACKS[name]
+    stack = mc.build_shifts(model, head, **options)
+    generator = torch.Generator().manual_seed(seed)
+    for key, x in stack.named_parameters():
+        x.data = torch.randn(x.shape, generator=generator) * (2.0 if "vector" in key else 0.3)
+    mc.save_shifts(stack, path)
+    return stack
+
+
+def wanted(model: PreTrainedModel, stacks: Mapping[str, mc.ShiftStack], ask: Ask, length: int) -> Answer:
+    """What transformers' model answers with the stack patched in."""
+    row = torch.tensor([ask.prompt])
+    options = {"max_new_tokens": length, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def run() -> Answer:
+        found = model.generate(row, **options, output_logits=True, return_dict_in_generate=True)
+        tokens = found.sequences[0, row.shape[1] :]
+        logprobs = torch.stack([x[0].float() for x in found.logits]).log_softmax(-1)
+        return Answer(tokens.tolist(), logprobs[torch.arange(length), tokens].tolist())
+
+    if ask.stack is None:
+        return run()
+    with mc.patch(model, stacks[ask.stack], strength=ask.strength):
+        return run()
+
+
+def params(ask: Ask, length: int, **options: Any) -> Any:
+    """vLLM's parameters for an ask."""
+    from vllm import SamplingParams
+
+    extra = None if ask.stack is None else {"shifts": ask.stack, "strength": ask.strength}
+    fixed = {"temperature": 0, "max_tokens": length, "ignore_eos": True, "detokenize": False, "logprobs": 0}
+    return SamplingParams(**{**fixed, **options}, extra_args=extra)
+
+
+def answers(llm: Any, asks: Sequence[Ask], length: int) -> list[Answer]:
+    """What vLLM answers to all of them in one batch."""
+    prompts = [{"prompt_token_ids": ask.prompt} for ask in asks]
+    found = llm.generate(prompts, [params(ask, length) for ask in asks], use_tqdm=False)
+    return [answer_of(one.outputs[0]) for one in found]
+
+
+def answer_of(output: Any) -> Answer:
+    """Tokens and log probabilities of one of vLLM's outputs."""
+    tokens = list(output.token_ids)
+    return Answer(tokens, [x[token].logprob for x, token in zip(output.logprobs, tokens, strict=True)])
+
+
+def assert_same(found: Answer, expected: Answer, what: object, tolerance: float = 1e-4) -> None:
+    """Equal tokens, and equal log probabilities up to rounding."""
+    assert found.tokens == expected.tokens, what
+    apart = max(abs(a - b) for a, b in zip(found.logprobs, expected.logprobs, strict=True))
+    assert apart < tolerance, f"{what}: {apart}"
+
+
+@contextmanager
+def engine(path: Path, **options: Any) -> Iterator[Any]:
+    """vLLM with a model in this process."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    fixed = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 256, "block_size": 32}
+    llm = LLM(str(path), **{**fixed, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
