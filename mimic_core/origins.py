@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,30 +39,36 @@ class Origin:
         return None
 
 
-def origin_of(model: nn.Module, spec: ModelSpec) -> Origin:
+def origin_of(model: nn.Module, spec: ModelSpec, read: Callable[[Tensor], Tensor | None] | None = None) -> Origin:
     """The origin of a model without wrappers, whether it has a head on or not.
 
     Its fingerprint is the same for fp32 and bf16 copies of the same weights, and on every device. Parameters that PEFT
     has added are left out. So are those that are sharded or quantised by a class of their own.
+
+    Args:
+        read: Gives the numbers of a parameter that are somewhere else than in the model; None: nowhere.
     """
-    return Origin(spec.model_type, str(getattr(model, "name_or_path", "") or ""), _fingerprint(model, spec))
+    return Origin(spec.model_type, str(getattr(model, "name_or_path", "") or ""), _fingerprint(model, spec, read))
 
 
-def _fingerprint(model: nn.Module, spec: ModelSpec) -> str | None:
+def _fingerprint(model: nn.Module, spec: ModelSpec, read: Callable[[Tensor], Tensor | None] | None) -> str | None:
     if (getattr(model, "_tp_size", None) or 1) > 1:
         return None  # each process has a slice
     layers = ((f"{layer.index:06}", model.get_submodule(layer.path)) for layer in spec.layers)
     weights = sorted(
         ((f"{index}.{name}", x) for index, layer in layers for name, x in _weights(layer)), key=lambda named: named[0]
     )
-    if not weights or any(x.device.type == "meta" for _, x in weights):
+    if not weights or (read is None and any(x.device.type == "meta" for _, x in weights)):
         return None
     found = hashlib.sha256(f"{len(weights)} tensors".encode())
     count = min(_TENSORS, len(weights))
     for i in range(count):
         # The first, the last, and others between.
         name, x = weights[i * (len(weights) - 1) // max(1, count - 1)]
-        numbers = x.detach().reshape(-1)
+        there = x if read is None else read(x)
+        if there is None or there.shape != x.shape:
+            return None
+        numbers = there.detach().reshape(-1)
         numbers = numbers[:: max(1, len(numbers) // _NUMBERS)][:_NUMBERS].to("cpu", torch.float32).bfloat16()
         found.update(f"{name} {list(x.shape)}".encode())
         found.update(numbers.view(torch.int16).numpy().tobytes())

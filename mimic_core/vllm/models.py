@@ -5,23 +5,36 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.utils.hub import cached_file
 
 from ..adapters import locate
 from ..errors import UnsupportedModelError
+from ..origins import Origin, origin_of
 from ..types import Located, Site
 
 # vLLM's classes whose answers were seen to be those of the patched model of transformers, by tests/serve.
-TRIED = ("Gemma3ForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM")
+TRIED = (
+    "Gemma3ForCausalLM",
+    "GraniteForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
 
 
 class VLLMLayer(NamedTuple):
-    """The modules of a decoder layer. `attn` is vLLM's `Attention`, and `sites` the modules of the sites that it has."""
+    """The modules of a decoder layer: vLLM's `Attention`, and those of the sites that it has."""
 
     attn: Any
     sites: dict[Site, nn.Module]
@@ -41,6 +54,40 @@ def known_to_transformers(model_config: Any) -> Located:
     with torch.device("meta"):
         model = kind(config).eval()
     return locate(model)
+
+
+def origin(model_config: Any, found: Located) -> Origin:
+    """Who the model is: by the files of its weights, because vLLM fuses what transformers has apart."""
+    names = {id(x): name for name, x in found.model.named_parameters()}
+    files = _files(model_config)
+
+    def read(x: Tensor) -> Tensor | None:
+        name = names[id(x)]
+        if name not in files:
+            return None
+        with safe_open(files[name], "pt") as file:
+            return file.get_tensor(name)
+
+    return origin_of(found.model, found.spec, read)
+
+
+def _files(model_config: Any) -> dict[str, str]:
+    """In which file each weight of a model is. Empty: there are no files in the format of safetensors."""
+
+    def file(name: str) -> str | None:
+        return cached_file(
+            model_config.model, name, revision=model_config.revision, _raise_exceptions_for_missing_entries=False
+        )
+
+    if index := file("model.safetensors.index.json"):
+        parts: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
+        paths = {part: file(part) for part in set(parts.values())}
+        return {name: path for name, part in parts.items() if (path := paths[part])}
+    whole = file("model.safetensors")
+    if whole is None:
+        return {}
+    with safe_open(whole, "pt") as weights:
+        return dict.fromkeys(weights.keys(), whole)
 
 
 def layers_of(model: nn.Module, found: Located) -> list[VLLMLayer]:
@@ -109,6 +156,8 @@ def edit_output(module: nn.Module, site: Site, edit: Callable[[Tensor], Tensor])
             # vLLM adds the residual in the next norm: the state of the layer is the sum of the two.
             hidden, residual = out
             return edit(hidden + residual), torch.zeros_like(residual)
+        if isinstance(out, tuple) and out[1:] == (None,):  # a linear layer, with a bias that is not left to the caller
+            return edit(out[0]), None
         raise UnsupportedModelError(f"vLLM's {type(module).__name__} returned {type(out).__name__}, not a tensor")
 
     module.forward = forward

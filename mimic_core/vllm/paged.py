@@ -104,8 +104,6 @@ def _lse(impl: Any, query: Tensor, keys: Tensor, pages: Tensor, lengths: Tensor)
         rows = part.shape[1]
         grouped = part.view(r, rows, g, h // g, d).permute(0, 2, 3, 1, 4).reshape(r, g, -1, d)
         logits = (grouped @ found).view(r, h, rows, longest)
-        if impl.logits_soft_cap:
-            logits = impl.logits_soft_cap * torch.tanh(logits / impl.logits_soft_cap)
         place = (lengths[:, None] - t + torch.arange(first, first + rows))[:, None, :, None]
         key = torch.arange(longest)
         seen = key <= place
@@ -139,6 +137,7 @@ def check(attn: Any, name: str) -> None:
         f"attention of the kind {type(attn).__name__}": type(attn).__name__ != "Attention",
         f"attention of the kind {attn.attn_type!r}": attn.attn_type != "decoder",
         f"keys in {attn.kv_cache_dtype}": getattr(impl, "is_fp8_kv_cache", True),
+        "a softcap of the logits": bool(getattr(impl, "logits_soft_cap", 0)),
         "alibi": getattr(impl, "alibi_slopes", None) is not None,
         "attention sinks": getattr(impl, "sinks", None) is not None,
         "keys shared with another layer": attn.kv_sharing_target_layer_name is not None,

@@ -18,7 +18,7 @@ from ..heads.stack_set import Kind, kind_of
 from ..types import Site
 from . import paged
 from .batch import Heads, Tokens
-from .models import edit_output, known_to_transformers, layers_of
+from .models import edit_output, known_to_transformers, layers_of, origin
 from .requests import FOUND
 from .sources import SHIFTS, digest_of
 
@@ -38,6 +38,7 @@ class Server:
     def __init__(self, vllm_config: Any, runner: Any) -> None:
         self._found = known_to_transformers(vllm_config.model_config)
         self._layers = layers_of(runner.get_model(), self._found)
+        self._origin = origin(vllm_config.model_config, self._found)
         self._runner = runner
         self._most = runner.max_num_tokens
         self._stacks: dict[str, ShiftStack] = {}
@@ -64,6 +65,8 @@ class Server:
         stack = load_shifts(folder, self._found.model).requires_grad_(False)
         if digest_of(folder) != digest:
             raise CheckpointError(f"the stack {name!r} at {folder} was changed while it was loaded; load it again")
+        if stack.origin is not None and (misfit := stack.origin.misfit(self._origin)):
+            log.warning("the stack %r at %s was made for another model: %s", name, folder, misfit)
         for head in stack:
             self._check(name, head)
         for head in stack:

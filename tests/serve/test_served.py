@@ -228,3 +228,75 @@ def test_a_step_in_which_an_edit_does_not_run_raises(llama: Served, monkeypatch:
     monkeypatch.setattr(mlp, "forward", type(mlp).forward.__get__(mlp))
     with pytest.raises(mc.PatchStateError, match="1 edits that did not run"):
         serving.answers(llama.llm, [Ask([4, 5], "live")], 1)
+
+
+def test_a_stack_of_other_weights_is_reported(llama: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As `load_shifts` does: by the files of the weights, because vLLM has them fused."""
+    other = serving.model_at(tmp_path / "model", "llama", initializer_range=0.2)
+    serving.stack_at(tmp_path / "stack", other, "live")
+    mv.add(llama.llm, "stranger", tmp_path / "stack")
+    serving.stack_at(tmp_path / "own", llama.model, "live", seed=99)
+    mv.add(llama.llm, "own", tmp_path / "own")
+    assert [record.args[0] for record in caplog.records if "made for another model" in record.message] == ["stranger"]
+    for name in ("stranger", "own"):
+        mv.remove(llama.llm, name)
+
+
+def test_bfloat16_shifts_what_attention_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The LSE is that of the keys in bf16, and the shift is computed in fp32 and rounded to bf16."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    from mimic_core.vllm.batch import Heads
+
+    before, after = [], []
+    attend, run = CPUAttentionBackendImpl.forward, Heads.__call__
+
+    def forward(
+        self: Any, module: Any, query: Any, key: Any, value: Any, cache: Any, meta: Any, output: Any, **more: Any
+    ) -> Any:
+        result = attend(self, module, query, key, value, cache, meta, output, **more)
+        before.append((query.clone(), key.clone(), output.clone()))
+        return result
+
+    monkeypatch.setattr(CPUAttentionBackendImpl, "forward", forward)
+    monkeypatch.setattr(Heads, "__call__", lambda *x: (after.append(run(*x).clone()), after[-1])[1])
+    for one in served(tmp_path, "llama", ["mimic"], dtype="bfloat16"):
+        for strength in (1.0, 0.5):  # one head for all tokens, and parameters gathered by token
+            before.clear()
+            after.clear()
+            serving.answers(one.llm, [Ask([*START[:40], 110], "mimic", strength)], 8)
+            assert len(before) == len(after) == 3 * 8
+            for layer in range(3):
+                assert_shifted(one.stacks["mimic"][layer], before[layer::3], after[layer::3], strength)
+
+
+def assert_shifted(head: Any, before: list[Any], after: list[torch.Tensor], strength: float) -> None:
+    """Compare with the formula in fp64. `before` has query, key and output of each call of attention."""
+    moved = [float((x - value).abs().max()) for (_, _, value), x in zip(before, after, strict=True)]
+    assert max(moved) > 0.1
+    keys = torch.cat([key for _, key, _ in before]).repeat_interleave(2, dim=1).double()
+    end = 0
+    for (query, _, value), shifted in zip(before, after, strict=True):
+        end += len(query)
+        logits = torch.einsum("thd,shd->ths", query.double(), keys[:end]) * 32**-0.5
+        future = torch.ones(len(query), end).triu(end - len(query) + 1).bool()
+        lse = logits.masked_fill(future[:, None], -torch.inf).logsumexp(-1)
+        mu = torch.sigmoid((query.double() * head.gate_weight).sum(-1) + head.gate_bias - lse)
+        whole = value + mu[..., None] * head.vector
+        expected = value + strength * (whole - value)
+        rounding = 2**-8 * 1.01  # of bf16, once for the head and once for the strength
+        allowed = rounding * (expected.abs() + (strength != 1) * strength * whole.abs()) + 1e-6
+        assert ((shifted - expected).abs() <= allowed).all()
+
+
+MORE = [name for name in serving.MODELS if name != "llama"]
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_models(name: str, tmp_path: Path) -> None:
+    stacks = ["mimic", "live", "layer", "out"]
+    for one in served(tmp_path, name, stacks, max_num_batched_tokens=48):
+        asks = [Ask([*START, 110 + i], stack) for i, stack in enumerate([None, *stacks])]
+        asks += [Ask(ask.prompt[:9], ask.stack, 0.5) for ask in asks]
+        one.check(asks)
+        assert len({tuple(one.wanted(ask).tokens) for ask in asks}) > len(asks) // 2, "the stacks change answers"

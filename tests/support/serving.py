@@ -31,6 +31,7 @@ _TEXT: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _GEMMA3: dict[str, Any] = {
+    "initializer_range": 0.1,
     "sliding_window": 16,
     "query_pre_attn_scalar": 32,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -39,6 +40,10 @@ _GEMMA3: dict[str, Any] = {
 # The class of transformers, and the options of its config.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
+    "granite": ("GraniteForCausalLM", {"attention_multiplier": 0.2, "residual_multiplier": 0.7}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": 16}),
+    "phi3": ("Phi3ForCausalLM", {"hidden_size": 128}),
+    "qwen2": ("Qwen2ForCausalLM", {"hidden_size": 128}),
     "qwen3": ("Qwen3ForCausalLM", {}),
     "gemma3": ("Gemma3ForCausalLM", _GEMMA3),
 }
