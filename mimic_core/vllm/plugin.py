@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import BackendUnavailableError
+from ..errors import BackendUnavailableError, MimicError
 from . import requests
 from .hooks import around
+from .running import ADD
 from .sources import sources_of
 
 # What the plugin puts its hooks into is not vLLM's public interface, so it can differ in any minor version.
@@ -33,9 +34,6 @@ def register() -> None:
     around(InputProcessor, "process_inputs", requests.process)
     around(WorkerWrapperBase, "initialize_from_config", _serve)
     setattr(WorkerWrapperBase, ADD, _add)
-
-
-ADD = "mimic_core_add"
 
 
 def is_supported(version: str) -> bool:
@@ -64,9 +62,13 @@ def _serve(inner: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) ->
 
         worker.mimic_core_server = Server(worker.vllm_config, worker.worker.model_runner)
         for name, source in sources.items():
-            _add(worker, name, *source)
+            worker.mimic_core_server.add(name, *source)
     return result
 
 
-def _add(worker: Any, name: str, folder: str, digest: str) -> None:
-    worker.mimic_core_server.add(name, folder, digest)
+def _add(worker: Any, name: str, folder: str, digest: str) -> str | None:
+    try:
+        worker.mimic_core_server.add(name, folder, digest)
+    except MimicError as error:
+        return str(error)
+    return None

@@ -10,16 +10,15 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import pytest
 
 import mimic_core as mc
+from tests.support.pages import split
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -28,41 +27,6 @@ over_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.re
 PUBLIC = [f"mc.{name}" for name in mc.__all__]
 PUBLIC += [f"mc.ops.{name}" for name in mc.ops.__all__]
 PUBLIC += [f"mc.losses.{name}" for name in mc.losses.__all__]
-
-_FENCE = re.compile(r"(?P<indent>\s*)(?P<ticks>`{3,}|~{3,})\s*(?P<language>[^\s`{]*)")
-_SETUP = re.compile(r"\s*<!--\s*setup\s*$")
-
-
-class Block(NamedTuple):
-    """What stands between two fences (or in a comment), its language, and the number of lines above it."""
-
-    language: str
-    text: str
-    above: int
-
-
-def split(page: str) -> tuple[list[Block], str]:
-    """The blocks of a page in order, and its prose: the page with every line of a block blank."""
-    blocks, prose = [], []
-    lines = page.splitlines()
-    start, language, end = 0, "", None
-    for number, line in enumerate(lines):
-        if end is not None:
-            if end.fullmatch(line):
-                blocks.append(Block(language, textwrap.dedent("\n".join(lines[start:number])) + "\n", start))
-                end = None
-            prose.append("")
-        elif fence := _FENCE.match(line):
-            start, language = number + 1, fence["language"]
-            end = re.compile(rf"\s*{fence['ticks'][0]}{{{len(fence['ticks'])},}}\s*")
-            prose.append("")
-        elif _SETUP.match(line):
-            start, language, end = number + 1, "setup", re.compile(r"\s*-->\s*")
-            prose.append("")
-        else:
-            prose.append(line)
-    assert end is None, f"the block that starts on line {start} has no end"
-    return blocks, "\n".join(prose)
 
 
 @pytest.fixture
@@ -92,6 +56,8 @@ def run(page: Path, module: ModuleType, capsys: pytest.CaptureFixture[str]) -> N
 @over_pages
 @pytest.mark.usefixtures("no_shape_checks")
 def test_page_runs(page: Path, module: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    if page.name == "serve.md":  # tests/serve runs it, and so does this where vLLM is installed
+        pytest.importorskip("vllm", reason="vLLM has an environment of its own")
     run(page, module, capsys)
 
 

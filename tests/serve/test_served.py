@@ -3,6 +3,9 @@
 Run in an environment with vLLM: `python -m pytest -n 0 tests/serve`.
 """
 
+# vLLM has an environment of its own.
+# pyright: reportMissingImports=false, reportOptionalSubscript=false
+
 from __future__ import annotations
 
 import itertools

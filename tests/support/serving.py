@@ -1,5 +1,8 @@
 """Tiny models for vLLM, stacks for them, and the answers of transformers' own model with the stack patched in."""
 
+# vLLM has an environment of its own.
+# pyright: reportMissingImports=false, reportOptionalSubscript=false
+
 from __future__ import annotations
 
 import gc
@@ -10,7 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import mimic_core as mc
 
@@ -81,6 +87,11 @@ def model_at(path: Path, name: str, **options: Any) -> PreTrainedModel:
     kind = getattr(transformers, MODELS[name][0])
     model = kind(kind.config_class(**{**_TEXT, **MODELS[name][1], **options})).eval().requires_grad_(False)
     model.save_pretrained(path)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(_TEXT["vocab_size"])}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2").save_pretrained(
+        path
+    )
     return model
 
 
