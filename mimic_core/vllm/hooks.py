@@ -6,6 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+# The methods that have a hook in this process. Empty: vLLM has not loaded the plugin.
+PUT: set[str] = set()
+
 
 def around(owner: type, name: str, hook: Callable[..., Any]) -> None:
     """Let a method be called by `hook(method, self, ...)`, unless it is already."""
@@ -19,3 +22,4 @@ def around(owner: type, name: str, hook: Callable[..., Any]) -> None:
 
     call.__dict__["hook"] = hook
     setattr(owner, name, call)
+    PUT.add(f"{owner.__name__}.{name}")

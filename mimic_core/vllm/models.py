@@ -26,6 +26,7 @@ TRIED = (
     "Gemma3ForCausalLM",
     "GraniteForCausalLM",
     "LlamaForCausalLM",
+    "LlavaForConditionalGeneration",
     "MistralForCausalLM",
     "Phi3ForCausalLM",
     "Qwen2ForCausalLM",

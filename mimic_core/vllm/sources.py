@@ -1,5 +1,8 @@
 """Which stacks an engine serves: their names, their folders, and a digest of what is in them."""
 
+# vLLM has an environment of its own.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import hashlib
@@ -9,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoint import hub
-from ..errors import CheckpointError, UnknownNameError, WrongTypeError
+from ..errors import CheckpointError, PatchStateError, UnknownNameError, WrongTypeError
+from .hooks import PUT
 
 # The key of vLLM's `additional_config`, and that of a request's `extra_args`.
 SHIFTS = "shifts"
@@ -34,7 +38,16 @@ def engine_args(shifts: Mapping[str, str | os.PathLike[str]] | None = None) -> d
 
     Raises:
         UnknownNameError: a name is no string, or empty.
+        PatchStateError: vLLM does not load the plugin, so nothing would be shifted.
     """
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    if not PUT:
+        raise PatchStateError(
+            "vLLM did not load the plugin of mimic_core: install mimic_core with pip, so that vLLM finds its entry "
+            "point, and if VLLM_PLUGINS is set, name mimic_core in it"
+        )
     named = {check_name(name): os.fspath(source) for name, source in (shifts or {}).items()}
     return {"additional_config": {SHIFTS: named}, "enforce_eager": True}
 

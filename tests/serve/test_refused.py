@@ -82,6 +82,12 @@ def test_another_version(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     EngineArgs(config.model_config.model, dtype="float32", enforce_eager=True).create_engine_config()
 
 
+def test_a_plugin_that_vllm_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mimic_core.vllm.sources.PUT", set())
+    with pytest.raises(mc.PatchStateError, match="if VLLM_PLUGINS is set, name mimic_core in it"):
+        mv.engine_args()
+
+
 def test_a_class_that_was_not_tried(config: Any) -> None:
     found = models.known_to_transformers(config.model_config)
     with pytest.raises(mc.UnsupportedModelError, match="not seen to be exact in vLLM's class Linear"):

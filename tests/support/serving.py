@@ -16,6 +16,7 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import mimic_core as mc
@@ -106,13 +107,15 @@ def stack_at(path: Path, model: PreTrainedModel, name: str, seed: int = 0) -> mc
     return stack
 
 
-def wanted(model: PreTrainedModel, stacks: Mapping[str, mc.ShiftStack], ask: Ask, length: int) -> Answer:
+def wanted(
+    model: PreTrainedModel, stacks: Mapping[str, mc.ShiftStack], ask: Ask, length: int, **images: Tensor
+) -> Answer:
     """What transformers' model answers with the stack patched in."""
     row = torch.tensor([ask.prompt])
     options = {"max_new_tokens": length, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
     def run() -> Answer:
-        found = model.generate(row, **options, output_logits=True, return_dict_in_generate=True)
+        found = model.generate(row, **options, **images, output_logits=True, return_dict_in_generate=True)
         tokens = found.sequences[0, row.shape[1] :]
         logprobs = torch.stack([x[0].float() for x in found.logits]).log_softmax(-1)
         return Answer(tokens.tolist(), logprobs[torch.arange(length), tokens].tolist())
