@@ -46,7 +46,7 @@ class Tokens:
         n = int(counts.sum())
         self._rows[:n] = torch.from_numpy(np.repeat(np.where(has, rows, 0), counts))
         self._strengths[:n] = torch.from_numpy(np.repeat(np.where(has, strengths, 0.0), counts))
-        self._strengths[n:] = 0  # padding
+        self._strengths[n:] = 0
 
     def end(self) -> None:
         """The step is over: what runs outside a step, such as a warm-up, has no stack."""
@@ -102,7 +102,9 @@ class Heads:
         edited = twin.edits()[self._site](value[:, None], self._at(attention, at_once=False))[:, 0]
         wide = torch.promote_types(value.dtype, torch.float32)
         strengths = strengths.view(-1, *[1] * (value.ndim - 1)).to(wide)
-        return torch.lerp(value.to(wide), edited.to(wide), strengths).to(value.dtype)
+        mixed = torch.lerp(value.to(wide), edited.to(wide), strengths).to(value.dtype)
+        # What a head makes of a token that does not have it may be infinite.
+        return torch.where(strengths == 0, value, mixed)
 
     def _at(self, attention: Any, at_once: bool) -> At:
         return At(self._layer, self._site, self._module, None if attention is None else attention.view(at_once))

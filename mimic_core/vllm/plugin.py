@@ -58,17 +58,17 @@ def _serve(inner: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) ->
     result = inner(worker, *args, **kwargs)
     sources = sources_of(worker.vllm_config)
     if sources is not None:
-        from .worker import Server
+        from .worker import Served
 
-        worker.mimic_core_server = Server(worker.vllm_config, worker.worker.model_runner)
+        worker.mimic_core_served = Served(worker.vllm_config, worker.worker.model_runner)
         for name, source in sources.items():
-            worker.mimic_core_server.add(name, *source)
+            worker.mimic_core_served.add(name, *source)
     return result
 
 
 def _add(worker: Any, name: str, folder: str, digest: str) -> str | None:
     try:
-        worker.mimic_core_server.add(name, folder, digest)
+        worker.mimic_core_served.add(name, folder, digest)
     except MimicError as error:
         return str(error)
     return None

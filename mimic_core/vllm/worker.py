@@ -25,7 +25,7 @@ from .sources import SHIFTS, digest_of
 log = logging.getLogger(__name__)
 
 
-class Server:
+class Served:
     """The stacks that a model runner can give to its requests, by their digest.
 
     Args:
@@ -165,7 +165,7 @@ class Server:
         return inner(scheduled, counts)
 
     def _look_up(self, ids: list[str]) -> None:
-        """The batch has other requests than in the step before, or in another order."""
+        """The batch has other requests than in the step before, or in another order. Steps that decode skip this."""
         found = [self._asked(self._runner.requests[one].sampling_params) for one in ids]
         strengths = np.array([strength for _, _, strength in found], dtype=np.float32)
         for kind in self._tokens:
@@ -180,6 +180,8 @@ class Server:
         if FOUND not in extra:
             return None, -1, 0.0
         digest, strength = extra[FOUND]
+        if digest not in self._rows:
+            raise PatchStateError(f"a request asks for a stack with the digest {digest}, which was not loaded here")
         return *self._rows[digest], strength
 
     def _execute(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -224,13 +224,18 @@ def test_a_stack_that_can_not_be_served_is_refused(llama: Served, tmp_path: Path
     llama.check([Ask([*START, 116], "mimic")])
 
 
-def test_a_step_in_which_an_edit_does_not_run_raises(llama: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody put the module's own forward back: no answer comes that is not shifted."""
-    model = llama.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
-    mlp = model.model.layers[1].mlp
-    monkeypatch.setattr(mlp, "forward", type(mlp).forward.__get__(mlp))
-    with pytest.raises(mc.PatchStateError, match="1 edits that did not run"):
-        serving.answers(llama.llm, [Ask([4, 5], "live")], 1)
+def test_a_stack_that_overflows_harms_no_other_request(llama: Served, tmp_path: Path) -> None:
+    """It is the only one of its kind, so tokens with no stack are computed with its numbers, and these are left out."""
+    stack = mc.build_shifts(llama.model, "live", scale_init=2.0)
+    for head in stack:
+        head.vector.data.fill_(3e38)
+    mc.save_shifts(stack, tmp_path / "huge")
+    mv.add(llama.llm, "huge", tmp_path / "huge")
+    asks = [Ask([*START, 117]), Ask([*START, 118], "huge"), Ask([*START, 119], "mimic")]
+    found = serving.answers(llama.llm, asks, LENGTH)
+    for place in (0, 2):
+        serving.assert_same(found[place], llama.wanted(asks[place]), asks[place])
+    mv.remove(llama.llm, "huge")
 
 
 def test_a_stack_of_other_weights_is_reported(llama: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -243,6 +248,15 @@ def test_a_stack_of_other_weights_is_reported(llama: Served, tmp_path: Path, cap
     assert [record.args[0] for record in caplog.records if "made for another model" in record.message] == ["stranger"]
     for name in ("stranger", "own"):
         mv.remove(llama.llm, name)
+
+
+def test_a_step_in_which_an_edit_does_not_run_raises(llama: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody put the module's own forward back: no answer comes that is not shifted. The engine has ended then."""
+    model = llama.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    mlp = model.model.layers[1].mlp
+    monkeypatch.setattr(mlp, "forward", type(mlp).forward.__get__(mlp))
+    with pytest.raises(mc.PatchStateError, match="1 edits that did not run"):
+        serving.answers(llama.llm, [Ask([4, 5], "live")], 1)
 
 
 def test_bfloat16_shifts_what_attention_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
