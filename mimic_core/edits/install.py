@@ -37,6 +37,7 @@ class Installation:
 
     Attributes:
         order: Grows with each installation.
+        is_plain: No call says what the edits do, and they act fully. An attribute, because each decoded token asks.
 
     Args:
         found: The model and its sites.
@@ -66,7 +67,7 @@ class Installation:
         self.edits = edits = list(edits)
         self.order = next(_orders)
         self._strength: float | Tensor = 1.0
-        self._is_full = True
+        self._is_full = self.is_plain = True
         self._watch = ForwardWatch(
             looks=any(edit.looks for edit in edits),
             wants_sizes=any(edit.site not in ATTENTION_SITES for edit in edits),
@@ -109,8 +110,11 @@ class Installation:
             return nowhere
         memo[id(self)] = twin = type(self).__new__(type(self))
         copy.deepcopy(self._decoder, memo)  # before its layers: other edits in them look for it
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "is_plain": self._is_full}  # a copy is outside of any `at`
 
     def _attach(self, entry: Entry, module: nn.Module) -> None:
         inside = entry.edit.site in ATTENTION_SITES
@@ -174,6 +178,7 @@ class Installation:
         self._refresh()
 
     def _refresh(self) -> None:
+        self.is_plain = not (self._watch.callers or self._watch.had_callers) and self._is_full
         for module in self._edited:
             slot: AttentionSlot | None = module.__dict__.get(SLOT)
             if slot is not None:
@@ -207,12 +212,6 @@ class Installation:
         return self._watch.had_callers
 
     @property
-    def is_plain(self) -> bool:
-        """Whether no call says what the edits do, and they act fully. A property of one line: each token asks."""
-        watch = self._watch
-        return not (watch.callers or watch.had_callers) and self._is_full
-
-    @property
     def strength(self) -> float | Tensor:
         """The factor of the edits where a call says no other."""
         return self._strength
@@ -238,7 +237,7 @@ class Installation:
             self._refresh()
 
     def reached(self, place: tuple[int, Site]) -> None:
-        if torch.compiler.is_compiling() or self._watch.reached(place):
+        if torch.compiler.is_dynamo_compiling() or self._watch.reached(place):
             return
         if self._came_inside and self._acts_here and is_called(self._decoder):
             raise _halfway("put in")
@@ -330,7 +329,7 @@ class Installation:
         if torch.compiler.is_compiling():
             self.traced()  # the decoder may be another one
             return
-        if getattr(module, "_is_replica", False):
+        if "_is_replica" in module.__dict__:  # getattr of a module searches for long
             raise PatchStateError(
                 "nn.DataParallel runs copies of a patched model that share its edits, on other devices: use "
                 "DistributedDataParallel, or one device"
