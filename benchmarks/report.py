@@ -1,4 +1,4 @@
-"""Tables made of rows, for the terminal and for docs/benchmarks.md: `python -m benchmarks.report` writes the latter."""
+"""Tables made of rows, for the terminal and for docs/benchmark-results.md: `python -m benchmarks.report` writes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .plots import IMAGES
 from .records import RESULTS, ROOT, Row, read
 from .targets import TARGETS
 
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "benchmark-results.md"
 BEGIN, END = "<!-- results: begin, written by python -m benchmarks -->", "<!-- results: end -->"
 NO_GPU = "No GPU figures have been measured yet."
 
