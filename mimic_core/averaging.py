@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .errors import PatchStateError
 from .heads.stack import FORWARD_BEGINS
+from .parallel import is_sharded
 
 _WRAP = "mimic_core.patch(model, DistributedDataParallel(shifts))"
 _HOLD = (
@@ -38,7 +39,7 @@ class Averaging:
     """
 
     def __init__(self, shifts: nn.Module, wrapper: DistributedDataParallel | None) -> None:
-        self._was_sharded = _is_sharded(shifts)
+        self._was_sharded = is_sharded(shifts)
         if self._was_sharded and _gathers_in_its_own_forward(shifts):
             raise PatchStateError(
                 f"fully_shard gathers the parameters in the forward of what it is around, and a stack's forward is "
@@ -61,7 +62,7 @@ class Averaging:
         if not (in_processes or self._was_sharded or self._wrapper is not None):
             return  # first, because to look at all parameters takes 50 microseconds
         with_gradients = torch.is_grad_enabled()
-        if (with_gradients or self._was_sharded) and _is_sharded(self._shifts):
+        if (with_gradients or self._was_sharded) and is_sharded(self._shifts):
             raise PatchStateError(f"the parameters of these shifts are sharded while the model runs: {_HOLD}")
         trainable = _trainable(self._shifts) if with_gradients else None
         if not trainable:
@@ -96,10 +97,6 @@ class Averaging:
                 f"this forward runs in a DistributedDataParallel that does not hold the shifts, so their gradients "
                 f"would not be averaged over the processes: use {_WRAP}"
             )
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    return any(hasattr(x, "device_mesh") for x in module.parameters())  # a DTensor
 
 
 def _gathers_in_its_own_forward(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from .errors import PatchStateError, UnsupportedModelError
 from .handle import check_new
 from .heads import ShiftHead, ShiftStack
 from .heads.stack import check_stack
+from .parallel import is_sharded
 from .patch import hook
 from .samples import check_strength
 from .types import At, Located
@@ -61,7 +62,7 @@ def merge(model: nn.Module, shifts: ShiftStack, strength: float | Float[Tensor, 
         raise _cannot("the model is wrapped, or has adapters of PEFT: merge or unload these, and give the model itself")
     if isinstance(factor, Tensor) and factor.requires_grad:
         raise _cannot("the strength is trained, but a merged model has none: give `strength.detach()`")
-    if found.parallel is not None or any(x.is_meta or hasattr(x, "device_mesh") for x in model.parameters()):
+    if found.parallel is not None or is_sharded(model) or any(x.is_meta for x in model.parameters()):
         raise _cannot("the parameters of the model are not all here: they are split among processes, or not in memory")
     if installed(*model.modules()):
         raise PatchStateError("the model has a patch, hook or capture: remove its handle, merge, and patch again")

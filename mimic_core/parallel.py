@@ -130,3 +130,8 @@ class _Whole(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return ctx.parallel.slice(grads[0], ctx.axis), None, None
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a process has only a part of the numbers of a parameter, as after fully_shard (a DTensor)."""
+    return any(hasattr(x, "device_mesh") for x in module.parameters())

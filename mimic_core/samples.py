@@ -102,6 +102,15 @@ def by_row(x: Tensor, value: Tensor) -> Tensor:
     return x.view(-1, *[1] * (value.ndim - 1))
 
 
+def partly(value: Tensor, result: Tensor, strength: float | Tensor) -> Tensor:
+    """value + strength * (result - value): exactly `value` at strength 0, exactly `result` at 1."""
+    wide = torch.promote_types(value.dtype, torch.float32)
+    if isinstance(strength, Tensor):
+        strength = strength.to(value.device, wide)
+        strength = by_row(strength, value) if strength.ndim else strength
+    return torch.lerp(value.to(wide), result.to(wide), strength).to(value.dtype)
+
+
 def check_strength(strength: object, n: int | None = None, each: bool = False) -> float | Tensor:
     """Return a number or a tensor [], or with `each` also a tensor [b].
 

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ..errors import CheckpointError, PatchStateError
 from ..heads import ShiftStack
+from ..parallel import is_sharded
 
 FILES = ("shifts.safetensors", "shifts.json")
 CARD = "README.md"
@@ -28,7 +29,7 @@ def check_one_pushes(shifts: ShiftStack) -> None:
     Raises:
         PatchStateError: the parameters are sharded.
     """
-    if any(hasattr(x, "device_mesh") for x in shifts.parameters()):  # a DTensor
+    if is_sharded(shifts):
         raise PatchStateError(
             "the parameters of these shifts are sharded, and each process would push them: save them with "
             "mimic_core.save_shifts in all processes, then load_shifts in one process without sharding, and push that"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import PatchStateError, ShapeError
 from ..positions import Positions
-from ..samples import Samples, by_row
+from ..samples import Samples, by_row, partly
 from ..types import READ_ONLY_SITES, At, AttentionView, ForwardView, Site, check_token_site, tokens_of
 from .forward import check_uncompiled
 from .scope import LayerScope
@@ -181,7 +181,7 @@ class Entry:
         if isinstance(strength, Tensor) and edit.shared is not None:
             strength = edit.shared(strength)
         if isinstance(strength, Tensor) or strength != 1:
-            result = _partly(value, result, strength)
+            result = partly(value, result, strength)
         elif chosen is None:
             return result.clone() if edit.keeps and _shares_memory(result, given) else result
         if chosen is None:
@@ -247,15 +247,6 @@ def _shares_memory(one: Tensor, other: Tensor) -> bool:
     if one is other or torch.compiler.is_compiling():
         return one is other
     return one.untyped_storage()._cdata == other.untyped_storage()._cdata
-
-
-def _partly(value: Tensor, result: Tensor, strength: float | Tensor) -> Tensor:
-    """value + strength * (result - value): exactly `value` at strength 0, exactly `result` at 1."""
-    wide = torch.promote_types(value.dtype, torch.float32)
-    if isinstance(strength, Tensor):
-        strength = strength.to(value.device, wide)
-        strength = by_row(strength, value) if strength.ndim else strength
-    return torch.lerp(value.to(wide), result.to(wide), strength).to(value.dtype)
 
 
 _SAY_WHICH = (

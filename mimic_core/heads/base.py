@@ -127,6 +127,13 @@ class ShiftHead(nn.Module):
         return f"layer={self.layer.index}"
 
 
+def reading(head: ShiftHead, parameters: Mapping[str, Tensor | None], **changes: Any) -> ShiftHead:
+    """The same head, but `own` finds these parameters in place of its own. Attributes can differ too."""
+    twin = object.__new__(type(head))
+    twin.__dict__ = {**head.__dict__, **changes, "_parameters": parameters}
+    return twin
+
+
 _HEADS: Registry[type[ShiftHead]] = Registry("shift head", group="mimic_core.heads")
 
 

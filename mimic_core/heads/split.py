@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import UnsupportedModelError
 from ..parallel import Parallel
 from ..types import Site
-from .base import ShiftHead
+from .base import ShiftHead, reading
 
 
 def of_process(head: ShiftHead, parallel: Parallel | None, site: Site) -> ShiftHead:
@@ -29,10 +29,8 @@ def of_process(head: ShiftHead, parallel: Parallel | None, site: Site) -> ShiftH
             f"Load the model without tp_plan, or use another head or other options"
         )
     # Not a copy: the parameters stay those of the stack, and are sliced each time they are read.
-    one = object.__new__(type(head))
     layer = replace(head.layer, heads=head.layer.heads // parallel.size)
-    one.__dict__ = {**head.__dict__, "layer": layer, "_parameters": _Slices(head, parallel)}
-    return one
+    return reading(head, _Slices(head, parallel), layer=layer)
 
 
 class _Slices(Mapping[str, "Tensor | None"]):

@@ -13,7 +13,7 @@ from ..errors import ShapeError, UnknownNameError
 from ..parallel import Parallel
 from ..samples import Samples, by_row
 from ..types import At, Site
-from .base import ShiftHead
+from .base import ShiftHead, reading
 from .split import of_process
 from .stack import ShiftStack, check_stack
 
@@ -162,9 +162,7 @@ class _Gathered:
         self._heads, self._index = heads, index
         self._names = [(name, held) for held in ("_parameters", "_buffers") for name in heads[0].__dict__[held]]
         self._own = self._read()
-        twin = object.__new__(type(heads[0]))
-        twin.__dict__ = {**heads[0].__dict__, "_parameters": self._own}
-        self.edit = twin.edits()[site]
+        self.edit = reading(heads[0], self._own).edits()[site]
 
     def is_current(self) -> bool:
         now = self._read()

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..heads import ShiftHead, ShiftStack
+from ..heads import ShiftStack
+from ..heads.base import reading
+from ..samples import by_row, partly
 from ..types import At, Site
 
 
@@ -96,15 +98,10 @@ class Heads:
         if self._has is not None:
             strengths = strengths * self._has[rows]
         # To the head, each token is a sample of its own.
-        twin: ShiftHead = object.__new__(type(self._some))
-        of_tokens = {name: x[rows] for name, x in self._stacked.items()}
-        twin.__dict__ = {**self._some.__dict__, "_parameters": of_tokens, "_buffers": {}}
+        twin = reading(self._some, {name: x[rows] for name, x in self._stacked.items()})
         edited = twin.edits()[self._site](value[:, None], self._at(attention, at_once=False))[:, 0]
-        wide = torch.promote_types(value.dtype, torch.float32)
-        strengths = strengths.view(-1, *[1] * (value.ndim - 1)).to(wide)
-        mixed = torch.lerp(value.to(wide), edited.to(wide), strengths).to(value.dtype)
         # What a head makes of a token that does not have it may be infinite.
-        return torch.where(strengths == 0, value, mixed)
+        return torch.where(by_row(strengths == 0, value), value, partly(value, edited, strengths))
 
     def _at(self, attention: Any, at_once: bool) -> At:
         return At(self._layer, self._site, self._module, None if attention is None else attention.view(at_once))
