@@ -43,7 +43,6 @@ class SiteEdit:
         place: Layer and site.
         is_limited: It acts only on some tokens.
         is_apart: It may act on some tokens or samples only, so it runs apart from the attention.
-        is_simple: It needs nothing but the value, and acts on all of it.
     """
 
     layer: int
@@ -62,14 +61,12 @@ class SiteEdit:
     place: tuple[int, Site] = field(init=False)
     is_limited: bool = field(init=False)
     is_apart: bool = field(init=False)
-    is_simple: bool = field(init=False)
 
     def __post_init__(self) -> None:
         # Worked out once, because each decoded token asks. torch.compile can't trace a cached_property.
         limited = isinstance(self.positions, Tensor) or self.positions != "all"
         apart = limited or self.picks is not None
-        simple = not (apart or self.needs_at or self.keeps or self.site in READ_ONLY_SITES)
-        found = {"place": (self.layer, self.site), "is_limited": limited, "is_apart": apart, "is_simple": simple}
+        found = {"place": (self.layer, self.site), "is_limited": limited, "is_apart": apart}
         for name, value in found.items():
             object.__setattr__(self, name, value)
 
@@ -137,10 +134,6 @@ class Entry:
 
     def apply(self, value: Tensor, module: nn.Module, attention: AttentionView | None = None) -> Tensor:
         edit, owner = self.edit, self.owner
-        if edit.is_simple and owner.is_plain:  # a fast path, because the overhead matters in decoding
-            result = edit.run(value, None)  # pyright: ignore[reportArgumentType]
-            owner.reached(edit.place)
-            return value if result is None else self._checked(result, value)
         if edit.keeps and edit.site in _IN_CACHE:
             value = value.clone()
         at = None

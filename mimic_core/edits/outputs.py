@@ -62,13 +62,11 @@ class EditedForward:
 
     def __getstate__(self) -> dict[str, Any]:
         # The owners in a copy are on, even if those copied were off. They may not be complete yet: `run` looks.
-        return {**self.__dict__, "_on": None, "_only_edits": False}
+        return {**self.__dict__, "_on": None}
 
     def refresh(self) -> None:
         """Read again which edits are active."""
         self._on: tuple[Entry, ...] | None = tuple(entry for entry in self._entries if entry.owner.active)
-        # Nobody else has part in it, and the edits do not depend on the layer that runs.
-        self._only_edits = self.below is None and not self._around and all(entry.scope is None for entry in self._on)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         around = self._around
@@ -154,17 +152,7 @@ def _run_as(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(forward)
     def run(self: EditedForward, *args: Any, **kwargs: Any) -> Any:
-        if not self._only_edits:
-            return self.run(*args, **kwargs)
-        # The most common case has a faster path, because the overhead matters in decoding.
-        module = self.module
-        output = type(module).forward(module, *args, **kwargs)
-        for entry in self._on or ():
-            if output.__class__ is Tensor and output.ndim != 2:
-                output = entry.apply(output, module)
-            else:
-                output = _edited(output, entry, module)
-        return output
+        return self.run(*args, **kwargs)
 
     run.__name__ = "run"  # pickle finds it by this name
     return run
