@@ -58,10 +58,12 @@ class Averaging:
         return {**self.__dict__, "_wrapper": None}
 
     def __call__(self, traced: bool) -> None:
+        with_gradients = torch.is_grad_enabled()
+        if not with_gradients and not self._was_sharded:
+            return  # first, because the next question takes 5 microseconds of each decoded token
         in_processes = distributed.is_available() and distributed.is_initialized()
         if not (in_processes or self._was_sharded or self._wrapper is not None):
-            return  # first, because to look at all parameters takes 50 microseconds
-        with_gradients = torch.is_grad_enabled()
+            return  # to look at all parameters takes 50 microseconds
         if (with_gradients or self._was_sharded) and is_sharded(self._shifts):
             raise PatchStateError(f"the parameters of these shifts are sharded while the model runs: {_HOLD}")
         trainable = _trainable(self._shifts) if with_gradients else None

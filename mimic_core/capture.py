@@ -110,7 +110,8 @@ class Capture:
         installation = self._installation
         if threading.get_ident() != self._thread:
             return  # a forward of another thread
-        if installation is None or not installation.in_forward:
+        run = None if installation is None else installation.state.here.run
+        if run is None:
             return  # gradient checkpointing runs the layer a second time, in its backward
         taken = self._taken[site]
         if at.layer in taken:
@@ -118,7 +119,7 @@ class Capture:
                 f"this capture already holds {site!r} of layer {at.layer}: one capture is for one forward; open "
                 f"another, or read every step of a generation with mimic_core.hook"
             )
-        if self._grad and installation.forward_has_grad and not torch.is_grad_enabled():
+        if self._grad and run.has_grad and not torch.is_grad_enabled():
             raise PatchStateError(
                 f"the forward runs with gradients, layer {at.layer} without: with reentrant gradient checkpointing "
                 f"the capture would have no gradient; use gradient_checkpointing_kwargs="

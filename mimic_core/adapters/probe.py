@@ -185,7 +185,7 @@ def _watched(modules: list[nn.Module], names: dict[nn.Module, str], seen: Probe)
         call = AttentionSeen(h, at.key.shape[1], d, out.shape[-1], (b, t), at.logits)
         seen.attention.setdefault(names[at.module], []).append(call)
 
-    watch = Entry(SiteEdit(0, "attn_heads", attended), Bystander())
+    watch = Entry(SiteEdit(0, "attn_heads", attended), Bystander(), bit=1)
     hooks = [m.register_forward_hook(ran) for m in modules]
     hooks += [m.register_forward_pre_hook(enters, with_kwargs=True) for m in modules]
     slots: list[tuple[nn.Module, AttentionSlot]] = []

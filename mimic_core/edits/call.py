@@ -178,7 +178,7 @@ class AttentionCall(AttentionView):
         if edit.fused is not None and self._kernel_is_ours():
             out = edit.fused(At(edit.layer, edit.site, self.module, self))
         if out is not None:
-            entry.owner.reached(edit.place)
+            entry.owner.reached(entry.bit)
         return out
 
     def _with_lse(self) -> Tensor | None:
@@ -232,7 +232,7 @@ def shifted(
     scale, is_causal = options.get("scaling"), _is_causal(module, mask, options)
     out = like_sdpa.shifted_attention(query, key, value, edit.shift(query), mask, scale, is_causal, _PACKS_GROUPS)
     if out is not None:
-        entry.owner.reached(edit.place)
+        entry.owner.reached(entry.bit)
     return out
 
 

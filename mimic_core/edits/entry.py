@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -17,17 +17,19 @@ from ..samples import Samples, by_row, partly
 from ..types import READ_ONLY_SITES, At, AttentionView, ForwardView, Site, check_token_site, tokens_of
 from .forward import check_uncompiled
 from .scope import LayerScope
+from .watch import State
 
 Run = Callable[[Tensor, At], Tensor | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SiteEdit:
     """One function at one site of one layer.
 
     Attributes:
         run: Gets the value and an `At`. Returns the new value, or None to keep it.
         shift: At `attn_heads`: gives the parameters of `ops.gated_shift` if `run` is exactly that, else None.
+        addition: At the output of a module: the parameters of `ops.norm_preserving_add` if `run` is exactly that.
         fused: At `attn_heads`: attention and edit in one call. It returns None if it cannot run the call.
         needs_lse: `run` reads `at.lse`. At site `lse` this is not needed.
         needs_positions: `run` may read `at.positions`, so the mask and the cache of the forward are read.
@@ -40,7 +42,6 @@ class SiteEdit:
             is then not used.
         shared: What the strength passes through, if the process has only some attention heads at the site: its gradient
             is that of all of them.
-        place: Layer and site.
         is_limited: It acts only on some tokens.
         is_apart: It may act on some tokens or samples only, so it runs apart from the attention.
     """
@@ -49,6 +50,7 @@ class SiteEdit:
     site: Site
     run: Run
     shift: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
+    addition: Mapping[str, Tensor | None] | None = None
     fused: Callable[[At], Tensor | None] | None = None
     needs_lse: bool = False
     needs_positions: bool = False
@@ -58,7 +60,6 @@ class SiteEdit:
     picks: Callable[[Samples, torch.device], tuple[Run, Tensor | None] | None] | None = None
     shared: Callable[[Tensor], Tensor] | None = None
 
-    place: tuple[int, Site] = field(init=False)
     is_limited: bool = field(init=False)
     is_apart: bool = field(init=False)
 
@@ -66,7 +67,7 @@ class SiteEdit:
         # Worked out once, because each decoded token asks. torch.compile can't trace a cached_property.
         limited = isinstance(self.positions, Tensor) or self.positions != "all"
         apart = limited or self.picks is not None
-        found = {"place": (self.layer, self.site), "is_limited": limited, "is_apart": apart}
+        found = {"is_limited": limited, "is_apart": apart}
         for name, value in found.items():
             object.__setattr__(self, name, value)
 
@@ -82,6 +83,9 @@ class Owner(Protocol):
 
     @property
     def active(self) -> bool: ...
+
+    @property
+    def state(self) -> State: ...
 
     @property
     def in_forward(self) -> bool: ...
@@ -105,23 +109,32 @@ class Owner(Protocol):
 
     def samples(self, b: int) -> Samples | None: ...
 
-    def reached(self, place: tuple[int, Site]) -> None: ...
+    def reached(self, bit: int) -> None: ...
 
     def unflatten(self, states: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """An edit and its owner. It has a `scope` if several layers share the module."""
+    """An edit and its owner. It has a `scope` if several layers share the module.
+
+    `bit` is a power of two, which no other entry of the owner has: see `Run.reached`.
+    """
 
     edit: SiteEdit
     owner: Owner
+    bit: int
     scope: LayerScope | None = None
 
     @property
     def is_shift_alone(self) -> bool:
         """Whether it is a gated shift that does not depend on the layer that runs."""
         return self.edit.shift is not None and self.scope is None and not self.is_apart
+
+    @property
+    def is_addition_alone(self) -> bool:
+        """Whether it is a norm-preserving addition that does not depend on the layer that runs."""
+        return self.edit.addition is not None and self.scope is None and not self.is_apart
 
     @property
     def is_apart(self) -> bool:
@@ -143,7 +156,7 @@ class Entry:
         if self.is_apart and edit.site not in READ_ONLY_SITES:
             return self._apart(value, at)
         result = edit.run(value, at)  # pyright: ignore[reportArgumentType]
-        owner.reached(edit.place)
+        owner.reached(self.bit)
         if result is not None:
             result = self._checked(result, value)
         if not edit.keeps or edit.site in _IN_CACHE or edit.site in READ_ONLY_SITES:
@@ -158,7 +171,7 @@ class Entry:
         samples, run, chosen = owner.samples(value.shape[0]), edit.run, None
         if edit.picks is not None and (samples is None or samples.stacks is None):
             raise PatchStateError(_SAY_WHICH)
-        owner.reached(edit.place)
+        owner.reached(self.bit)
         if edit.picks is not None and samples is not None:
             picked = edit.picks(samples, value.device)
             if picked is None:
@@ -265,11 +278,12 @@ class Bystander:
     has_callers = had_callers = False
     is_plain = True
     strength = 1.0
+    state = State()
     forward = None
 
     def samples(self, b: int) -> Samples | None: ...
 
-    def reached(self, place: tuple[int, Site]) -> None: ...
+    def reached(self, bit: int) -> None: ...
 
     def unflatten(self, states: Tensor) -> Tensor:
         return states

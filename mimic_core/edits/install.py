@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import PatchStateError, ShapeError
 from ..samples import Samples
-from ..types import ATTENTION_SITES, ForwardView, Located, Site
+from ..types import ATTENTION_SITES, ForwardView, Located
 from .compiled import asked_about, runs_compiled
 from .entry import Bystander, Entry, SiteEdit
 from .frames import by_name, is_called, is_called_anywhere
@@ -25,7 +25,7 @@ from .outputs import EditedForward
 from .places import Places
 from .prompts import Given, current_generation
 from .scope import LayerScope, shared_modules
-from .watch import ForwardWatch
+from .watch import ForwardWatch, State
 
 _orders = itertools.count()
 
@@ -76,25 +76,25 @@ class Installation:
         self._edited: list[nn.Module] = []
         self._forwards: list[EditedForward] = []
         self._model = model = found.model
-        self._places = frozenset((edit.layer, edit.site) for edit in edits)
+        self._all = (1 << len(edits)) - 1  # what `Run.reached` is when all edits have run
         self._entries: list[Entry] = []
         places = [found.module(edit.layer, edit.site) for edit in edits]
         shared = shared_modules(found, {edit.site for edit in edits})
         try:
-            for edit, module in zip(edits, places, strict=True):
+            for i, (edit, module) in enumerate(zip(edits, places, strict=True)):
                 scope = None
                 if (module, edit.site) in shared:
                     scope = LayerScope(self)
                     layer = found.adapter.module(model, edit.layer, "layer_out")
                     self._forwards.append(EditedForward.claim(layer, around=scope))
-                entry = Entry(edit, self, scope)
+                entry = Entry(edit, self, 1 << i, scope)
                 self._entries.append(entry)
                 self._attach(entry, module)
             self._decoder = found.adapter.decoder(model)
             self._came_inside = is_called_anywhere(self._decoder)
             self._standing = Places(model, (self._decoder, *self._edited))
             self._forwards.append(EditedForward.claim(self._decoder, around=self))
-            self._hooks.append(model.register_forward_pre_hook(self._model_begins, with_kwargs=True))
+            self._hooks.append(model.register_forward_pre_hook(self._model_begins))
             self._hooks.append(model.register_forward_hook(self._model_ends))
         except BaseException:
             self.remove()
@@ -187,14 +187,14 @@ class Installation:
             forward.refresh()
 
     @property
+    def state(self) -> State:
+        """See `ForwardWatch`."""
+        return self._watch.state
+
+    @property
     def in_forward(self) -> bool:
         """See `ForwardWatch.in_forward`."""
         return self._watch.in_forward
-
-    @property
-    def forward_has_grad(self) -> bool:
-        """See `ForwardWatch.forward_has_grad`."""
-        return self._watch.forward_has_grad
 
     @property
     def forward(self) -> ForwardView | None:
@@ -236,10 +236,13 @@ class Installation:
         finally:
             self._refresh()
 
-    def reached(self, place: tuple[int, Site]) -> None:
-        if torch.compiler.is_dynamo_compiling() or self._watch.reached(place):
+    def reached(self, bit: int) -> None:
+        if torch.compiler.is_dynamo_compiling():
             return
-        if self._came_inside and self._acts_here and is_called(self._decoder):
+        run = self._watch.state.here.run
+        if run is not None:
+            run.reached |= bit
+        elif self._came_inside and self._acts_here and is_called(self._decoder):
             raise _halfway("put in")
 
     def unflatten(self, states: Tensor) -> Tensor:
@@ -299,10 +302,12 @@ class Installation:
         Raises:
             PatchStateError: see `check_places`, and `ForwardWatch.begin`.
         """
-        self.check_places()
-        if self.begins is not None and self.active and not self.in_forward:
+        if not self._standing.kept:
+            self.check_places()
+        watch, decoder = self._watch, self._decoder
+        if self.begins is not None and watch.state.here.run is None and not watch.is_off:
             self.begins(False)
-        self._watch.begin(by_name(type(self._decoder).forward, args, kwargs), self._decoder)
+        watch.begin(by_name(type(decoder).forward, args, kwargs) if args else kwargs, decoder)
 
     def leave(self, raised: bool) -> None:
         """The decoder's forward ends.
@@ -313,7 +318,7 @@ class Installation:
         run = self._watch.end()
         if raised or not self._acts_here:
             return
-        missed = run.was_on and not run.reached >= self._places
+        missed = run.was_on and run.reached != self._all
         if self._watch.changes != run.changes and (missed or (not run.was_on and (run.reached or self.active))):
             raise _halfway("removed, or switched on or off,")
         if run.given is not None and run.given.limits and self._watch.given is not run.given:
@@ -325,7 +330,7 @@ class Installation:
     def _acts_here(self) -> bool:
         return self._thread is None or self._thread == threading.get_ident()
 
-    def _model_begins(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _model_begins(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             self.traced()  # the decoder may be another one
             return
@@ -334,16 +339,16 @@ class Installation:
                 "nn.DataParallel runs copies of a patched model that share its edits, on other devices: use "
                 "DistributedDataParallel, or one device"
             )
-        self._watch.model_begins()
+        self._watch.state.here.ran = False
 
     def _model_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         """Check that a forward of the model has run its decoder."""
         if torch.compiler.is_compiling():
             self.traced()
             return
-        if not self._watch.decoder_ran and self.active:
+        if not self._watch.state.here.ran and self.active:
             self.check_places()
-            self._complain(self._missed(set()))
+            self._complain(self._missed(0))
 
     @property
     def _depth(self) -> float:
@@ -362,14 +367,13 @@ class Installation:
                 f"patch and patch again. Or torch.compile could not compile the edits: then run the model uncompiled"
             )
 
-    def _missed(self, reached: set[tuple[int, Site]]) -> list[SiteEdit]:
+    def _missed(self, reached: int) -> list[SiteEdit]:
         """The edits that did not run, except those in code made by torch.compile, which does not report."""
-        missed = [
-            (entry.edit, module)
+        return [
+            entry.edit
             for entry, module in zip(self._entries, self._edited, strict=True)
-            if (entry.edit.layer, entry.edit.site) not in reached and entry.edit.layer < self._depth
+            if not entry.bit & reached and entry.edit.layer < self._depth and not runs_compiled(self._model, module)
         ]
-        return [edit for edit, module in missed if not runs_compiled(self._model, module)]
 
 
 def _halfway(what: str) -> PatchStateError:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import PatchStateError
 from ..samples import Samples
-from ..types import ForwardView, Site
+from ..types import ForwardView
 from .forward import Again, Forward
 from .prompts import Generation, Given, current_generation, watched_batches, watched_generate
 
@@ -45,40 +45,56 @@ class Run:
 
     Attributes:
         forward: What is known of its tokens, where an edit needs it.
-        tokens: b and t.
+        shape: That of the tokens, [b t ...].
         has_grad: It was started with gradients on.
         was_on: It began with the edits.
         given: What `Handle.at` and `using` said when it began, if an edit asks or they limit edits in any thread.
         generation: The call of `generate` that it is a step of, if there are samples.
         changes: `ForwardWatch.changes` when it began.
-        reached: The sites whose edits have run.
+        outer: The forward that this one runs in: a hook may run the model.
+        reached: The sum of the `Entry.bit` of the edits that have run.
     """
 
     forward: Forward | None
-    tokens: tuple[int, int]
+    shape: Sequence[int]
     has_grad: bool
     was_on: bool
     given: Given | None
     generation: Generation | None
     changes: int
-    reached: set[tuple[int, Site]] = field(default_factory=set)
+    outer: Run | None
+    reached: int = 0
 
 
-class _State(threading.local):
-    """Where this thread is in a forward of the model."""
+class _Here:
+    """Where one thread is in a forward of the model.
 
-    ran = True  # the decoder, since the model last began
-    tokens: tuple[int, int] = (0, 0)  # of the last forward
+    Attributes:
+        ran: The decoder has run since the model last began.
+        shape: That of the tokens of the last forward.
+        run: The innermost forward that it is inside, or None.
+    """
+
+    __slots__ = ("ran", "run", "shape")
 
     def __init__(self) -> None:
-        # The forwards that it is inside, the innermost last: a hook may run the model.
-        self.runs: list[Run] = []
+        self.ran = True
+        self.shape: Sequence[int] = (0, 0)
+        self.run: Run | None = None
+
+
+class State(threading.local):
+    """An object for each thread, because each attribute of a `threading.local` has to be searched for."""
+
+    def __init__(self) -> None:
+        self.here = _Here()
 
 
 class ForwardWatch:
     """The forwards of a decoder, thread by thread. A copy or a loaded pickle starts outside of any.
 
     Attributes:
+        state: Where this thread is, as `state.here`. Attributes, because each decoded token asks.
         callers: How often `at` says what edits do, in all threads.
         had_callers: It did in a forward with gradients. A backward may run layers of it again.
 
@@ -92,7 +108,7 @@ class ForwardWatch:
         self._start_outside()
 
     def _start_outside(self) -> None:
-        self._state = _State()
+        self.state = State()
         # The threads inside a forward, and those that have switched the edits off, as often as they have.
         self._inside: set[int] = set()
         self._off: list[int] = []
@@ -140,57 +156,52 @@ class ForwardWatch:
         Raises:
             PatchStateError: another thread has switched the edits off.
         """
-        state, here = self._state, threading.get_ident()
+        here, ident = self.state.here, threading.get_ident()
         # What can raise comes first, because a forward that has not begun does not end. The mask is the decoder's own,
         # which comes last: an encoder has another one.
         looks = self._looks or self.callers > 0
-        sizes = _sizes_of_tokens(arguments) if self._wants_sizes or looks else None
+        shape = _shape_of_tokens(arguments) if self._wants_sizes or looks else None
         given = self.given if looks else None
-        forward = self._look(arguments, sizes, decoder, given) if looks else None
+        forward = self._look(arguments, shape, decoder, given) if looks else None
+        has_grad = torch.is_grad_enabled()
         with self._lock:
-            if not state.runs:
-                if self._off and here not in self._off:
+            if here.run is None:
+                if self._off and ident not in self._off:
                     raise PatchStateError(
                         "another thread is inside `handle.disabled()`, so this forward would run without its edits: "
                         "call `handle.disabled()` in the thread that runs the model, wait for the other one, or give "
                         "each thread a copy of the model"
                     )
-                self._inside.add(here)
+                self._inside.add(ident)
             was_on, changes = not self._off, self.changes
-        self.had_callers |= given is not None and given.limits and torch.is_grad_enabled()
-        generation = None if state.runs or given is None or given.samples is None else current_generation()
-        state.ran = True
-        has_grad = torch.is_grad_enabled()
-        state.runs.append(Run(forward, sizes or self.tokens, has_grad, was_on, given, generation, changes))
+        generation = None
+        if given is not None:
+            self.had_callers |= given.limits and has_grad
+            generation = None if here.run is not None or given.samples is None else current_generation()
+        here.ran = True
+        here.run = Run(forward, shape or self._shape, has_grad, was_on, given, generation, changes, here.run)
 
     def _look(
-        self, arguments: Mapping[str, Any], sizes: tuple[int, int] | None, decoder: nn.Module, given: Given | None
+        self, arguments: Mapping[str, Any], shape: Sequence[int] | None, decoder: nn.Module, given: Given | None
     ) -> Forward:
-        if sizes is None:
+        if shape is None:
             raise PatchStateError(
                 f"an edit acts at some positions, but the tokens of the decoder are not among its arguments "
                 f"({', '.join(arguments)})"
             )
         # A hook may run the model inside `generate`: these tokens are another text.
         generation = None if self.in_forward else current_generation()
-        return Forward(*sizes, arguments, id(self), generation, given, decoder)
+        return Forward(shape[0], shape[1], arguments, id(self), generation, given, decoder)
 
     def end(self) -> Run:
         """It ends, however."""
-        state = self._state
-        run = state.runs.pop()
-        state.tokens = run.tokens
-        if not state.runs:
+        here = self.state.here
+        run = here.run
+        assert run is not None
+        here.run, here.shape = run.outer, run.shape
+        if here.run is None:
             self._inside.discard(threading.get_ident())
         return run
-
-    def model_begins(self) -> None:
-        self._state.ran = False
-
-    @property
-    def decoder_ran(self) -> bool:
-        """Whether the decoder has, in this thread, since the model began."""
-        return self._state.ran
 
     def switch_off(self) -> None:
         """This thread wants the model without the edits.
@@ -227,19 +238,13 @@ class ForwardWatch:
     @property
     def in_forward(self) -> bool:
         """Whether this thread is inside a forward of the model: not so while a checkpoint recomputes one."""
-        return bool(self._state.runs)
-
-    @property
-    def forward_has_grad(self) -> bool:
-        """Whether the forward this thread is in was started with gradients on."""
-        runs = self._state.runs
-        return bool(runs) and runs[-1].has_grad
+        return self.state.here.run is not None
 
     @property
     def forward(self) -> ForwardView | None:
         """What is known of the forward this thread is in, where an edit needs it."""
-        runs = self._state.runs
-        return runs[-1].forward if runs else _AGAIN
+        run = self.state.here.run
+        return _AGAIN if run is None else run.forward
 
     def samples(self, b: int) -> Samples | None:
         """What each of the b rows of the forward gets, if the caller said so.
@@ -247,11 +252,11 @@ class ForwardWatch:
         Raises:
             ShapeError: it said so for another number of rows.
         """
-        runs = self._state.runs
-        samples = None if not runs or runs[-1].given is None else runs[-1].given.samples
-        if samples is None:
+        run = self.state.here.run
+        samples = None if run is None or run.given is None else run.given.samples
+        if run is None or samples is None:
             return None
-        generation = runs[-1].generation
+        generation = run.generation
         if generation is None:
             return samples.for_rows(b, 1)
         samples = samples.for_rows(b, generation.rows)
@@ -264,23 +269,22 @@ class ForwardWatch:
     @property
     def tokens(self) -> tuple[int, int]:
         """Batch and length of the last forward's tokens in this thread: a checkpoint's second run is of the first's."""
-        runs = self._state.runs
-        return runs[-1].tokens if runs else self._state.tokens
+        shape = self._shape
+        return shape[0], shape[1]
 
-    def reached(self, place: tuple[int, Site]) -> bool:
-        """Note that an edit has run. False if this thread is in no forward that began with the edits."""
-        runs = self._state.runs
-        if runs:
-            runs[-1].reached.add(place)
-        return bool(runs)
+    @property
+    def _shape(self) -> Sequence[int]:
+        here = self.state.here
+        return here.shape if here.run is None else here.run.shape
 
 
-def _sizes_of_tokens(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Batch and length of a decoder's tokens."""
-    for name in (*_TOKENS, *[*arguments][:1]):
+def _shape_of_tokens(arguments: Mapping[str, Any]) -> Sequence[int] | None:
+    """The shape of a decoder's tokens, [b t ...]."""
+    for name in _TOKENS:
         if isinstance(x := arguments.get(name), Tensor):
-            return (x.shape[0], x.shape[1]) if x.ndim > 1 else None
-    return None
+            return x.shape if x.ndim > 1 else None
+    x = next(iter(arguments.values()), None)
+    return x.shape if isinstance(x, Tensor) and x.ndim > 1 else None
 
 
 _given: ContextVar[tuple[tuple[ForwardWatch, Given], ...]] = ContextVar("mimic_core_given", default=())

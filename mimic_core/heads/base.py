@@ -68,6 +68,8 @@ class ShiftHead(nn.Module):
         needs_at: `forward` reads its `At`. If False, it gets None, which saves time.
         is_gated_shift: `site` is `attn_heads`, and `forward` is exactly `ops.gated_shift` with the parameters that
             `gated_shift` returns. Attention and shift are then one call, wherever that gives the same bits.
+        is_addition: `site` is the output of a module, and `forward` is exactly `ops.norm_preserving_add` with the
+            parameters `vector` and `scale`.
         takes_samples: All edits also work if each parameter, as `own` returns it, has one more axis in front: one value
             for each sample. In a `StackSet`, such heads run once for a batch. Others run once for each stack.
         per_head: Names of the parameters whose first axis is all attention heads. With it a head says that its formula
@@ -83,6 +85,7 @@ class ShiftHead(nn.Module):
     needs_prompt_end: bool = False
     needs_at: bool = True
     is_gated_shift: bool = False
+    is_addition: bool = False
     takes_samples: bool = False
     per_head: tuple[str, ...] | None = None
 

@@ -59,6 +59,7 @@ class LIVEHead(ShiftHead):
         super().__init__(config, layer)
         self.site = config.site
         self.vector = nn.Parameter(torch.randn(layer.hidden_size, dtype=torch.float32) * config.vector_std)
+        self.is_addition = config.learn_scale and not config.sigmoid
         scale = torch.tensor(config.scale_init, dtype=torch.float32)
         if config.learn_scale:
             self.scale = nn.Parameter(scale)

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ...errors import BackendUnavailableError
 from .._precision import has_bf16_instructions
@@ -35,7 +36,7 @@ def ops_for(x: Tensor) -> ModuleType | None:
 
     They return None for arguments that they do not support.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         return None
     found = _ops if _looked else _first()
     if found is None or not x.is_cuda:
@@ -54,11 +55,7 @@ def traced() -> bool:
     On a CPU this adds 3 to 14 microseconds to a compiled decode step; plain torch in the graph adds 43 to 55. With many
     tokens both are equal. An exported graph is plain torch, so it runs without this library.
     """
-    return (
-        torch.compiler.is_dynamo_compiling()
-        and _ops is not None
-        and not getattr(torch.compiler, "is_exporting", bool)()
-    )
+    return is_dynamo_compiling() and _ops is not None and not getattr(torch.compiler, "is_exporting", bool)()
 
 
 def build_native(folder: str | Path | None = None) -> Path:
