@@ -37,6 +37,8 @@ class Installation:
 
     Attributes:
         order: Grows with each installation.
+        model: The model that the edits are in.
+        watch: Its forwards.
         is_plain: No call says what the edits do, and they act fully. An attribute, because each decoded token asks.
 
     Args:
@@ -68,14 +70,14 @@ class Installation:
         self.order = next(_orders)
         self._strength: float | Tensor = 1.0
         self._is_full = self.is_plain = True
-        self._watch = ForwardWatch(
+        self.watch = ForwardWatch(
             looks=any(edit.looks for edit in edits),
             wants_sizes=any(edit.site not in ATTENTION_SITES for edit in edits),
         )
         self._hooks: list[RemovableHandle] = []
         self._edited: list[nn.Module] = []
         self._forwards: list[EditedForward] = []
-        self._model = model = found.model
+        self.model = model = found.model
         self._all = (1 << len(edits)) - 1  # what `Run.reached` is when all edits have run
         self._entries: list[Entry] = []
         places = [found.module(edit.layer, edit.site) for edit in edits]
@@ -105,7 +107,7 @@ class Installation:
 
         Otherwise a copy of the whole model would come with it, and its edits would run beside these.
         """
-        if id(self._model) not in memo and id(self._decoder) not in memo:
+        if id(self.model) not in memo and id(self._decoder) not in memo:
             memo[id(self)] = nowhere = _Nowhere()
             return nowhere
         memo[id(self)] = twin = type(self).__new__(type(self))
@@ -141,12 +143,12 @@ class Installation:
         for forward in self._forwards:
             forward.release(self)
         self._hooks, self._edited, self._forwards = [], [], []
-        self._watch.close()
+        self.watch.close()
 
     @property
     def active(self) -> bool:
         """Whether the edits run."""
-        return not self._watch.is_off
+        return not self.watch.is_off
 
     @property
     def owner(self) -> Installation:
@@ -159,26 +161,21 @@ class Installation:
         return bool(self._forwards)
 
     @property
-    def model(self) -> nn.Module:
-        """The model that the edits are in."""
-        return self._model
-
-    @property
     def is_in_use(self) -> bool:
         """Whether a forward runs, or `switch_off` or `at` says something about forwards, in any thread."""
-        return self._watch.is_in_use
+        return self.watch.is_in_use
 
     def switch_off(self) -> None:
         """Keep the edits installed but do not run them, until `switch_on` has been called as often."""
-        self._watch.switch_off()
+        self.watch.switch_off()
         self._refresh()
 
     def switch_on(self) -> None:
-        self._watch.switch_on()
+        self.watch.switch_on()
         self._refresh()
 
     def _refresh(self) -> None:
-        self.is_plain = not (self._watch.callers or self._watch.had_callers) and self._is_full
+        self.is_plain = not (self.watch.callers or self.watch.had_callers) and self._is_full
         for module in self._edited:
             slot: AttentionSlot | None = module.__dict__.get(SLOT)
             if slot is not None:
@@ -189,27 +186,27 @@ class Installation:
     @property
     def state(self) -> State:
         """See `ForwardWatch`."""
-        return self._watch.state
+        return self.watch.state
 
     @property
     def in_forward(self) -> bool:
         """See `ForwardWatch.in_forward`."""
-        return self._watch.in_forward
+        return self.watch.in_forward
 
     @property
     def forward(self) -> ForwardView | None:
         """See `ForwardWatch.forward`."""
-        return self._watch.forward
+        return self.watch.forward
 
     @property
     def has_callers(self) -> bool:
         """Whether `at` says what edits do, in any thread."""
-        return self._watch.callers > 0
+        return self.watch.callers > 0
 
     @property
     def had_callers(self) -> bool:
         """See `ForwardWatch.had_callers`."""
-        return self._watch.had_callers
+        return self.watch.had_callers
 
     @property
     def strength(self) -> float | Tensor:
@@ -224,13 +221,13 @@ class Installation:
 
     def samples(self, b: int) -> Samples | None:
         """See `ForwardWatch.samples`."""
-        return self._watch.samples(b)
+        return self.watch.samples(b)
 
     @contextmanager
     def at(self, given: Given) -> Iterator[None]:
         """See `ForwardWatch.at`."""
         try:
-            with self._watch.at(given):
+            with self.watch.at(given):
                 self._refresh()
                 yield
         finally:
@@ -239,7 +236,7 @@ class Installation:
     def reached(self, bit: int) -> None:
         if torch.compiler.is_dynamo_compiling():
             return
-        run = self._watch.state.here.run
+        run = self.watch.state.here.run
         if run is not None:
             run.reached |= bit
         elif self._came_inside and self._acts_here and is_called(self._decoder):
@@ -250,7 +247,7 @@ class Installation:
 
         b and t are those of the last forward in this thread. They are also right when checkpointing runs it again.
         """
-        b, t = self._watch.tokens
+        b, t = self.watch.tokens
         if b * t != states.shape[0]:
             raise ShapeError(
                 f"a site returned {list(states.shape)}, but [{b} {t} c] or [{b * t} c] was expected, because the "
@@ -304,7 +301,7 @@ class Installation:
         """
         if not self._standing.kept:
             self.check_places()
-        watch, decoder = self._watch, self._decoder
+        watch, decoder = self.watch, self._decoder
         if self.begins is not None and watch.state.here.run is None and not watch.is_off:
             self.begins(False)
         watch.begin(by_name(type(decoder).forward, args, kwargs) if args else kwargs, decoder)
@@ -315,13 +312,13 @@ class Installation:
         Raises:
             PatchStateError: a site was not reached, or the edits have changed meanwhile and not for all layers.
         """
-        run = self._watch.end()
+        run = self.watch.end()
         if raised or not self._acts_here:
             return
         missed = run.was_on and run.reached != self._all
-        if self._watch.changes != run.changes and (missed or (not run.was_on and (run.reached or self.active))):
+        if self.watch.changes != run.changes and (missed or (not run.was_on and (run.reached or self.active))):
             raise _halfway("removed, or switched on or off,")
-        if run.given is not None and run.given.limits and self._watch.given is not run.given:
+        if run.given is not None and run.given.limits and self.watch.given is not run.given:
             raise _halfway("taken out of `handle.at` or `handle.using`")
         if missed:
             self._complain(self._missed(run.reached))
@@ -339,14 +336,14 @@ class Installation:
                 "nn.DataParallel runs copies of a patched model that share its edits, on other devices: use "
                 "DistributedDataParallel, or one device"
             )
-        self._watch.state.here.ran = False
+        self.watch.state.here.ran = False
 
     def _model_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         """Check that a forward of the model has run its decoder."""
         if torch.compiler.is_compiling():
             self.traced()
             return
-        if not self._watch.state.here.ran and self.active:
+        if not self.watch.state.here.ran and self.active:
             self.check_places()
             self._complain(self._missed(0))
 
@@ -361,7 +358,7 @@ class Installation:
             where = ", ".join(f"{edit.site} of layer {edit.layer}" for edit in missed[:4])
             more = f" and {len(missed) - 4} more" if len(missed) > 4 else ""
             raise PatchStateError(
-                f"a forward of {type(self._model).__name__} never reached {where}{more}, so the edits there did "
+                f"a forward of {type(self.model).__name__} never reached {where}{more}, so the edits there did "
                 f"nothing. Perhaps its attention does not go through transformers' AttentionInterface, or its adapter "
                 f"names wrong modules. Or something has replaced the forward of these modules since: then remove the "
                 f"patch and patch again. Or torch.compile could not compile the edits: then run the model uncompiled"
@@ -372,7 +369,7 @@ class Installation:
         return [
             entry.edit
             for entry, module in zip(self._entries, self._edited, strict=True)
-            if not entry.bit & reached and entry.edit.layer < self._depth and not runs_compiled(self._model, module)
+            if not entry.bit & reached and entry.edit.layer < self._depth and not runs_compiled(self.model, module)
         ]
 
 

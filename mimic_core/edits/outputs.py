@@ -36,6 +36,7 @@ class EditedForward:
     accelerate does, that one calls this one, so the edits still run.
 
     Attributes:
+        around: Who is told when the forward begins and ends.
         below: The function that had replaced the module's forward before, or None if it was that of the class.
     """
 
@@ -47,7 +48,7 @@ class EditedForward:
         self._hold((), ())
 
     def _hold(self, entries: tuple[Entry, ...], around: tuple[Around, ...]) -> None:
-        self._entries, self._around = entries, around
+        self._entries, self.around = entries, around
         self.refresh()
         if self._stands is None or self._is_on_top:
             # A bound method in both cases. For other callables, a graph checks that it is the same object.
@@ -70,12 +71,12 @@ class EditedForward:
         self._on: tuple[Entry, ...] | None = tuple(entry for entry in self._entries if entry.owner.active)
         # A fast path for the most common patch of an output, because the overhead matters in decoding.
         self._only = None
-        if len(self._on) == 1 and (one := self._on[0]).is_addition_alone and self.below is None and not self._around:
+        if len(self._on) == 1 and (one := self._on[0]).is_addition_alone and self.below is None and not self.around:
             assert one.edit.addition is not None
             self._only = one.edit.addition, one.owner.state, one.bit
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        around = self._around
+        around = self.around
         if not around:
             return self._edited(args, kwargs)
         if torch.compiler.is_compiling():
@@ -129,9 +130,9 @@ class EditedForward:
             found = module.__dict__[_KEY] = EditedForward(module)
         found._claims += 1
         if entry is not None:
-            found._hold((*found._entries, entry), found._around)
+            found._hold((*found._entries, entry), found.around)
         if around is not None:
-            found._hold(found._entries, (*found._around, around))
+            found._hold(found._entries, (*found.around, around))
         return found
 
     @staticmethod
@@ -144,7 +145,7 @@ class EditedForward:
         """Remove the edits of an owner. With the last claim, restore the module's forward."""
         self._claims -= 1
         entries = tuple(entry for entry in self._entries if entry.owner is not owner)
-        self._hold(entries, tuple(one for one in self._around if one.owner is not owner))
+        self._hold(entries, tuple(one for one in self.around if one.owner is not owner))
         if self._claims:
             return
         # If somebody else has replaced the forward since, this one stays underneath and has no effect.

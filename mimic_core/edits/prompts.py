@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PatchStateError
 from ..samples import Samples
 from .replaced import ReplacedMethod
 
@@ -174,37 +173,15 @@ def _wrap(original: Callable[..., Any], in_use: Callable[[], bool]) -> Callable[
     return generate
 
 
-def _generation_mixin() -> type:
+def generation_mixin() -> type:
+    """The class that has `generate`."""
     from transformers.generation.utils import GenerationMixin
 
     return GenerationMixin
 
 
-def _wrap_batches(original: Callable[..., Any], in_use: Callable[[], bool]) -> Callable[..., Any]:
-    @wraps(original)
-    def generate_batch(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        found = original(self, inputs, *args, **kwargs)
-        if in_use() and any(EDITED in module.__dict__ for module in self.modules()):
-            errors = [error for answer in found.values() if (error := getattr(answer, "error", None))]
-            if errors or len(found) < len(inputs):
-                raise PatchStateError(
-                    f"continuous batching of this patched model failed for {len(errors) or len(inputs) - len(found)} "
-                    f"requests: {errors[0] if errors else 'see its log'}"
-                )
-        return found
-
-    return generate_batch
-
-
-def _continuous_mixin() -> type:
-    return next(kind for kind in _generation_mixin().__mro__ if "generate_batch" in vars(kind))
-
-
 EDITED = "_mimic_core_forward"
 """Key in the `__dict__` of each module whose forward has edits or is watched."""
 
-watched_generate = ReplacedMethod(_generation_mixin, "generate", _wrap)
+watched_generate = ReplacedMethod(generation_mixin, "generate", _wrap)
 """`GenerationMixin.generate`, while an edit needs to know the prompt."""
-
-watched_batches = ReplacedMethod(_continuous_mixin, "generate_batch", _wrap_batches)
-"""`generate_batch`, while a model has edits: it returns empty answers where something was raised in its thread."""

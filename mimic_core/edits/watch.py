@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..errors import PatchStateError
 from ..samples import Samples
 from ..types import ForwardView
+from .batches import WATCHED
 from .forward import Again, Forward
-from .prompts import Generation, Given, current_generation, watched_batches, watched_generate
+from .prompts import Generation, Given, current_generation, watched_generate
 
 # What a decoder's tokens are called, the likelier first.
 _TOKENS = ("inputs_embeds", "input_ids", "decoder_inputs_embeds", "decoder_input_ids", "hidden_states")
@@ -116,7 +117,7 @@ class ForwardWatch:
         self._lock = threading.Lock()  # between what other threads do and what is done for it
         self.callers = 0
         self.had_callers = False
-        self._releases = (watched_generate.retain(self), watched_batches.retain(self))
+        self._releases = [method.retain(self) for method in (watched_generate, *WATCHED)]
 
     def close(self) -> None:
         """No edit is left."""

@@ -90,12 +90,8 @@ def test_assisted_decoding(case: Case, head: str) -> None:
     ids=str,
 )
 def test_continuous_batching(case: Case, head: str) -> None:
-    if not hasattr(transformers, "ContinuousBatchingConfig"):
-        pytest.skip("this transformers has another attention for it, which is refused: see below")
     model = fresh_model(case)
     prompts = [[5, 6, 7, 8, 9], [10, 11, 12]]
-    config = transformers.GenerationConfig(max_new_tokens=TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    batching = transformers.ContinuousBatchingConfig(num_blocks=64, block_size=16, max_batch_tokens=64)
     with mc.patch(model, random_shifts(model, head)):
         wanted = []
         for prompt in prompts:
@@ -103,8 +99,62 @@ def test_continuous_batching(case: Case, head: str) -> None:
             for _ in range(TOKENS):
                 ids = torch.cat([ids, logits_of(model, {"input_ids": ids})[:, -1:].argmax(-1)], dim=1)
             wanted.append(ids[0, len(prompt) :].tolist())
-        out = model.generate_batch(prompts, generation_config=config, continuous_batching_config=batching, warmup=False)
-    assert [answer.generated_tokens for answer in out.values()] == wanted
+        assert generate_batch(model, prompts) == wanted
+
+
+def generate_batch(model: Any, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+    if not hasattr(transformers, "ContinuousBatchingConfig"):
+        pytest.skip("this transformers has another attention for it, which is refused: see below")
+    config = transformers.GenerationConfig(max_new_tokens=TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    batching = transformers.ContinuousBatchingConfig(num_blocks=64, block_size=16, max_batch_tokens=64)
+    given = {"generation_config": config, "continuous_batching_config": batching, "warmup": False}
+    out = model.generate_batch(prompts, **given, **options)
+    assert options or [*out] == [f"req_{i}" for i in range(len(prompts))]
+    return [answer.generated_tokens for answer in out.values()]
+
+
+def test_a_manager_that_stays_shares_no_keys_between_edits() -> None:
+    """Equal prompts share blocks of keys and values, which the edits have changed."""
+    model = fresh_model(BY_NAME["llama"])
+    shifts, prompts = random_shifts(model, "mimic", scale=2.0), [[*range(3, 43)]]
+    plain = generate_batch(model, prompts)
+    with mc.patch(model, shifts):
+        patched = generate_batch(model, prompts)
+    assert patched != plain
+    assert generate_batch(model, prompts, persistent_manager=True) == plain
+    with mc.patch(model, shifts) as handle:
+        assert generate_batch(model, prompts, persistent_manager=True) == patched
+        with handle.using(strength=0.5), pytest.raises(mc.PatchStateError, match="a manager that stays"):
+            generate_batch(model, prompts)
+    assert generate_batch(model, prompts, persistent_manager=True) == plain
+    model.destroy_cached_continuous_batching_manager()
+
+
+def test_continuous_batching_with_a_stack_for_each_request() -> None:
+    model = fresh_model(BY_NAME["llama"])
+    stacks = {name: random_shifts(model, name, scale=2.0) for name in ("mimic", "live")}
+    names = ["mimic", None, "live", "mimic", "live"]
+    prompts = [[*range(3, 43)], [*range(3, 43)], [*range(3, 43)], [5, 6, 7], [5, 6, 7]]
+    alone = {None: generate_batch(model, prompts)}
+    for name, shifts in stacks.items():
+        with mc.patch(model, shifts):
+            alone[name] = generate_batch(model, prompts)
+    with mc.patch(model, mc.StackSet(stacks)) as handle:
+        with handle.using(names):
+            assert generate_batch(model, prompts) == [alone[name][i] for i, name in enumerate(names)]
+        with handle.using("live"):
+            assert generate_batch(model, prompts) == alone["live"]
+        with handle.using(names[:2]), pytest.raises(mc.ShapeError, match="got 2 samples, but `generate_batch` got 5"):
+            generate_batch(model, prompts)
+        with pytest.raises(mc.PatchStateError, match="it is not known which stack each sample gets"):
+            generate_batch(model, prompts)
+    with mc.patch(model, stacks["mimic"]) as handle:
+        with handle.using(strength=[1.0, 0.0, 1.0, 1.0, 0.0]):
+            wanted = [alone["mimic" if i in (0, 2, 3) else None][i] for i in range(5)]
+            assert generate_batch(model, prompts) == wanted
+        mask = torch.ones(1, 40, dtype=torch.bool)
+        with handle.at(positions=mask), pytest.raises(mc.PatchStateError, match="can't follow `handle.at`"):
+            generate_batch(model, prompts)
 
 
 @pytest.mark.parametrize("case", FAMILIES, ids=str)
