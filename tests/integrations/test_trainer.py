@@ -148,13 +148,14 @@ def test_what_is_refused(tmp_path: Path, no_shape_checks: None) -> None:
         ShiftTrainer(model=model, shifts=shifts, args=args)
 
 
+@pytest.mark.newest
 def test_with_trl(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset  # pyright: ignore[reportMissingImports]
+    from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
-    class ShiftSFTTrainer(ShiftTrainerMixin, trl.SFTTrainer): ...
+    class ShiftSFTTrainer(ShiftTrainerMixin, SFTTrainer): ...
 
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 60)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
@@ -163,7 +164,7 @@ def test_with_trl(tmp_path: Path) -> None:
     text = Dataset.from_list([{"text": " ".join(f"w{3 + i * j % 50}" for j in range(1, 8))} for i in range(8)])
     model, shifts = model_and_shifts()
     before = {name: x.clone() for name, x in shifts.state_dict().items()}
-    args = trl.SFTConfig(str(tmp_path), bf16=False, **_shared(arguments(tmp_path)))
+    args = SFTConfig(str(tmp_path), bf16=False, **_shared(arguments(tmp_path)))
     trainer = ShiftSFTTrainer(
         model=model, shifts=shifts, args=args, train_dataset=text, eval_dataset=text, processing_class=processing
     )
