@@ -24,10 +24,12 @@ from .errors import (
     WrongTypeError,
 )
 from .heads import (
+    AttnBiasConfig,
     FunctionVectorConfig,
     HeadConfig,
     LIVEConfig,
     MimICConfig,
+    MlpBiasConfig,
     ShiftHead,
     ShiftStack,
     StackSet,
@@ -46,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "At",
     "AttentionAdapter",
+    "AttnBiasConfig",
     "BackendUnavailableError",
     "Capture",
     "CheckpointError",
@@ -56,6 +59,7 @@ __all__ = [
     "LayerSpec",
     "MimICConfig",
     "MimicError",
+    "MlpBiasConfig",
     "ModelSpec",
     "PatchStateError",
     "PathAdapter",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,9 +23,13 @@ from .heads.stack import check_stack
 from .parallel import is_sharded
 from .patch import hook
 from .samples import check_strength
-from .types import At, Located
+from .types import At, Located, Site
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_SITES: tuple[Site, ...] = ("attn_heads", "attn_out", "mlp_out")
+_MERGEABLE = ("MimICConfig(gate=False)", "AttnBiasConfig()", "MlpBiasConfig()")
+Place = tuple[int, Site]
+"""A site of a decoder layer."""
 _INSTEAD = "Keep the stack as a patch, and save it with mimic_core.save_shifts"
 
 
@@ -34,14 +38,17 @@ _INSTEAD = "Keep the stack as a patch, and save it with mimic_core.save_shifts"
 def merge(model: nn.Module, shifts: ShiftStack, strength: float | Float[Tensor, ""] = 1.0) -> None:
     """Put a stack into the biases of a model, which then gives the outputs of the patched model without this library.
 
-    This is possible for heads that only add a vector to the attention heads, `MimICConfig(gate=False)`: with the output
-    projection W, the bias b becomes b + W v. `save_pretrained` of the model then saves it, and `from_pretrained` of
-    transformers loads it. If the model has no bias there, it gets one, and the option of its config that says so is set
-    (`attention_bias`). This option can stand for other biases too; these are zero. If this raises an error, the model
-    is unchanged.
+    This is possible for heads that only add vectors. At the attention heads, `MimICConfig(gate=False)`: with the output
+    projection W, its bias b becomes b + W v. At the output of attention or of the MLP (`"attn_bias"`, `"mlp_bias"`):
+    the bias of the last linear layer becomes b + v. `save_pretrained` of the model then saves it, and `from_pretrained`
+    of transformers loads it. If the model has no bias there, it gets one, and the option of its config that says so is
+    set (`attention_bias`, `mlp_bias`). This option can stand for other biases too; these are zero. In training mode, a
+    model that drops out the output of that layer drops the vector out too. If this raises an error, the model is
+    unchanged.
 
     The model should have no patch, hook or capture. Edits at `attn_heads` that come later act before the merged vector,
-    and don't see it. To undo a merge, merge again with `strength=-1.0`; this is exact up to rounding.
+    and don't see it; those at an output see it. To undo a merge, merge again with `strength=-1.0`; this is exact up to
+    rounding.
 
     Args:
         shifts: The stack. It stays as it is.
@@ -67,15 +74,17 @@ def merge(model: nn.Module, shifts: ShiftStack, strength: float | Float[Tensor, 
     if installed(*model.modules()):
         raise PatchStateError("the model has a patch, hook or capture: remove its handle, merge, and patch again")
     check_new(found, [stack])
-    vectors = {head.layer.index: _vector(head) for head in stack}
-    projections = _Marked(found, stack, vectors).projections()
-    option, added = _biases_of_class(model, {f"{name}.bias" for name, _ in projections.values()})
+    vectors: dict[Place, Tensor] = {(head.layer.index, site): x for head in stack for site, x in _vectors(head).items()}
+    linears = _Marked(found, stack, vectors).linears()
+    needed = [{f"{name}.bias" for (_, at), (name, _) in linears.items() if at == site} for site in _SITES]
+    options, added = _biases_of_class(model, needed)
     biases: dict[str, Tensor] = {path: _zeros(model.get_submodule(path.rpartition(".")[0])) for path in added}
-    for layer, (name, module) in projections.items():
-        weight = module.weight.double() if type(module) is nn.Linear else module.weight.double().T
-        old = biases[f"{name}.bias"] if module.bias is None else module.bias
-        more = weight @ (factor * vectors[layer].to(weight)).flatten()
-        biases[f"{name}.bias"] = (old.double() + more).to(old.dtype)
+    for place, (name, module) in linears.items():
+        vector = (factor * vectors[place].to(module.weight.device).double()).flatten()
+        if place[1] == "attn_heads":
+            vector = (module.weight if type(module) is nn.Linear else module.weight.T).double() @ vector
+        old = biases.get(f"{name}.bias", module.bias)
+        biases[f"{name}.bias"] = (old.double() + vector).to(old.dtype)
     # From here on nothing can fail.
     for path, bias in biases.items():
         changed: Any = model.get_submodule(path.rpartition(".")[0])
@@ -83,7 +92,7 @@ def merge(model: nn.Module, shifts: ShiftStack, strength: float | Float[Tensor, 
             changed.bias = nn.Parameter(bias, requires_grad=changed.weight.requires_grad)
         else:
             changed.bias.copy_(bias)
-    if option is not None:
+    for option in options:
         setattr(_decoders(model.config), option, True)
 
 
@@ -91,109 +100,167 @@ def _cannot(why: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"this stack can't be merged into the model: {why}")
 
 
-def _vector(head: ShiftHead) -> Tensor:
-    vector = head.constant()
-    if vector is None or head.config.positions != "all" or set(head.edits()) != {"attn_heads"}:
+def _vectors(head: ShiftHead) -> Mapping[Site, Tensor]:
+    vectors = head.constant()
+    if vectors is None or head.config.positions != "all" or not set(head.edits()) == set(vectors) <= set(_SITES):
         raise _cannot(
-            f"{type(head).__name__} with {head.config} does more than add one vector to the attention heads of every "
-            f"token, so no bias can do the same. A head that can be merged is MimICConfig(gate=False). {_INSTEAD}"
+            f"{type(head).__name__} with {head.config} does more than add one vector to {', '.join(_SITES)} of every "
+            f"token, so no bias can do the same. Heads that can be merged: {', '.join(_MERGEABLE)}. {_INSTEAD}"
         )
-    return vector
+    return vectors
 
 
 class _Marked:
-    """Find the output projections: random marks are put in place of the attention heads, and who gets them is seen."""
+    """Find the linear layer of each place, by random marks that are put into a small forward.
 
-    def __init__(self, found: Located, stack: ShiftStack, vectors: dict[int, Tensor]) -> None:
+    At the attention heads, marks are put in their place, and the layer that gets them is the output projection. With
+    its output held at fixed numbers, the outputs of the decoder layers must be the same whatever the marks are: then
+    nothing else reads them. At an output, the layer is the one that gives the very numbers of the site. Marks are put
+    in place of its output: the site must get them as they are, and with the site held at fixed numbers, nothing else
+    may depend on them.
+    """
+
+    def __init__(self, found: Located, stack: ShiftStack, vectors: dict[Place, Tensor]) -> None:
         self._found, self._stack, self._vectors = found, stack, vectors
         self._names = {module: name for name, module in found.model.named_modules()}
-        self._marks: dict[int, Tensor] = {}
-        self._takers: list[tuple[int, nn.Module, Tensor, Any]] = []
+        self._marks: dict[Place, Tensor] = {}
+        self._takers: list[tuple[Place, nn.Module, Tensor, Any]] = []
+        self._makers: dict[Place, nn.Module] = {}
+        self._linear: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._made: dict[nn.Module, Tensor] = {}
         self._ran: Counter[nn.Module] = Counter()
         self._outputs: list[Tensor] = []
         self._wrong = ""
 
-    def projections(self) -> dict[int, tuple[str, Any]]:
-        """Name and module of each layer's projection.
-
-        It gets the marks as they are. Nothing else does, which is seen so: with its output held at fixed numbers, the
-        outputs of the layers are the same whatever the marks are.
+    def linears(self) -> dict[Place, tuple[str, Any]]:
+        """Name and module of the linear layer whose bias stands for the vector of each place.
 
         Raises:
-            UnsupportedModelError: it is not so.
+            UnsupportedModelError: there is none.
         """
-        model = self._found.model
-        decoder = self._found.adapter.decoder(model)
-        runs: list[list[Tensor]] = []
-        for seed in range(2):
-            try:
-                run_on_text(model, decoder, partial(self._watch, seed))
-            except UnsupportedModelError as error:
-                raise _cannot(f"the output projections are found in a forward on text, but {error}") from error
-            runs.append(self._outputs)
-        chosen = {layer: self._projection(layer) for layer in self._stack.layers}
+        self._run(None)
+        for place in self._vectors:
+            if place[1] != "attn_heads":
+                self._makers[place] = maker = self._maker(place)
+                if maker is not self._found.module(*place):
+                    self._made[maker] = self._linear[maker][1]
+        runs = [self._run(seed) for seed in range(2)]
+        chosen = {place: self._checked(self._makers.get(place) or self._taker(place)) for place in self._vectors}
         if self._wrong:
-            raise _cannot(f"{self._wrong} does something else than to add what its `constant` gives. {_INSTEAD}")
+            raise _cannot(f"{self._wrong}. {_INSTEAD}")
         if not all(map(torch.equal, *runs)):
-            raise _cannot(f"the attention heads are read beside the output projection. {_INSTEAD}")
+            raise _cannot(
+                f"the attention heads are read beside the output projection, or its output or that of the MLP's last "
+                f"linear layer before the site. {_INSTEAD}"
+            )
         return chosen
 
-    def _projection(self, layer: int) -> tuple[str, Any]:
-        takers = {module: seen for i, module, *seen in self._takers if i == layer}
+    def _run(self, seed: int | None) -> list[Tensor]:
+        """The outputs of the decoder layers. Without a seed there are no marks: makers are looked for."""
+        model = self._found.model
+        try:
+            run_on_text(model, self._found.adapter.decoder(model), partial(self._watch, seed))
+        except UnsupportedModelError as error:
+            raise _cannot(f"the linear layers are found in a forward on text, but {error}") from error
+        return self._outputs
+
+    def _taker(self, place: Place) -> nn.Module:
+        takers = {module: (given, output) for i, module, given, output in self._takers if i == place}
         linear = [m for m in takers if is_linear(m)]
         if len(linear) != 1 or not all(linear[0] in m.modules() for m in takers):
-            kinds = ", ".join(type(m).__name__ for m in takers) or "no module"
-            raise _cannot(
-                f"in layer {layer}, what gets the output of the attention heads as it is should be one torch.nn.Linear "
-                f"(or Conv1D), but it is {kinds}. {_INSTEAD}"
-            )
-        module, name = linear[0], self._names[linear[0]]
+            raise self._not_one(place, "gets the output of the attention heads as it is", list(takers))
+        self._linear[linear[0]] = takers[linear[0]]
+        return linear[0]
+
+    def _maker(self, place: Place) -> nn.Module:
+        whole = self._found.module(*place)
+        if is_linear(whole):
+            return whole
+        gave = {m: self._linear[m][1] for m in whole.modules() if m in self._linear}
+        inside = [m for m, output in gave.items() if _same_numbers(output, self._marks[place])]
+        if len(inside) != 1:
+            raise self._not_one(place, f"gives the output of {self._names[whole]} as it is", inside)
+        return inside[0]
+
+    def _not_one(self, place: Place, does: str, found: list[nn.Module]) -> UnsupportedModelError:
+        kinds = ", ".join(type(m).__name__ for m in found) or "no module"
+        return _cannot(
+            f"in layer {place[0]}, what {does} should be one torch.nn.Linear (or Conv1D), but it is {kinds}. {_INSTEAD}"
+        )
+
+    def _checked(self, module: nn.Module) -> tuple[str, Any]:
+        name = self._names[module]
         if problem := _problem(self._found.model, name):
             raise _cannot(f"{name} {problem}")
         if self._ran[module] > 1:
             raise _cannot(f"{name} runs {self._ran[module]} times in a forward. {_INSTEAD}")
-        given, output = takers[module]
+        given, output = self._linear[module]
         if not torch.equal(type(module).forward(module, given), output):
             raise _cannot(f"a hook or a replaced forward changes the output of {name}: remove it")
         return name, module
 
     @contextmanager
-    def _watch(self, seed: int) -> Iterator[None]:
-        self._takers, self._outputs = [], []
+    def _watch(self, seed: int | None) -> Iterator[None]:
+        self._takers, self._outputs, self._marks = [], [], {}
         self._ran.clear()
-        generator = torch.Generator().manual_seed(seed)
+        self._random = None if seed is None else torch.Generator().manual_seed(seed)
         layers = [self._found.model.get_submodule(layer.path) for layer in self._found.spec.layers]
         hooks = [m.register_forward_hook(self._module_ran) for m in self._names]
+        # Before the hooks of others, which may read the output.
+        hooks += [m.register_forward_hook(self._put_marks, prepend=True) for m in self._made]
         hooks += [m.register_forward_hook(self._layer_ran) for m in dict.fromkeys(layers)]
         try:
-            with hook(self._found.model, "attn_heads", partial(self._mark, generator), self._stack.layers):
+            with ExitStack() as put:
+                for site in dict.fromkeys(site for _, site in self._vectors):
+                    put.enter_context(hook(self._found.model, site, self._at_site, self._stack.layers))
                 yield
         finally:
             for one in hooks:
                 one.remove()
 
-    def _mark(self, generator: torch.Generator, value: Tensor, at: At) -> Tensor:
-        marks = self._marks[at.layer] = torch.randn(value.shape, generator=generator).to(value)
-        head, vector = self._stack[at.layer], self._vectors[at.layer].to(marks.device)
-        if not torch.equal(head.edits()["attn_heads"](marks, at), (marks + vector).to(marks.dtype)):
-            self._wrong = type(head).__name__
-        return marks
+    def _at_site(self, value: Tensor, at: At) -> Tensor:
+        place = at.layer, at.site
+        if self._random is None:
+            self._marks[place] = value.clone()
+            return value
+        maker = self._makers.get(place)
+        if maker is None:
+            self._marks[place] = value = torch.randn(value.shape, generator=self._random).to(value)
+        elif maker in self._made and not _same_numbers(value, self._made[maker]):
+            self._wrong = f"{self._names[at.module]} does something to the output of {self._names[maker]}"
+        vector = self._vectors[place].to(value.device)
+        if not torch.equal(self._stack[at.layer].edits()[at.site](value, at), (value + vector).to(value.dtype)):
+            name = type(self._stack[at.layer]).__name__
+            self._wrong = f"{name} does something else than to add what its `constant` gives"
+        return value if maker is None else _fixed(value)
 
     def _module_ran(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         self._ran[module] += 1
-        given = args[0] if args and isinstance(args[0], Tensor) else torch.empty(0)
-        layer = next((i for i, x in self._marks.items() if _same_numbers(given, x)), None)
-        if layer is None:
+        if self._random is None:
+            if is_linear(module):
+                self._linear[module] = args[0], output.clone()
             return None
-        self._takers.append((layer, module, given, output))
-        # Fixed numbers, but not zero: something else might be multiplied with them.
-        fixed = torch.linspace(-1, 1, output.numel()) if is_linear(module) else None
-        return None if fixed is None else fixed.to(output).view_as(output)
+        given = args[0] if args and isinstance(args[0], Tensor) else torch.empty(0)
+        place = next((p for p, x in self._marks.items() if p[1] == "attn_heads" and _same_numbers(given, x)), None)
+        if place is not None:
+            self._takers.append((place, module, given, output))
+        return _fixed(output) if place is not None and is_linear(module) and module not in self._made else None
+
+    def _put_marks(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        # Larger than the model's own numbers: something might cut off those that are.
+        marks = torch.randn(output.shape, generator=self._random) * (4 * output.abs().max().item() + 1)
+        self._made[module] = marks.to(output)
+        return self._made[module].clone()
 
     def _layer_ran(self, module: nn.Module, args: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) and output else output
         if isinstance(first, Tensor):
             self._outputs.append(first)
+
+
+def _fixed(value: Tensor) -> Tensor:
+    """Fixed numbers in place of a value. Not zero: something else might be multiplied with them."""
+    return torch.linspace(-1, 1, value.numel()).to(value).view_as(value)
 
 
 def _same_numbers(one: Tensor, other: Tensor) -> bool:
@@ -224,35 +291,39 @@ def _problem(model: nn.Module, path: str) -> str | None:
     return f"shares its bias with {others}: give each one of its own" if others else None
 
 
-def _biases_of_class(model: Any, needed: set[str]) -> tuple[str | None, set[str]]:
-    """How the model's class makes these biases: the option of its config to set, and all biases that it then adds.
+def _biases_of_class(model: Any, groups: list[set[str]]) -> tuple[list[str], set[str]]:
+    """How the model's class makes these biases: the options of its config to set, and all biases that it then adds.
 
     Raises:
         UnsupportedModelError: it never makes them, so `from_pretrained` would drop them.
     """
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     plain = _made(model)
-    if needed <= plain & own:
-        return None, set()
-    ways = []
-    for option in [name for name, value in vars(_decoders(model.config)).items() if "bias" in name and value is False]:
-        made = _made(model, option)
-        added = made - own
-        fits = all(path.endswith(".bias") and not _problem(model, path.rpartition(".")[0]) for path in added)
-        if needed | plain <= made and fits:
-            ways.append((option, added))
-    if not ways:
-        raise _cannot(
-            f"{type(model).__name__} makes no bias there ({min(needed)}), whatever its config says, so a saved model "
-            f"would lose it when it is loaded. {_INSTEAD}"
-        )
-    return min(ways, key=lambda way: len(way[1]))
+    options: list[str] = []
+    for needed in groups:  # those of a site come with one option
+        if needed <= plain & own:
+            continue
+        ways = []
+        for option, value in vars(_decoders(model.config)).items():
+            if "bias" not in option or value is not False:
+                continue
+            made = _made(model, option)
+            fits = all(p.endswith(".bias") and not _problem(model, p.rpartition(".")[0]) for p in made - own)
+            if needed | plain <= made and fits:
+                ways.append((len(made), option))
+        if not ways:
+            raise _cannot(
+                f"{type(model).__name__} makes no bias there ({min(needed)}), whatever its config says, so a saved "
+                f"model would lose it when it is loaded. {_INSTEAD}"
+            )
+        options.append(min(ways)[1])
+    return options, _made(model, *options) - own
 
 
-def _made(model: Any, option: str | None = None) -> set[str]:
-    """The names of the parameters that the model's class makes, with an option of the decoder's config set."""
+def _made(model: Any, *options: str) -> set[str]:
+    """The names of the parameters that the model's class makes, with options of the decoder's config set."""
     config = copy.deepcopy(model.config)
-    if option is not None:
+    for option in options:
         setattr(_decoders(config), option, True)
     with torch.device("meta"):
         return {name for name, _ in type(model)(config).named_parameters(remove_duplicate=False)}

@@ -1,6 +1,7 @@
 """Shift heads: their learnable parameters, and how they change a site."""
 
 from .base import HeadConfig, ShiftHead, head_class, head_for_config, register_head
+from .bias import AttnBiasConfig, AttnBiasHead, MlpBiasConfig, MlpBiasHead
 from .live import LIVEConfig, LIVEHead
 from .mimic import MimICConfig, MimICHead
 from .prompt_end import FunctionVectorConfig, FunctionVectorHead, TaskVectorConfig, TaskVectorHead
@@ -8,6 +9,8 @@ from .stack import ShiftStack
 from .stack_set import StackSet
 
 __all__ = [
+    "AttnBiasConfig",
+    "AttnBiasHead",
     "FunctionVectorConfig",
     "FunctionVectorHead",
     "HeadConfig",
@@ -15,6 +18,8 @@ __all__ = [
     "LIVEHead",
     "MimICConfig",
     "MimICHead",
+    "MlpBiasConfig",
+    "MlpBiasHead",
     "ShiftHead",
     "ShiftStack",
     "StackSet",

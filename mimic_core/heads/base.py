@@ -114,10 +114,10 @@ class ShiftHead(nn.Module):
         """
         return None
 
-    def constant(self) -> Tensor | None:
-        """The vector [h e], if all the head does is to add it at `attn_heads`: then `mimic_core.merge` takes it.
+    def constant(self) -> Mapping[Site, Tensor] | None:
+        """The vector of each site, if all the head does is to add these: then `mimic_core.merge` takes it.
 
-        None: the head does something else.
+        It is [h e] at `attn_heads`, and [c] at `attn_out` and `mlp_out`. None: the head does something else.
         """
         return None
 

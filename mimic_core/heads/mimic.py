@@ -101,8 +101,8 @@ class MimICHead(ShiftHead):
             vector, weight, bias = (x.to(query.device) for x in (vector, weight, bias))
         return vector, weight, bias
 
-    def constant(self) -> Float[Tensor, "h e"] | None:
-        return None if self.config.gate or self.config.mlp_vector else self._vector()
+    def constant(self) -> dict[Site, Tensor] | None:
+        return None if self.config.gate or self.config.mlp_vector else {self.site: self._vector()}
 
     def _vector(self) -> Tensor:
         vector = self.own("vector")

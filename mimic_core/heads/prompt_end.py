@@ -10,19 +10,8 @@ from torch import Tensor, nn
 
 from ..positions import Positions
 from ..types import At, LayerSpec, Site
-from .base import HeadConfig, ShiftHead, register_head
-
-
-class _LayerVector(ShiftHead):
-    """One vector for the layer's output."""
-
-    site: Site = "layer_out"
-    needs_at = False
-    takes_samples = True
-
-    def __init__(self, config: HeadConfig, layer: LayerSpec) -> None:
-        super().__init__(config, layer)
-        self.vector = nn.Parameter(torch.zeros(layer.hidden_size, dtype=torch.float32))
+from .base import HeadConfig, register_head
+from .vector import VectorHead
 
 
 @dataclass(frozen=True)
@@ -39,7 +28,7 @@ class TaskVectorConfig(HeadConfig):
 
 
 @register_head("task_vector")
-class TaskVectorHead(_LayerVector):
+class TaskVectorHead(VectorHead):
     """h' = (1 - weight) * h + weight * vector, on the layer's output at the last token of each prompt.
 
     Parameters: `vector` [c], `weight` []; both are zero at first. Weight 0 changes nothing. Weight 1 replaces the
@@ -49,6 +38,7 @@ class TaskVectorHead(_LayerVector):
     Source: Hendel et al., Findings of EMNLP 2023, arXiv:2310.15916.
     """
 
+    site: Site = "layer_out"
     config_class = TaskVectorConfig
 
     def __init__(self, config: HeadConfig, layer: LayerSpec) -> None:
@@ -57,8 +47,7 @@ class TaskVectorHead(_LayerVector):
 
     def forward(self, value: Float[Tensor, "b t c"], at: At | None) -> Float[Tensor, "b t c"]:
         weight = self.own("weight").to(value.device)[..., None, None]
-        vector = self.own("vector").to(value.device).unsqueeze(-2)
-        return ((1 - weight) * value + weight * vector).to(value.dtype)
+        return ((1 - weight) * value + weight * self.row("vector", value)).to(value.dtype)
 
 
 @dataclass(frozen=True)
@@ -74,7 +63,7 @@ class FunctionVectorConfig(HeadConfig):
 
 
 @register_head("function_vector")
-class FunctionVectorHead(_LayerVector):
+class FunctionVectorHead(VectorHead):
     """h' = h + vector, on the layer's output at the last token of each prompt.
 
     Parameters: `vector` [c], zero at first, which changes nothing. In the published method it is a sum over a few
@@ -84,7 +73,5 @@ class FunctionVectorHead(_LayerVector):
     Source: Todd et al., ICLR 2024, arXiv:2310.15213.
     """
 
+    site: Site = "layer_out"
     config_class = FunctionVectorConfig
-
-    def forward(self, value: Float[Tensor, "b t c"], at: At | None) -> Float[Tensor, "b t c"]:
-        return (value + self.own("vector").to(value.device).unsqueeze(-2)).to(value.dtype)

@@ -23,6 +23,7 @@ from tests.support.cases import (
     logits_of,
     model_of,
     over_attention,
+    over_attention_of,
     over_cases,
     over_heads,
     random_shifts,
@@ -42,8 +43,7 @@ def generate(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> Ten
     return model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, **options)
 
 
-@over_attention
-@over_heads
+@over_attention_of()
 @over_cases
 def test_zero_vector_is_the_unpatched_model(case: Case, head: str, attention: str) -> None:
     model = model_of(case, attention)
@@ -71,8 +71,7 @@ def test_zero_vector_generates_the_same(case: Case, attention: str, options: dic
     assert all(torch.equal(a, b) for a, b in zip(after.logits, before.logits, strict=True))
 
 
-@over_attention
-@over_heads
+@over_attention_of()
 @over_cases
 def test_removal_leaves_nothing(case: Case, head: str, attention: str) -> None:
     model, inputs = model_of(case, attention), case.inputs()
@@ -142,8 +141,7 @@ def test_an_exception_inside_forward_leaves_the_handle_removable(case: Case, att
         assert torch.equal(logits_of(model, inputs), before)
 
 
-@over_attention
-@pytest.mark.parametrize("head", CACHED_HEADS)
+@over_attention_of(CACHED_HEADS)
 @over_cases
 def test_cached_decoding_is_the_full_forward(case: Case, head: str, attention: str) -> None:
     model, inputs = model_of(case, attention), case.inputs("left")
@@ -157,8 +155,7 @@ def test_cached_decoding_is_the_full_forward(case: Case, head: str, attention: s
         torch.testing.assert_close(full[:, inputs["input_ids"].shape[1] - 1 + step], wanted, **CLOSE)
 
 
-@over_attention
-@pytest.mark.parametrize("head", EXACT_HEADS)
+@over_attention_of(EXACT_HEADS)
 @over_cases
 def test_padding_does_not_matter(case: Case, head: str, attention: str) -> None:
     model = model_of(case, attention)
@@ -172,8 +169,7 @@ def test_padding_does_not_matter(case: Case, head: str, attention: str) -> None:
                 torch.testing.assert_close(together[i][real], alone[i], **CLOSE)
 
 
-@over_attention
-@over_heads
+@over_attention_of()
 @over_cases
 def test_logits_and_gradients_equal_the_oracle(case: Case, head: str, attention: str) -> None:
     inputs, wide_model = case.inputs(), model_of(case, "eager", torch.float64)
@@ -279,8 +275,7 @@ def test_only_the_text_decoder_is_shifted(case: Case, head: str) -> None:
         assert len(slotted) == len(inside)
 
 
-@over_attention
-@over_heads
+@over_attention_of()
 @over_cases
 def test_saved_and_loaded_shifts_give_the_same_logits(case: Case, head: str, attention: str, tmp_path: Any) -> None:
     model, inputs = model_of(case, attention), case.inputs()

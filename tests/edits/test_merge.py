@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import mimic_core as mc
-from mimic_core.types import At
+from mimic_core.types import At, Site
 from tests.support.cases import BY_NAME, HEADS, TEXT, VISION, fresh_model, random_shifts
 
 IDS = torch.randint(3, 120, (2, 9), generator=torch.Generator().manual_seed(2))
@@ -84,8 +84,10 @@ def assert_unchanged(model: Any, before: dict[str, Any]) -> None:
         assert torch.equal(x, after[name]) if isinstance(x, Tensor) else x == after[name], name
 
 
+MERGEABLE = ("mimic-vector-only", "mimic-shared-vector-only", "attn-bias", "mlp-bias")
 # Gemma computes some things in fp32 in every model.
 IN_FP64 = [(name, "mimic-vector-only", torch.float64, 1e-11) for name in MODELS if "gemma" not in name]
+IN_FP64 += [(n, head, torch.float64, 1e-11) for n in ("llama", "opt", "gpt2") for head in ("attn-bias", "mlp-bias")]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_the_bias_is_rounded_once() -> None:
 class Doubled(mc.ShiftHead):
     """Says that it adds a vector, but does more."""
 
-    site = "attn_heads"
+    site: Site = "attn_heads"
 
     def __init__(self, config: mc.HeadConfig, layer: mc.LayerSpec) -> None:
         super().__init__(config, layer)
@@ -151,11 +153,11 @@ class Doubled(mc.ShiftHead):
     def forward(self, value: Tensor, at: At) -> Tensor:
         return value * 2 + self.vector
 
-    def constant(self) -> Tensor:
-        return self.vector
+    def constant(self) -> dict[Site, Tensor]:
+        return {self.site: self.vector}
 
 
-@pytest.mark.parametrize("head", [*(h for h in HEADS if "vector-only" not in h), "doubled"])
+@pytest.mark.parametrize("head", [*(h for h in HEADS if h not in MERGEABLE), "doubled"])
 def test_heads_that_are_refused(head: str) -> None:
     model = made("opt")
     if head == "doubled":
@@ -245,6 +247,42 @@ def test_models_that_are_refused(change: Any) -> None:
     before = state_of(model)
     with pytest.raises(mc.UnsupportedModelError, match=REFUSED[change]):
         mc.merge(model, shifts)
+    assert_unchanged(model, before)
+
+
+def clipped(model: Any) -> None:
+    """Not seen in the model's own numbers, which are small."""
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: type(mlp).forward(mlp, x).clamp(-20, 20)
+
+
+def output_read_beside(model: Any) -> None:
+    layer = model.model.layers[1]
+    layer.mlp.down_proj.register_forward_hook(lambda module, args, out: seen.append(out))
+    layer.register_forward_hook(lambda module, args, out: out + seen.pop().mean())
+    seen: list[Tensor] = []
+
+
+def output_scaled(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    mlp.down_proj = nn.Sequential(mlp.down_proj, Scaled())
+
+
+REFUSED_AT_AN_OUTPUT = {
+    clipped: "model.layers.1.mlp does something to the output of model.layers.1.mlp.down_proj",
+    output_read_beside: "last linear layer before the site",
+    output_scaled: "in layer 1, what gives the output of model.layers.1.mlp as it is should be one .* it is no module",
+    lambda m: m.model.layers[1].mlp.down_proj.register_forward_hook(lambda *x: x[2] * 2): "a hook or a replaced",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED_AT_AN_OUTPUT, ids=lambda change: change.__name__)
+def test_models_that_are_refused_at_an_output(change: Any) -> None:
+    model = made("llama")
+    change(model)
+    before = state_of(model)
+    with pytest.raises(mc.UnsupportedModelError, match=REFUSED_AT_AN_OUTPUT[change]):
+        mc.merge(model, random_shifts(made("llama"), "mlp-bias"))
     assert_unchanged(model, before)
 
 

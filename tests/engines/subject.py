@@ -19,7 +19,16 @@ from tests.support.cases import TEXT, Case, fresh_model, random_shifts
 from tests.support.training import gradients_of, rows
 
 # Columns of the table, by name in `HEADS`: each registered head, and the options of MimIC that run another way.
-COLUMNS = ("mimic", "mimic-shared", "mimic-vector-only", "live", "task-vector", "function-vector")
+COLUMNS = (
+    "mimic",
+    "mimic-shared",
+    "mimic-vector-only",
+    "live",
+    "task-vector",
+    "function-vector",
+    "attn-bias",
+    "mlp-bias",
+)
 # 4-bit weights need blocks of 64, and their kernel multiples of 32.
 SIZES = TEXT | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 CASE = Case("llama", lambda: LlamaForCausalLM(LlamaConfig(**SIZES, head_dim=32)))

@@ -28,6 +28,8 @@ SHAPES = {
     "live-attn-out": {"vector": (C,)},
     "task-vector": {"vector": (C,), "weight": ()},
     "function-vector": {"vector": (C,)},
+    "attn-bias": {"vector": (C,)},
+    "mlp-bias": {"vector": (C,)},
 }
 
 
@@ -108,7 +110,7 @@ def test_norm_is_kept_by_live() -> None:
 def test_options_are_checked(no_shape_checks: None) -> None:
     model = model_of(LLAMA)
     with pytest.raises(
-        mc.UnknownNameError, match="no shift head is called 'mimick'; known: function_vector, live, mimic, task_v"
+        mc.UnknownNameError, match="no shift head is called 'mimick'; known: attn_bias, function_vector, live, mimic, "
     ):
         mc.build_shifts(model, "mimick")
     with pytest.raises(

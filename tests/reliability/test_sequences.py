@@ -14,11 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from transformers.modeling_utils import AttentionInterface
 
 from mimic_core.types import TOKEN_SITES
-from tests.support.cases import HEADS
+from tests.support.cases import HEADS, SITE_OF_HEAD
 from tests.support.sequence_models import (
     FAMILIES,
     FUNCTIONS,
-    SITE_OF_HEAD,
     SITES_OF,
     UNWRAPPED,
     Interrupt,

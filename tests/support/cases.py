@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -26,6 +26,8 @@ from transformers import (
 )
 
 import mimic_core as mc
+from mimic_core.heads import head_for_config
+from mimic_core.types import ATTENTION_SITES
 
 TEXT: dict[str, Any] = {
     "vocab_size": 128,
@@ -191,7 +193,10 @@ HEADS: dict[str, mc.HeadConfig] = {
     "live-attn-out": mc.LIVEConfig(site="attn_out", learn_scale=False, scale_init=1.0),
     "task-vector": mc.TaskVectorConfig(layers=(1,)),
     "function-vector": mc.FunctionVectorConfig(),
+    "attn-bias": mc.AttnBiasConfig(),
+    "mlp-bias": mc.MlpBiasConfig(),
 }
+SITE_OF_HEAD = {name: getattr(config, "site", None) or head_for_config(config).site for name, config in HEADS.items()}
 # These act where the prompt ends, so a longer text is another prompt to them.
 PROMPT_HEADS = ("task-vector", "function-vector")
 
@@ -226,3 +231,9 @@ def logits_of(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> Te
 over_cases = pytest.mark.parametrize("case", CASES, ids=str)
 over_heads = pytest.mark.parametrize("head", HEADS)
 over_attention = pytest.mark.parametrize("attention", ATTENTION)
+
+
+def over_attention_of(heads: Iterable[str] = HEADS) -> pytest.MarkDecorator:
+    """Heads inside attention with every implementation of it, and those at an output with the first alone."""
+    pairs = [(h, a) for h in heads for a in ATTENTION if a == ATTENTION[0] or SITE_OF_HEAD[h] in ATTENTION_SITES]
+    return pytest.mark.parametrize(("head", "attention"), pairs)

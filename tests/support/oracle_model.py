@@ -112,16 +112,16 @@ def shifted(
     for layer, p in zip(layers, params, strict=True):
         if p is None:
             continue
+        outputs = {"mlp_out": layer.mlp, "attn_out": layer.self_attn, "layer_out": layer}
         if p["kind"] == "mimic":
             layer.self_attn.__dict__["oracle_params"] = p | {"chosen": chosen}
             if "mlp_vector" in p:
                 edit(layer.mlp, lambda h, m=p["mlp_vector"]: _keep_length(h, m))
         elif p["kind"] == "vector":
-            edit(layer, lambda h, p=p: _vector(h, p))
+            edit(outputs[p["site"]], lambda h, p=p: _vector(h, p))
         else:
-            module = {"mlp_out": layer.mlp, "attn_out": layer.self_attn, "layer_out": layer}[p["site"]]
             factor = torch.sigmoid(p["scale"]) if p["sigmoid"] else p["scale"]
-            edit(module, lambda h, m=factor * p["vector"]: _keep_length(h, m))
+            edit(outputs[p["site"]], lambda h, m=factor * p["vector"]: _keep_length(h, m))
     try:
         yield
     finally:

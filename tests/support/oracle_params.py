@@ -21,7 +21,9 @@ def oracle_params(shifts: mc.ShiftStack, depth: int) -> tuple[list[dict[str, Any
         if isinstance(config, mc.MimICConfig):
             options = {"kind": "mimic", "shared": config.shared, "all_keys": config.log_z2 == "all_keys"}
         elif isinstance(config, (mc.TaskVectorConfig, mc.FunctionVectorConfig)):
-            options = {"kind": "vector"}
+            options = {"kind": "vector", "site": "layer_out"}
+        elif isinstance(config, (mc.AttnBiasConfig, mc.MlpBiasConfig)):
+            options = {"kind": "vector", "site": "attn_out" if isinstance(config, mc.AttnBiasConfig) else "mlp_out"}
         else:
             assert isinstance(config, mc.LIVEConfig)
             options = {"kind": "live", "site": config.site, "sigmoid": config.sigmoid}

@@ -17,15 +17,13 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 import mimic_core as mc
-from mimic_core.heads.base import head_for_config
-from tests.support.cases import BY_NAME, HEADS, as_dtype, fresh_model
+from tests.support.cases import BY_NAME, HEADS, SITE_OF_HEAD, as_dtype, fresh_model
 from tests.support.snapshot import snapshot
 from tests.zoo.tiny import tiny
 
 Outcome = tuple[Any, ...]
 GATED = tuple(name for name, config in HEADS.items() if getattr(config, "gate", False))
 """The heads that read the LSE."""
-SITE_OF_HEAD = {name: getattr(config, "site", None) or head_for_config(config).site for name, config in HEADS.items()}
 _LAYERS = {
     "idefics2": "model.text_model.layers",
     "llava": "model.language_model.layers",
