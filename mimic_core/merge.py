@@ -27,7 +27,7 @@ from .types import At, Located, Site
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SITES: tuple[Site, ...] = ("attn_heads", "attn_out", "mlp_out")
-_MERGEABLE = ("MimICConfig(gate=False)", "AttnBiasConfig()", "MlpBiasConfig()")
+_MERGEABLE = ("MimICConfig(gate=False)", "AttnBiasConfig()", "MlpBiasConfig()", "M2IVConfig()")
 Place = tuple[int, Site]
 """A site of a decoder layer."""
 _INSTEAD = "Keep the stack as a patch, and save it with mimic_core.save_shifts"
@@ -39,10 +39,10 @@ def merge(model: nn.Module, shifts: ShiftStack, strength: float | Float[Tensor, 
     """Put a stack into the biases of a model, which then gives the outputs of the patched model without this library.
 
     This is possible for heads that only add vectors. At the attention heads, `MimICConfig(gate=False)`: with the output
-    projection W, its bias b becomes b + W v. At the output of attention or of the MLP (`"attn_bias"`, `"mlp_bias"`):
-    the bias of the last linear layer becomes b + v. `save_pretrained` of the model then saves it, and `from_pretrained`
-    of transformers loads it. If the model has no bias there, it gets one, and the option of its config that says so is
-    set (`attention_bias`, `mlp_bias`). This option can stand for other biases too; these are zero. In training mode, a
+    projection W, its bias b becomes b + W v. At the output of attention or of the MLP (`"attn_bias"`, `"mlp_bias"`,
+    `"m2iv"`): the bias of the last linear layer becomes b + v. `save_pretrained` of the model then saves it, and
+    `from_pretrained` of transformers loads it. If the model has no bias there, it gets one, and the option of its
+    config that says so is set (`attention_bias`, `mlp_bias`). This option can stand for other biases too; these are zero. In training mode, a
     model that drops out the output of that layer drops the vector out too. If this raises an error, the model is
     unchanged.
 

@@ -1,8 +1,12 @@
 """Shift heads: their learnable parameters, and how they change a site."""
 
-from .base import HeadConfig, ShiftHead, head_class, head_for_config, register_head
+from .base import HeadConfig, ShiftHead, Taken, head_class, head_for_config, register_head
 from .bias import AttnBiasConfig, AttnBiasHead, MlpBiasConfig, MlpBiasHead
+from .caa import CAAConfig, CAAHead
+from .i2cl import I2CLConfig, I2CLHead
+from .icv import ICVConfig, ICVHead
 from .live import LIVEConfig, LIVEHead
+from .m2iv import M2IVConfig, M2IVHead
 from .mimic import MimICConfig, MimICHead
 from .prompt_end import FunctionVectorConfig, FunctionVectorHead, TaskVectorConfig, TaskVectorHead
 from .stack import ShiftStack
@@ -11,11 +15,19 @@ from .stack_set import StackSet
 __all__ = [
     "AttnBiasConfig",
     "AttnBiasHead",
+    "CAAConfig",
+    "CAAHead",
     "FunctionVectorConfig",
     "FunctionVectorHead",
     "HeadConfig",
+    "I2CLConfig",
+    "I2CLHead",
+    "ICVConfig",
+    "ICVHead",
     "LIVEConfig",
     "LIVEHead",
+    "M2IVConfig",
+    "M2IVHead",
     "MimICConfig",
     "MimICHead",
     "MlpBiasConfig",
@@ -23,6 +35,7 @@ __all__ = [
     "ShiftHead",
     "ShiftStack",
     "StackSet",
+    "Taken",
     "TaskVectorConfig",
     "TaskVectorHead",
     "head_class",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -51,6 +51,23 @@ class HeadConfig:
         return tuple(f.name for f in fields(cls))
 
 
+class Taken(NamedTuple):
+    """How a vector of a head is taken from activations, by `mimic_core.estimate`.
+
+    Attributes:
+        name: The parameter or buffer that is filled.
+        site: The site that is read.
+        of: "mean", or "component": the first principal component of all layers together, about zero, of length 1, and
+            on the side of the mean. Each layer gets its part.
+        pairs: Of the second text's activations minus the first's, instead of one text's.
+    """
+
+    name: str
+    site: Site
+    of: Literal["mean", "component"] = "mean"
+    pairs: bool = False
+
+
 class ShiftHead(nn.Module):
     """A module with learnable parameters that edits a site of one decoder layer.
 
@@ -76,6 +93,7 @@ class ShiftHead(nn.Module):
             is the same for each attention head. In a tensor-parallel model each process then runs it on its own ones,
             with its slice of these parameters, and `layer.heads` is their number. None: the formula needs all heads.
             Other parameters stay whole, but parameters of modules in the head are not known, so these are refused.
+        taken: What `mimic_core.estimate` fills, and from which activations.
     """
 
     name: ClassVar[str]
@@ -88,6 +106,7 @@ class ShiftHead(nn.Module):
     is_addition: bool = False
     takes_samples: bool = False
     per_head: tuple[str, ...] | None = None
+    taken: tuple[Taken, ...] = ()
 
     def __init__(self, config: HeadConfig, layer: LayerSpec) -> None:
         super().__init__()
@@ -120,6 +139,12 @@ class ShiftHead(nn.Module):
         It is [h e] at `attn_heads`, and [c] at `attn_out` and `mlp_out`. None: the head does something else.
         """
         return None
+
+    def take(self, values: Mapping[str, Tensor]) -> None:
+        """Fill the parameters and buffers that `taken` names; called without gradient."""
+        for name, x in values.items():
+            own = self.own(name)
+            own.copy_(x.view_as(own))
 
     def own(self, name: str) -> Tensor:
         """A parameter or buffer by name. This is 4 times faster than the attribute, which matters in decoding."""

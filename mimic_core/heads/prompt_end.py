@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from ..positions import Positions
 from ..types import At, LayerSpec, Site
-from .base import HeadConfig, register_head
-from .vector import VectorHead
+from .base import HeadConfig, Taken, register_head
+from .vector import VectorHead, beside
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,26 @@ class TaskVectorHead(VectorHead):
 
     Parameters: `vector` [c], `weight` []; both are zero at first. Weight 0 changes nothing. Weight 1 replaces the
     state; this is the published method, where `vector` is the mean of this state over prompts with demonstrations and
-    a dummy query. Tokens that are decoded after the prompt are not changed.
+    a dummy query: `mimic_core.estimate` takes it. Tokens that are decoded after the prompt are not changed.
 
     Source: Hendel et al., Findings of EMNLP 2023, arXiv:2310.15916.
     """
 
     site: Site = "layer_out"
     config_class = TaskVectorConfig
+    taken = (Taken("vector", "layer_out"),)
 
     def __init__(self, config: HeadConfig, layer: LayerSpec) -> None:
         super().__init__(config, layer)
         self.weight = nn.Parameter(torch.zeros((), dtype=torch.float32))
 
+    def take(self, values: Mapping[str, Tensor]) -> None:
+        super().take(values)
+        self.weight.fill_(1)
+
     def forward(self, value: Float[Tensor, "b t c"], at: At | None) -> Float[Tensor, "b t c"]:
         weight = self.own("weight").to(value.device)[..., None, None]
-        return ((1 - weight) * value + weight * self.row("vector", value)).to(value.dtype)
+        return ((1 - weight) * value + weight * beside(self.own("vector"), value)).to(value.dtype)
 
 
 @dataclass(frozen=True)

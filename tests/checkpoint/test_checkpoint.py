@@ -34,6 +34,10 @@ KEYS: dict[str, dict[str, list[int]]] = {
     "function-vector": {"vector": [32]},
     "attn-bias": {"vector": [32]},
     "mlp-bias": {"vector": [32]},
+    "icv": {"vector": [32]},
+    "caa": {"vector": [32]},
+    "i2cl": {"attn_scales": [2], "attn_vector": [32], "mlp_scales": [2], "mlp_vector": [32]},
+    "m2iv": {"attn_vector": [32], "mlp_vector": [32]},
     "live-layer-out": {"vector": [32], "scale": []},
     "live-attn-out": {"vector": [32], "scale": []},
 }

@@ -84,10 +84,10 @@ def assert_unchanged(model: Any, before: dict[str, Any]) -> None:
         assert torch.equal(x, after[name]) if isinstance(x, Tensor) else x == after[name], name
 
 
-MERGEABLE = ("mimic-vector-only", "mimic-shared-vector-only", "attn-bias", "mlp-bias")
+MERGEABLE = ("mimic-vector-only", "mimic-shared-vector-only", "attn-bias", "mlp-bias", "m2iv")
 # Gemma computes some things in fp32 in every model.
 IN_FP64 = [(name, "mimic-vector-only", torch.float64, 1e-11) for name in MODELS if "gemma" not in name]
-IN_FP64 += [(n, head, torch.float64, 1e-11) for n in ("llama", "opt", "gpt2") for head in ("attn-bias", "mlp-bias")]
+IN_FP64 += [(n, head, torch.float64, 1e-11) for n in ("llama", "opt", "gpt2") for head in ("attn-bias", "m2iv")]
 
 
 @pytest.mark.parametrize(

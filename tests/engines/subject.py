@@ -28,6 +28,10 @@ COLUMNS = (
     "function-vector",
     "attn-bias",
     "mlp-bias",
+    "icv",
+    "caa",
+    "i2cl",
+    "m2iv",
 )
 # 4-bit weights need blocks of 64, and their kernel multiples of 32.
 SIZES = TEXT | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}

@@ -30,6 +30,10 @@ SHAPES = {
     "function-vector": {"vector": (C,)},
     "attn-bias": {"vector": (C,)},
     "mlp-bias": {"vector": (C,)},
+    "icv": {"vector": (C,)},
+    "caa": {"vector": (C,)},
+    "i2cl": {"attn_scales": (2,), "mlp_scales": (2,)},
+    "m2iv": {"attn_vector": (C,), "mlp_vector": (C,)},
 }
 
 
@@ -76,6 +80,12 @@ def test_initial_values_are_the_papers() -> None:
     live = of("live")
     assert live["vector"].std().item() == pytest.approx(0.01, rel=0.02)
     assert (live["scale"] == 0.1).all()
+    assert mc.ICVConfig().scale == 0.1
+    i2cl = of("i2cl")
+    for name in ("attn_scales", "mlp_scales"):
+        assert torch.equal(i2cl[name], torch.tensor([[1, 0.1]]).expand(32, 2))
+    for name in ("attn_bias", "mlp_bias", "icv", "caa", "m2iv"):
+        assert not any(x.any() for x in of(name).values())
 
 
 def test_initial_values_follow_the_seed() -> None:
@@ -110,7 +120,7 @@ def test_norm_is_kept_by_live() -> None:
 def test_options_are_checked(no_shape_checks: None) -> None:
     model = model_of(LLAMA)
     with pytest.raises(
-        mc.UnknownNameError, match="no shift head is called 'mimick'; known: attn_bias, function_vector, live, mimic, "
+        mc.UnknownNameError, match="no shift head is called 'mimick'; known: attn_bias, caa, function_vector, i2cl, "
     ):
         mc.build_shifts(model, "mimick")
     with pytest.raises(
@@ -121,6 +131,10 @@ def test_options_are_checked(no_shape_checks: None) -> None:
         mc.MimICConfig(log_z2="none")
     with pytest.raises(mc.UnknownNameError, match="LIVE can shift 'mlp_out', 'layer_out' or 'attn_out', not 'query'"):
         mc.LIVEConfig(site="query")
+    for scale in (float("nan"), "1", True):
+        for config in (mc.ICVConfig, mc.CAAConfig):
+            with pytest.raises(mc.ShapeError, match="scale should be a finite number, found"):
+                config(scale=scale)
     with pytest.raises(mc.UnknownNameError, match="options were given together with a config: "):
         mc.build_shifts(model, mc.LIVEConfig(), site="attn_out")
     with pytest.raises(mc.UnknownNameError, match="no registered shift head has HeadConfig as its own config class"):

@@ -22,6 +22,7 @@ from mimic_core.testing import laws_decoding, laws_patch
 from mimic_core.testing.state import Snapshot, as_it_was
 from mimic_core.testing.subject import Subject, same_bits
 from mimic_core.testing.verdicts import NotApplicable
+from tests.support.cases import zero_vectors
 from tests.zoo.tiny import tiny
 
 pytestmark = pytest.mark.newest
@@ -58,11 +59,9 @@ def random_stack(model: nn.Module, head: str, neutral: bool = False) -> mc.Shift
     """A stack with random numbers; a neutral one changes nothing."""
     shifts = mc.build_shifts(model, head)
     draw = torch.Generator().manual_seed(3)
-    for name, p in shifts.named_parameters():
+    for p in [*shifts.parameters(), *(x for name, x in shifts.named_buffers() if name.endswith("vector"))]:
         p.data = 0.5 * torch.randn(p.shape, generator=draw)
-        if neutral and name.endswith(("vector", ".weight")):
-            p.data.zero_()
-    return shifts
+    return zero_vectors(shifts) if neutral else shifts
 
 
 @lru_cache(maxsize=1)

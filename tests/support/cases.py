@@ -195,6 +195,10 @@ HEADS: dict[str, mc.HeadConfig] = {
     "function-vector": mc.FunctionVectorConfig(),
     "attn-bias": mc.AttnBiasConfig(),
     "mlp-bias": mc.MlpBiasConfig(),
+    "icv": mc.ICVConfig(scale=0.7),
+    "caa": mc.CAAConfig(scale=2.0),
+    "i2cl": mc.I2CLConfig(),
+    "m2iv": mc.M2IVConfig(),
 }
 SITE_OF_HEAD = {name: getattr(config, "site", None) or head_for_config(config).site for name, config in HEADS.items()}
 # These act where the prompt ends, so a longer text is another prompt to them.
@@ -205,7 +209,7 @@ def random_shifts(model: nn.Module, head: str, scale: float = 0.5) -> mc.ShiftSt
     """A stack with parameters large enough to change every logit."""
     shifts = mc.build_shifts(model, HEADS[head])
     generator = torch.Generator().manual_seed(5)
-    for p in shifts.parameters():
+    for p in [*shifts.parameters(), *(x for name, x in shifts.named_buffers() if name.endswith("vector"))]:
         p.data = scale * torch.randn(p.shape, generator=generator)
     for name, p in shifts.named_parameters():
         if name.endswith("gate_bias"):
@@ -214,9 +218,11 @@ def random_shifts(model: nn.Module, head: str, scale: float = 0.5) -> mc.ShiftSt
 
 
 def zero_vectors(shifts: mc.ShiftStack) -> mc.ShiftStack:
-    for name, p in shifts.named_parameters():
+    for name, p in [*shifts.named_parameters(), *shifts.named_buffers()]:
         if name.endswith(("vector", ".weight")):
             p.data.zero_()
+        elif name.endswith("scales"):  # of I2CL: of what is there, and of the vector
+            p.data[0] = 1
     return shifts
 
 

@@ -77,7 +77,7 @@ def _edit_output(function: Any) -> Any:
 
 def _vector(h: Tensor, p: dict[str, Any]) -> Tensor:
     weight = p.get("weight")
-    return h + p["vector"] if weight is None else h + weight * (p["vector"] - h)
+    return h + p.get("factor", 1.0) * p["vector"] if weight is None else h + weight * (p["vector"] - h)
 
 
 def _only(new: Tensor, old: Tensor, chosen: list[list[bool]] | None) -> Tensor:
@@ -97,8 +97,8 @@ def shifted(
 ) -> Iterator[None]:
     """Inside, `model` runs with the shifts of `params`, one entry per layer (None: not shifted).
 
-    An entry has "kind" ("mimic", "live" or "vector") and the tensors of that method. `chosen`: the tokens to shift, by
-    sample; None shifts all.
+    An entry has "kind" ("mimic", "live", "vector" or "two outputs") and the tensors of that method. `chosen`: the
+    tokens to shift, by sample; None shifts all.
     """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, eager_mask)
@@ -117,6 +117,10 @@ def shifted(
             layer.self_attn.__dict__["oracle_params"] = p | {"chosen": chosen}
             if "mlp_vector" in p:
                 edit(layer.mlp, lambda h, m=p["mlp_vector"]: _keep_length(h, m))
+        elif p["kind"] == "two outputs":
+            for place in ("attn", "mlp"):
+                a, c = p.get(f"{place}_scales", (1.0, 1.0))
+                edit(outputs[f"{place}_out"], lambda h, a=a, v=c * p[f"{place}_vector"]: a * h + v)
         elif p["kind"] == "vector":
             edit(outputs[p["site"]], lambda h, p=p: _vector(h, p))
         else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import mimic_core as mc
@@ -16,7 +15,8 @@ def oracle_params(shifts: mc.ShiftStack, depth: int) -> tuple[list[dict[str, Any
     params: list[dict[str, Any] | None] = [None] * depth
     for head in shifts:
         prefix = f"heads.{head.layer.index}."
-        tensors = {name.removeprefix(prefix): x for name, x in leaves.items() if name.startswith(prefix)}
+        numbers = leaves | {name: x.double() for name, x in shifts.named_buffers()}
+        tensors = {name.removeprefix(prefix): x for name, x in numbers.items() if name.startswith(prefix)}
         config = head.config
         if isinstance(config, mc.MimICConfig):
             options = {"kind": "mimic", "shared": config.shared, "all_keys": config.log_z2 == "all_keys"}
@@ -24,10 +24,15 @@ def oracle_params(shifts: mc.ShiftStack, depth: int) -> tuple[list[dict[str, Any
             options = {"kind": "vector", "site": "layer_out"}
         elif isinstance(config, (mc.AttnBiasConfig, mc.MlpBiasConfig)):
             options = {"kind": "vector", "site": "attn_out" if isinstance(config, mc.AttnBiasConfig) else "mlp_out"}
+        elif isinstance(config, mc.CAAConfig):
+            options = {"kind": "vector", "site": "layer_out", "factor": config.scale}
+        elif isinstance(config, mc.ICVConfig):
+            options = {"kind": "live", "site": "mlp_out", "sigmoid": False, "scale": config.scale}
+        elif isinstance(config, (mc.I2CLConfig, mc.M2IVConfig)):
+            options = {"kind": "two outputs"}
         else:
             assert isinstance(config, mc.LIVEConfig)
             options = {"kind": "live", "site": config.site, "sigmoid": config.sigmoid}
-            tensors.setdefault("scale", torch.tensor(config.scale_init, dtype=torch.float64))
         params[head.layer.index] = options | tensors
     return params, leaves
 
