@@ -42,9 +42,9 @@ def merge(model: nn.Module, shifts: ShiftStack, strength: float | Float[Tensor, 
     projection W, its bias b becomes b + W v. At the output of attention or of the MLP (`"attn_bias"`, `"mlp_bias"`,
     `"m2iv"`): the bias of the last linear layer becomes b + v. `save_pretrained` of the model then saves it, and
     `from_pretrained` of transformers loads it. If the model has no bias there, it gets one, and the option of its
-    config that says so is set (`attention_bias`, `mlp_bias`). This option can stand for other biases too; these are zero. In training mode, a
-    model that drops out the output of that layer drops the vector out too. If this raises an error, the model is
-    unchanged.
+    config that says so is set (`attention_bias`, `mlp_bias`). This option can stand for other biases too; these are
+    zero. In training mode, a model that drops out the output of that layer drops the vector out too. If this raises an
+    error, the model is unchanged.
 
     The model should have no patch, hook or capture. Edits at `attn_heads` that come later act before the merged vector,
     and don't see it; those at an output see it. To undo a merge, merge again with `strength=-1.0`; this is exact up to
