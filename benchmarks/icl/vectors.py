@@ -74,20 +74,23 @@ class Taker:
         return Asked(self._world, prompts)
 
     @torch.no_grad()
-    def _means(self, site: str) -> dict[int, Tensor]:
+    def _means(self) -> dict[int, Tensor]:
+        """The mean output of each attention head at the end of a prompt."""
         asked = self._shown(MEAN_OVER)
-        with mc.capture(self._model, site, where=last_token(asked.inputs)) as seen:
+        with mc.capture(self._model, "attn_heads", where=last_token(asked.inputs)) as seen:
             self._model(**asked.inputs, use_cache=False, logits_to_keep=1)
         return {layer: states.mean(0) for layer, states in seen.states.items()}
 
     def task_vector(self) -> mc.ShiftStack:
         """The mean state at the end of a prompt, at the layer where it answers training questions best."""
-        means = self._means("layer_out")
-        return self._best("task_vector", {layer: {"vector": mean, "weight": 1.0} for layer, mean in means.items()})
+        shifts = mc.build_shifts(self._model, "task_vector")
+        inputs = self._shown(MEAN_OVER).inputs
+        mc.estimate(self._model, shifts, [inputs | {"use_cache": False, "logits_to_keep": 1}])
+        return self._best("task_vector", {head.layer.index: head.state_dict() for head in shifts})
 
     def function_vector(self) -> mc.ShiftStack:
         """What the attention heads that carry the task add to the residual stream, at the layer where it works best."""
-        means = self._means("attn_heads")
+        means = self._means()
         chosen = self._heads(means)
         vector = self._written(means, chosen) - self._written(means, [])
         return self._best("function_vector", {layer: {"vector": vector} for layer in means})

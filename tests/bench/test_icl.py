@@ -131,7 +131,7 @@ def test_a_task_vector_is_the_mean_state_at_the_end_of_prompts(llava: World, tas
 
 def test_a_function_vector_is_the_heads_through_the_output_projection(llava: World, task: Any) -> None:
     taker = Taker(llava, task, 0)
-    means = taker._means("attn_heads")
+    means = taker._means()
     chosen = [(0, 1), (2, 7), (2, 3)]
     found = taker._written(means, chosen) - taker._written(means, [])
     wanted = torch.zeros(96)
@@ -143,7 +143,7 @@ def test_a_function_vector_is_the_heads_through_the_output_projection(llava: Wor
 
 def test_the_estimate_of_a_heads_effect_is_its_derivative(llava: World, task: Any) -> None:
     taker = Taker(llava, task, 0)
-    means, asked = taker._means("attn_heads"), taker._shown(4, shuffled=True)
+    means, asked = taker._means(), taker._shown(4, shuffled=True)
     estimates = taker._estimates(asked, means)
     for layer, head in ((0, 0), (1, 5), (3, 2)):
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -106,8 +107,9 @@ def exported(head: str) -> None:
 @engine("ONNX, logits")
 def onnx(head: str) -> None:
     model, shifts = subject(head, torch.float32)
+    wanted = alone(head, torch.float32)[:1]
     with mc.patch(model, shifts), torch.no_grad(), TemporaryDirectory() as folder:
-        same([in_onnxruntime(model, IDS, Path(folder))], alone(head, torch.float32)[:1], FP32)
+        same([in_onnxruntime(model, IDS, Path(folder))], wanted, FP32)
 
 
 @engine("continuous batching, tokens")
@@ -264,19 +266,22 @@ def eight_bits(head: str) -> None:
     wanted, found = {}, {}
 
     def before(value: Tensor, at: mc.At) -> None:
-        edit = shifts[at.layer].edits()[site](value, at)
+        edit = shifts[at.layer].edits()[at.site](value, at)
         chosen = at.positions(shifts.config.positions)
-        wanted[at.layer] = torch.where(chosen.view(*chosen.shape, *[1] * (value.ndim - 2)), edit, value)
-        assert differ(wanted[at.layer], value)
+        place = at.layer, at.site
+        wanted[place] = torch.where(chosen.view(*chosen.shape, *[1] * (value.ndim - 2)), edit, value)
+        assert differ(wanted[place], value)
 
     def after(value: Tensor, at: mc.At) -> None:
-        found[at.layer] = value
+        found[at.layer, at.site] = value
 
-    (site,) = shifts[1].edits()
-    with (
-        mc.hook(model, site, before, shifts.layers),
-        mc.patch(model, shifts),
-        mc.hook(model, site, after, shifts.layers),
-    ):
+    sites = list(shifts[1].edits())
+    with ExitStack() as put:
+        for site in sites:
+            put.enter_context(mc.hook(model, site, before, shifts.layers))
+        put.enter_context(mc.patch(model, shifts))
+        for site in sites:
+            put.enter_context(mc.hook(model, site, after, shifts.layers))
         assert all(x.any() for x in run(model, shifts))
-    same([found[layer] for layer in shifts.layers], [wanted[layer] for layer in shifts.layers], FP32)
+    places = [(layer, site) for layer in shifts.layers for site in sites]
+    same([found[place] for place in places], [wanted[place] for place in places], FP32)

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ def learned(model: nn.Module, shifts: Any, ids: Tensor = IDS) -> list[Tensor]:
         return run(model, shifts, ids)
 
 
-@lru_cache(maxsize=16)
+@cache
 def alone(head: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """What one process in plain torch gives."""
     model, shifts = subject(head, dtype)
