@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "no version": (described(version=None), r"has version None, this mimic_core reads version 1"),
     "unknown head": (
         described(head="prefix"),
-        CANNOT_MAKE + r"no shift head is called 'prefix'; known: .*function_vector, live, mimic, .*; if the "
+        CANNOT_MAKE + r"no shift head is called 'prefix'; known: .*function_vector, .*mimic, .*; if the "
         r"shift head is from another package, import it first",
     ),
     "no head": (described(head=None), CANNOT_MAKE),
