@@ -29,6 +29,7 @@ from .heads import (
     CAAConfig,
     FunctionVectorConfig,
     HeadConfig,
+    HyperICLConfig,
     I2CLConfig,
     ICVConfig,
     LIVEConfig,
@@ -39,6 +40,7 @@ from .heads import (
     ShiftStack,
     StackSet,
     TaskVectorConfig,
+    VirtualKVConfig,
     register_head,
 )
 from .merge import merge
@@ -61,6 +63,7 @@ __all__ = [
     "FunctionVectorConfig",
     "Handle",
     "HeadConfig",
+    "HyperICLConfig",
     "I2CLConfig",
     "ICVConfig",
     "LIVEConfig",
@@ -79,6 +82,7 @@ __all__ = [
     "TaskVectorConfig",
     "UnknownNameError",
     "UnsupportedModelError",
+    "VirtualKVConfig",
     "WrongTypeError",
     "adapter_for",
     "build_shifts",

@@ -3,6 +3,7 @@
 from .base import HeadConfig, ShiftHead, Taken, head_class, head_for_config, register_head
 from .bias import AttnBiasConfig, AttnBiasHead, MlpBiasConfig, MlpBiasHead
 from .caa import CAAConfig, CAAHead
+from .hyper_icl import HyperICLConfig, HyperICLHead
 from .i2cl import I2CLConfig, I2CLHead
 from .icv import ICVConfig, ICVHead
 from .live import LIVEConfig, LIVEHead
@@ -11,6 +12,7 @@ from .mimic import MimICConfig, MimICHead
 from .prompt_end import FunctionVectorConfig, FunctionVectorHead, TaskVectorConfig, TaskVectorHead
 from .stack import ShiftStack
 from .stack_set import StackSet
+from .virtual_kv import VirtualKVConfig, VirtualKVHead
 
 __all__ = [
     "AttnBiasConfig",
@@ -20,6 +22,8 @@ __all__ = [
     "FunctionVectorConfig",
     "FunctionVectorHead",
     "HeadConfig",
+    "HyperICLConfig",
+    "HyperICLHead",
     "I2CLConfig",
     "I2CLHead",
     "ICVConfig",
@@ -38,6 +42,8 @@ __all__ = [
     "Taken",
     "TaskVectorConfig",
     "TaskVectorHead",
+    "VirtualKVConfig",
+    "VirtualKVHead",
     "head_class",
     "head_for_config",
     "register_head",

@@ -38,6 +38,13 @@ KEYS: dict[str, dict[str, list[int]]] = {
     "caa": {"vector": [32]},
     "i2cl": {"attn_scales": [2], "attn_vector": [32], "mlp_scales": [2], "mlp_vector": [32]},
     "m2iv": {"attn_vector": [32], "mlp_vector": [32]},
+    "virtual-kv": {"key": [4, 3, 24], "value": [4, 3, 24], "weight": [1]},
+    "virtual-kv-low-rank": {
+        **{name: [4, 3, 2] for name in ("key_left", "value_left")},
+        **{name: [4, 2, 24] for name in ("key_right", "value_right")},
+        "weight": [1],
+    },
+    "hyper-icl": {"u_q": [4, 24, 2], "u_k": [4, 24, 2], "gate_weight": [4, 24], "gate_bias": [4]},
     "live-layer-out": {"vector": [32], "scale": []},
     "live-attn-out": {"vector": [32], "scale": []},
 }

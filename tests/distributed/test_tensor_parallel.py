@@ -32,6 +32,8 @@ HEADS: list[tuple[str, dict[str, Any]]] = [
     ("live", {}),
     ("live", {"site": "attn_out"}),
     ("function_vector", {"positions": "all"}),
+    ("virtual_kv", {"rank": 2, "learn_weight": True}),
+    ("hyper_icl", {}),
 ]
 
 

@@ -40,7 +40,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         Gemma2Config(**TEXT, head_dim=8, sliding_window=4, attn_logit_softcapping=2.0)
     ),
 }
-HEADS = ["mimic", "mimic-shared", "mimic-all-keys"]
+HEADS = ["mimic", "mimic-shared", "mimic-all-keys", "virtual-kv"]
 
 
 @pytest.fixture

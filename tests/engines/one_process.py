@@ -268,8 +268,8 @@ def eight_bits(head: str) -> None:
     def before(value: Tensor, at: mc.At) -> None:
         edit = shifts[at.layer].edits()[at.site](value, at)
         chosen = at.positions(shifts.config.positions)
-        place = at.layer, at.site
-        wanted[place] = torch.where(chosen.view(*chosen.shape, *[1] * (value.ndim - 2)), edit, value)
+        place, chosen = (at.layer, at.site), chosen.view(*chosen.shape, *[1] * (value.ndim - 2))
+        wanted[place] = torch.where(chosen.transpose(1, 2) if at.site == "query" else chosen, edit, value)
         assert differ(wanted[place], value)
 
     def after(value: Tensor, at: mc.At) -> None:

@@ -34,6 +34,13 @@ SHAPES = {
     "caa": {"vector": (C,)},
     "i2cl": {"attn_scales": (2,), "mlp_scales": (2,)},
     "m2iv": {"attn_vector": (C,), "mlp_vector": (C,)},
+    "virtual-kv": {"key": (H, 3, D), "value": (H, 3, D)},
+    "virtual-kv-low-rank": {
+        **dict.fromkeys(("key_left", "value_left"), (H, 3, 2)),
+        **dict.fromkeys(("key_right", "value_right"), (H, 2, D)),
+        "weight": (1,),
+    },
+    "hyper-icl": {"u_q": (H, D, 2), "u_k": (H, D, 2), "gate_weight": (H, D), "gate_bias": (H,)},
 }
 
 
@@ -120,7 +127,7 @@ def test_norm_is_kept_by_live() -> None:
 def test_options_are_checked(no_shape_checks: None) -> None:
     model = model_of(LLAMA)
     with pytest.raises(
-        mc.UnknownNameError, match="no shift head is called 'mimick'; known: attn_bias, caa, function_vector, i2cl, "
+        mc.UnknownNameError, match="no shift head is called 'mimick'; known: attn_bias, caa, function_vector, hyper"
     ):
         mc.build_shifts(model, "mimick")
     with pytest.raises(

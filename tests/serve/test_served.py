@@ -211,6 +211,8 @@ def broken_stacks(folder: Path, model: PreTrainedModel) -> Iterator[tuple[Path, 
     for name, config, why in [
         ("keys", mc.MimICConfig(log_z2="all_keys"), "has log_z2='all_keys'"),
         ("end", mc.TaskVectorConfig(), "acts at prompt_end, not at all tokens"),
+        ("virtual", mc.VirtualKVConfig(), "VirtualKVHead in layer 0 reads more than its site"),
+        ("query", mc.HyperICLConfig(), "edits query, and vLLM has only"),
     ]:
         mc.save_shifts(mc.build_shifts(model, config), folder / name)
         yield folder / name, why

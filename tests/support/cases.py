@@ -199,6 +199,9 @@ HEADS: dict[str, mc.HeadConfig] = {
     "caa": mc.CAAConfig(scale=2.0),
     "i2cl": mc.I2CLConfig(),
     "m2iv": mc.M2IVConfig(),
+    "virtual-kv": mc.VirtualKVConfig(n=3),
+    "virtual-kv-low-rank": mc.VirtualKVConfig(n=3, rank=2, learn_weight=True),
+    "hyper-icl": mc.HyperICLConfig(rank=2),
 }
 SITE_OF_HEAD = {name: getattr(config, "site", None) or head_for_config(config).site for name, config in HEADS.items()}
 # These act where the prompt ends, so a longer text is another prompt to them.
@@ -214,12 +217,14 @@ def random_shifts(model: nn.Module, head: str, scale: float = 0.5) -> mc.ShiftSt
     for name, p in shifts.named_parameters():
         if name.endswith("gate_bias"):
             p.data += 2.0
+        if name.endswith("u_k"):  # logits that are much larger than the model's own would enlarge its rounding
+            p.data *= 0.3
     return shifts
 
 
 def zero_vectors(shifts: mc.ShiftStack) -> mc.ShiftStack:
     for name, p in [*shifts.named_parameters(), *shifts.named_buffers()]:
-        if name.endswith(("vector", ".weight")):
+        if name.endswith(("vector", ".weight", ".u_k")):
             p.data.zero_()
         elif name.endswith("scales"):  # of I2CL: of what is there, and of the vector
             p.data[0] = 1

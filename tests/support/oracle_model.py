@@ -1,6 +1,7 @@
 """A second, slow way to shift a model, which shares no code with the library: the oracle of whole-model tests.
 
-MimIC through an attention function of its own that transformers calls in place of "eager"; LIVE through forward hooks.
+MimIC, virtual keys and Hyper-ICL through an attention function of its own that transformers calls in place of "eager";
+LIVE through forward hooks.
 Everything is written from the formulae, in whatever precision the model has.
 """
 
@@ -21,24 +22,52 @@ NAME = "oracle_of_mimic_core_tests"
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
+    params = module.__dict__.get("oracle_params")
+    out, log_z2, log_z2_all = _attended(query, key, value, attention_mask, scaling, None)
+    if params is not None:
+        if params["kind"] == "mimic":
+            shifted = _shift(out, query, log_z2_all if params["all_keys"] else log_z2, params)
+        else:
+            shifted, _, _ = _attended(query, key, value, attention_mask, scaling, params)
+            weight = params.get("weight", 1.0)
+            shifted = [(1 - weight) * old + weight * new for new, old in zip(shifted, out, strict=True)]
+        out = [_only(new, old, params["chosen"]) for new, old in zip(shifted, out, strict=True)]
+    return torch.stack(out, dim=2), None
+
+
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, p: dict[str, Any] | None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Attention of each head and the LSEs. Virtual keys stand before the others; Hyper-ICL's term is in the logits."""
     heads = query.shape[1]
     out, log_z2, log_z2_all = [], [], []
     for h in range(heads):
         kv = h * key.shape[1] // heads
         all_logits = torch.einsum("btd,bsd->bts", query[:, h], key[:, kv]) * scaling
+        values = value[:, kv]
+        if p is not None and p["kind"] == "hyper_icl":
+            all_logits = all_logits + _bilinear(query[:, h], key[:, kv], h, p)
         logits = all_logits if attention_mask is None else all_logits + attention_mask[:, 0]
+        if p is not None and p["kind"] == "virtual_kv":
+            of_head = {name: x[h] for name, x in p.items() if isinstance(x, Tensor) and x.ndim == 3}
+            if "key" not in of_head:
+                of_head = {name: of_head[f"{name}_left"] @ of_head[f"{name}_right"] for name in ("key", "value")}
+            logits = torch.cat([query[:, h] @ of_head["key"].T * scaling, logits], dim=-1)
+            values = torch.cat([of_head["value"].expand(len(values), -1, -1), values], dim=1)
         weights = torch.exp(logits - logits.max(-1, keepdim=True).values)
         weights = weights / weights.sum(-1, keepdim=True)
-        out.append(weights @ value[:, kv])
+        out.append(weights @ values)
         log_z2.append(torch.logsumexp(logits, -1))
         log_z2_all.append(torch.logsumexp(all_logits, -1))
-    params = module.__dict__.get("oracle_params")
-    if params is not None:
-        if params["all_keys"]:
-            log_z2 = log_z2_all
-        shifted = _shift(out, query, log_z2, params)
-        out = [_only(new, old, params["chosen"]) for new, old in zip(shifted, out, strict=True)]
-    return torch.stack(out, dim=2), None
+    return out, log_z2, log_z2_all
+
+
+def _bilinear(query: Tensor, key: Tensor, h: int, p: dict[str, Any]) -> Tensor:
+    centred = query - query.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    g = 1 / (1 + torch.exp(-(normed @ p["gate_weight"][h] + p["gate_bias"][h])))
+    rank = p["u_q"].shape[-1]
+    return g[..., None] * torch.einsum("btr,bsr->bts", query @ p["u_q"][h], key @ p["u_k"][h]) / rank**0.5
 
 
 def _shift(out: list[Tensor], query: Tensor, log_z2: list[Tensor], p: dict[str, Any]) -> list[Tensor]:
@@ -97,8 +126,8 @@ def shifted(
 ) -> Iterator[None]:
     """Inside, `model` runs with the shifts of `params`, one entry per layer (None: not shifted).
 
-    An entry has "kind" ("mimic", "live", "vector" or "two outputs") and the tensors of that method. `chosen`: the
-    tokens to shift, by sample; None shifts all.
+    An entry has "kind" ("mimic", "virtual_kv", "hyper_icl", "live", "vector" or "two outputs") and the tensors of that
+    method. `chosen`: the tokens to shift, by sample; None shifts all.
     """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, eager_mask)
@@ -113,7 +142,7 @@ def shifted(
         if p is None:
             continue
         outputs = {"mlp_out": layer.mlp, "attn_out": layer.self_attn, "layer_out": layer}
-        if p["kind"] == "mimic":
+        if p["kind"] in ("mimic", "virtual_kv", "hyper_icl"):
             layer.self_attn.__dict__["oracle_params"] = p | {"chosen": chosen}
             if "mlp_vector" in p:
                 edit(layer.mlp, lambda h, m=p["mlp_vector"]: _keep_length(h, m))

@@ -30,6 +30,10 @@ def oracle_params(shifts: mc.ShiftStack, depth: int) -> tuple[list[dict[str, Any
             options = {"kind": "live", "site": "mlp_out", "sigmoid": False, "scale": config.scale}
         elif isinstance(config, (mc.I2CLConfig, mc.M2IVConfig)):
             options = {"kind": "two outputs"}
+        elif isinstance(config, mc.VirtualKVConfig):
+            options = {"kind": "virtual_kv", "weight": config.weight_init}
+        elif isinstance(config, mc.HyperICLConfig):
+            options = {"kind": "hyper_icl"}
         else:
             assert isinstance(config, mc.LIVEConfig)
             options = {"kind": "live", "site": config.site, "sigmoid": config.sigmoid}

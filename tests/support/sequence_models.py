@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 import mimic_core as mc
+from mimic_core.heads import head_for_config
 from tests.support.cases import BY_NAME, HEADS, SITE_OF_HEAD, as_dtype, fresh_model
 from tests.support.snapshot import snapshot
 from tests.zoo.tiny import tiny
 
 Outcome = tuple[Any, ...]
-GATED = tuple(name for name, config in HEADS.items() if getattr(config, "gate", False))
+GATED = tuple(name for name, x in HEADS.items() if getattr(x, "gate", False) or head_for_config(x).needs_lse)
 """The heads that read the LSE."""
 _LAYERS = {
     "idefics2": "model.text_model.layers",

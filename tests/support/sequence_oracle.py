@@ -71,6 +71,10 @@ class Seen:
         return self._forwards.chosen(self._edit, "prompt_end")
 
     @property
+    def scale(self) -> float:
+        return self.options.get("scaling", self.query.shape[-1] ** -0.5)
+
+    @property
     def lse(self) -> Tensor:
         return log_sum_exp(self.module, self.query, self.key, self.mask, self.options)
 
