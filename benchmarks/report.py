@@ -12,6 +12,7 @@ from .cases import CACHED, LENGTHS, NEUTRAL, SHAPES
 from .contestants import OURS, PUBLISHED, YARDSTICK
 from .plots import IMAGES
 from .records import RESULTS, ROOT, Row, read
+from .serve_rows import section as served
 from .targets import TARGETS
 
 PAGE = ROOT / "docs" / "benchmark-results.md"
@@ -298,7 +299,7 @@ def rendered(folder: Path = RESULTS) -> str:
     sections = [section(list(rows), file.stem) for file in files for rows in _by_device(read(file))]
     if not any(file.name.startswith("cuda-") for file in files):
         sections.insert(0, NO_GPU)
-    return "\n\n".join(sections)
+    return "\n\n".join([*sections, *served(folder, table)])
 
 
 def _by_device(rows: Sequence[Row]) -> list[list[Row]]:

@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..heads import ShiftStack
-from ..heads.base import reading
+from ..heads import ShiftHead, ShiftStack
+from ..heads.base import Edit, reading
 from ..samples import by_row, partly
 from ..types import At, Site
+
+# The most tokens of a step whose parameters are kept for the next one.
+_KEPT = 128
 
 
 class Tokens:
@@ -21,6 +24,8 @@ class Tokens:
     Attributes:
         is_active: Whether any token of the step has such a stack.
         only: The row, if all tokens have the same one at strength 1.
+        is_whole: All tokens have one, at strength 1.
+        version: Another number whenever tokens have other rows than in the step before.
     """
 
     def __init__(self, most: int) -> None:
@@ -28,6 +33,9 @@ class Tokens:
         self._strengths = torch.zeros(most)
         self.is_active = False
         self.only: int | None = None
+        self.is_whole = False
+        self.version = 0
+        self._last = np.zeros(0, dtype=np.int64)
 
     def begin(self, rows: np.ndarray, strengths: np.ndarray, counts: np.ndarray) -> None:
         """Say what the next step runs.
@@ -42,11 +50,15 @@ class Tokens:
         self.only = None
         if not self.is_active:
             return
-        if (rows == rows[0]).all() and (strengths == 1).all():
+        self.is_whole = bool(has.all() and (strengths == 1).all())
+        if self.is_whole and (rows == rows[0]).all():
             self.only = int(rows[0])
-            return
         n = int(counts.sum())
-        self._rows[:n] = torch.from_numpy(np.repeat(np.where(has, rows, 0), counts))
+        of_tokens = np.repeat(np.where(has, rows, 0), counts)
+        if not np.array_equal(of_tokens, self._last):
+            self.version += 1
+            self._last = of_tokens
+            self._rows[:n] = torch.from_numpy(of_tokens)
         self._strengths[:n] = torch.from_numpy(np.repeat(np.where(has, strengths, 0.0), counts))
         self._strengths[n:] = 0
 
@@ -79,6 +91,8 @@ class Heads:
         # A row without a head here has another one's numbers, and strength 0.
         filled = [head or self._some for head in found]
         self._stacked = {name: torch.stack([head.own(name).detach() for head in filled]) for name in names}
+        self._kept: tuple[tuple[int, int], Edit] | None = None
+        self._shift = _gated_shift(found) if site == "attn_heads" and self._some.is_gated_shift else None
         self._has = None if None not in found else torch.tensor([float(head is not None) for head in found])
 
     @property
@@ -88,20 +102,41 @@ class Heads:
         return tokens.is_active and (tokens.only is None or self._heads[tokens.only] is not None)
 
     def __call__(self, value: Tensor, attention: Any = None) -> Tensor:
-        """The edited value of a step's tokens [n ...]."""
+        """The edited value of a step's tokens [n ...]; it may be `value` itself, changed."""
+        if self._shift is not None and attention.gated_shift(value, self._shift, *self._tokens.of(len(value))):
+            return value
         only = self._tokens.only
         if only is not None:
             head = self._heads[only]
             assert head is not None
             return head.edits()[self._site](value[None], self._at(attention, at_once=True))[0]
         rows, strengths = self._tokens.of(len(value))
+        edited = self._edit(rows)(value[:, None], self._at(attention, at_once=False))[:, 0]
         if self._has is not None:
             strengths = strengths * self._has[rows]
-        # To the head, each token is a sample of its own.
-        twin = reading(self._some, {name: x[rows] for name, x in self._stacked.items()})
-        edited = twin.edits()[self._site](value[:, None], self._at(attention, at_once=False))[:, 0]
+        elif self._tokens.is_whole:
+            return edited
         # What a head makes of a token that does not have it may be infinite.
         return torch.where(by_row(strengths == 0, value), value, partly(value, edited, strengths))
 
+    def _edit(self, rows: Tensor) -> Edit:
+        """The edit of heads with these rows of the parameters: to it, each token is a sample of its own."""
+        key = (self._tokens.version, len(rows))
+        if self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        edit = reading(self._some, {name: x[rows] for name, x in self._stacked.items()}).edits()[self._site]
+        # Steps that decode have the same rows until a request comes or goes. Those of a prompt would take much memory.
+        self._kept = (key, edit) if len(rows) <= _KEPT else None
+        return edit
+
     def _at(self, attention: Any, at_once: bool) -> At:
         return At(self._layer, self._site, self._module, None if attention is None else attention.view(at_once))
+
+
+def _gated_shift(heads: Sequence[ShiftHead | None]) -> list[Tensor]:
+    """Vector, gate weight and gate bias of each row [rows h ...]. A row without a head has a vector of zeros."""
+    some = next(head for head in heads if head is not None)
+    here = torch.empty(0)
+    without = [torch.zeros_like(x) for x in some.gated_shift(here)]
+    of_rows = [without if head is None else head.gated_shift(here) for head in heads]
+    return [torch.stack([x.detach().float() for x in same]).contiguous() for same in zip(*of_rows, strict=True)]

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailableError, PatchStateError
+from ..ops import native
 from ..types import AttentionView
 
 # The most logits that are in memory at once.
@@ -37,6 +39,18 @@ class Attention:
     def view(self, at_once: bool) -> AttentionView:
         """What a head reads: all tokens as one sample, or each token as a sample of its own."""
         return _View(self, at_once)
+
+    def gated_shift(self, value: Tensor, parameters: Sequence[Tensor], rows: Tensor, strengths: Tensor) -> bool:
+        """Shift the heads' output [n h e] in place, if the ops in C++ can: return whether they did.
+
+        Args:
+            parameters: Vector, gate weight and gate bias of each row of a kind [rows h ...].
+            rows, strengths: Of each token [n].
+        """
+        ops = native.ops_for(value)
+        _check(self._meta)
+        call = _call(self._impl, self._query, self._cache, self._meta)
+        return ops is not None and ops.paged_gated_shift(*call, value, *parameters, rows, strengths)
 
     def queries(self) -> Tensor:
         """[n h d]."""
@@ -71,8 +85,11 @@ class _View(AttentionView):
 
 def lse(impl: Any, query: Tensor, cache: Tensor, meta: Any) -> Tensor:
     """The LSE [n h] of the logits of a call of vLLM's CPU attention, in fp32."""
-    if not meta.causal or meta.dynamic_causal is not None:
-        raise PatchStateError("attention that is not causal has no LSE here: this model can't have gated heads")
+    _check(meta)
+    ops = native.ops_for(query)
+    found = None if ops is None else ops.paged_lse(*_call(impl, query, cache, meta))
+    if found is not None:
+        return found
     keys = keys_of(cache)
     starts, lengths = meta.query_start_loc.long(), meta.seq_lens.long()
     counts = starts[1:] - starts[:-1]
@@ -88,6 +105,17 @@ def lse(impl: Any, query: Tensor, cache: Tensor, meta: Any) -> Tensor:
         at = slice(int(starts[row]), int(starts[row + 1]))
         result[at] = _lse(impl, query[at][None], keys, meta.block_table[one], lengths[one])[0]
     return result
+
+
+def _check(meta: Any) -> None:
+    if not meta.causal or meta.dynamic_causal is not None:
+        raise PatchStateError("attention that is not causal has no LSE here: this model can't have gated heads")
+
+
+def _call(impl: Any, query: Tensor, cache: Tensor, meta: Any) -> tuple[Any, ...]:
+    """What the ops in C++ want to know of a call."""
+    requests = (meta.block_table, meta.query_start_loc, meta.seq_lens)
+    return query, keys_of(cache), *requests, impl.scale, max(0, impl.sliding_window)
 
 
 def _lse(impl: Any, query: Tensor, keys: Tensor, pages: Tensor, lengths: Tensor) -> Tensor:

@@ -149,8 +149,11 @@ class Served:
         if active:
             n = meta.num_actual_tokens
             attention = paged.Attention(impl, query[:n], cache, meta)
+            value = output[:n]
             for heads in active:
-                output[:n] = heads(output[:n], attention)
+                edited = heads(value, attention)
+                if edited is not value:
+                    value.copy_(edited)
                 self._pending -= 1
         return result
 

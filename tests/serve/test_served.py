@@ -83,6 +83,12 @@ def test_a_batch_mixes_stacks_strengths_and_none(llama: Served) -> None:
     llama.check(asks[::-1])  # the blocks are in the cache now
 
 
+def test_steps_of_the_same_size_with_other_stacks(llama: Served) -> None:
+    """Each step has one token, and parameters that were gathered for a step are kept for the next one."""
+    for stack in ("live", "alive", "live"):
+        llama.check([Ask([5], stack, 0.5)])
+
+
 def test_requests_are_cut_preempted_and_share_blocks(llama: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tests above and below are meant to go through does happen in this engine."""
     from vllm.v1.core.sched.scheduler import Scheduler

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import mimic_core as mc
 
+# With log probabilities, vLLM compiles a function that counts, and the first answer of a process takes 15 seconds.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 # vLLM's attention on a CPU has heads of at least 32.
 _TEXT: dict[str, Any] = {
     "vocab_size": 128,
@@ -62,6 +65,7 @@ STACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "vector": ("mimic", {"gate": False}),
     "both": ("mimic", {"mlp_vector": True}),
     "live": ("live", {"sigmoid": True}),
+    "alive": ("live", {"sigmoid": True}),
     "layer": ("live", {"site": "layer_out", "sigmoid": True}),
     "out": ("live", {"site": "attn_out", "sigmoid": True}),
 }

@@ -114,6 +114,43 @@ PyObject* norm_preserving_add(PyObject*, PyObject* const* x, Py_ssize_t n) {
   END_HANDLE_TH_ERRORS
 }
 
+// The first arguments of the two below: query, keys, table, starts, lengths, scale, window
+mimic_core::cpu::Paged paged(PyObject* const* x) {
+  return {THPVariable_Unpack(x[0]), THPVariable_Unpack(x[1]), THPVariable_Unpack(x[2]), THPVariable_Unpack(x[3]),
+          THPVariable_Unpack(x[4]), static_cast<float>(PyFloat_AsDouble(x[5])), PyLong_AsLong(x[6])};
+}
+
+// paged_lse(query, keys, table, starts, lengths, scale, window)
+PyObject* paged_lse(PyObject*, PyObject* const* x, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  if (!are(x, n, "tttttni") || x[5] == Py_None) Py_RETURN_NONE;
+  const auto call = paged(x);
+  MaybeTensor found;
+  {
+    pybind11::gil_scoped_release unlocked;
+    found = mimic_core::paged_lse(call);
+  }
+  return wrapped(std::move(found));
+  END_HANDLE_TH_ERRORS
+}
+
+// paged_gated_shift(query, keys, table, starts, lengths, scale, window, out, vector, gate_weight, gate_bias, rows, strengths):
+// whether it did
+PyObject* paged_gated_shift(PyObject*, PyObject* const* x, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  if (!are(x, n, "tttttnitttttt") || x[5] == Py_None) Py_RETURN_FALSE;
+  const auto call = paged(x);
+  const Tensor &out = THPVariable_Unpack(x[7]), &vector = THPVariable_Unpack(x[8]), &weight = THPVariable_Unpack(x[9]),
+               &bias = THPVariable_Unpack(x[10]), &rows = THPVariable_Unpack(x[11]), &strengths = THPVariable_Unpack(x[12]);
+  bool done;
+  {
+    pybind11::gil_scoped_release unlocked;
+    done = mimic_core::paged_gated_shift(call, out, vector, weight, bias, rows, strengths);
+  }
+  return PyBool_FromLong(done);
+  END_HANDLE_TH_ERRORS
+}
+
 // set_up(bf16_instructions, compile): what Python knows of the processor, and its compiler of CUDA kernels,
 // compile(options, device) -> bytes.
 PyObject* set_up(PyObject*, PyObject* const* x, Py_ssize_t n) {
@@ -161,6 +198,8 @@ PyMethodDef methods[] = {{"shifted_attention", function(shifted_attention), METH
                          {"attention_with_lse", function(attention_with_lse), METH_FASTCALL, nullptr},
                          {"gated_shift", function(gated_shift), METH_FASTCALL, nullptr},
                          {"norm_preserving_add", function(norm_preserving_add), METH_FASTCALL, nullptr},
+                         {"paged_lse", function(paged_lse), METH_FASTCALL, nullptr},
+                         {"paged_gated_shift", function(paged_gated_shift), METH_FASTCALL, nullptr},
                          {"set_up", function(set_up), METH_FASTCALL, nullptr},
                          {"stand_in", function(stand_in), METH_FASTCALL, nullptr},
                          {"enable_cuda", function(enable_cuda), METH_FASTCALL, nullptr},

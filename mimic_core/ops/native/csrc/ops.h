@@ -4,6 +4,7 @@
 #pragma once
 
 #include "autograd.h"
+#include "cpu_paged.h"
 
 namespace mimic_core {
 
@@ -123,6 +124,49 @@ inline MaybeTensor norm_preserving_add_of_samples(const Tensor& x, const Tensor&
   if (any_wants_gradient({&x, &vector, &scale})) return std::nullopt;
   at::AutoDispatchBelowADInplaceOrView below;
   return cpu::norm_preserving_add_of_samples(x.contiguous(), parameter(vector, wide(x)), parameter(scale, wide(x)));
+}
+
+// Whether a call over keys in pages is taken: on a CPU, for decoding alone.
+inline bool takes_pages(const cpu::Paged& call) {
+  const auto &query = call.query, &keys = call.keys;
+  const bool sizes = query.dim() == 3 && keys.dim() == 4 && call.table.dim() == 2;
+  if (!sizes || call.starts.dim() != 1 || call.lengths.dim() != 1) return false;
+  if (on_gpu(query) || query.scalar_type() != keys.scalar_type() || any_wants_gradient({&query, &keys})) return false;
+  if (query.scalar_type() != at::kFloat && query.scalar_type() != at::kBFloat16) return false;
+  for (const Tensor* x : {&call.table, &call.starts, &call.lengths}) {
+    if (x->scalar_type() != at::kInt || x->stride(-1) != 1) return false;
+  }
+  const int64_t d = query.size(2), size = keys.size(3), requests = call.lengths.size(0);
+  if (query.stride(2) != 1 || keys.stride(3) != 1 || keys.stride(2) != size || keys.size(2) != d) return false;
+  if (size % cpu::kKeys || query.size(1) % keys.size(1)) return false;
+  return call.starts.size(0) == requests + 1 && call.table.size(0) >= requests;
+}
+
+// The LSE [n h] of the queries.
+inline MaybeTensor paged_lse(const cpu::Paged& call) {
+  if (!takes_pages(call)) return std::nullopt;
+  const Tensor out = at::full({call.query.size(0), call.query.size(1)}, -std::numeric_limits<float>::infinity(),
+                              call.query.options().dtype(at::kFloat));
+  const auto run = call.query.scalar_type() == at::kFloat ? cpu::paged_lse_of<float> : cpu::paged_lse_of<at::BFloat16>;
+  run(call, out);
+  return out;
+}
+
+// Shifts out [n h e] in place, each token by the parameters of its row. Returns whether it did.
+inline bool paged_gated_shift(const cpu::Paged& call, const Tensor& out, const Tensor& vector, const Tensor& weight,
+                              const Tensor& bias, const Tensor& rows, const Tensor& strengths) {
+  if (!takes_pages(call) || out.dim() != 3 || out.stride(2) != 1 || out.scalar_type() != call.query.scalar_type()) return false;
+  const int64_t n = call.query.size(0), h = call.query.size(1), d = call.query.size(2), e = out.size(2);
+  if (vector.dim() != 3 || !has_sizes(out, {n, h, e}) || !has_sizes(rows, {n}) || !has_sizes(strengths, {n})) return false;
+  const int64_t stacks = vector.size(0);
+  if (!has_sizes(vector, {stacks, h, e}) || !has_sizes(weight, {stacks, h, d}) || !has_sizes(bias, {stacks, h})) return false;
+  for (const Tensor* x : {&vector, &weight, &bias, &strengths}) {
+    if (x->scalar_type() != at::kFloat || !x->is_contiguous() || on_gpu(*x)) return false;
+  }
+  if (rows.scalar_type() != at::kLong || !rows.is_contiguous()) return false;
+  const auto run = out.scalar_type() == at::kFloat ? cpu::paged_shift_of<float> : cpu::paged_shift_of<at::BFloat16>;
+  run(call, out, vector, weight, bias, rows, strengths);
+  return true;
 }
 
 }  // namespace mimic_core
