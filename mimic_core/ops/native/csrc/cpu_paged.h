@@ -56,29 +56,32 @@ inline void logits_of(const float* queries, const S* keys, int64_t d, int64_t st
   for (int64_t j = 0; j < kQueries; ++j) to[j] = found[j];
 }
 
-// The LSE of logits that come in parts.
+// The LSE of logits that come in parts: one of each lane, which are added at the end. To add up the lanes of each part takes
+// longer than the products of a query with its keys.
 struct LSE {
-  float most = -std::numeric_limits<float>::infinity();
-  double sum = 0;
+  Keys most = Keys{} - 1e30f, sum = {};
 
   // Of keys `first` to `last` of a part.
   void add(Keys x, int64_t first, int64_t last) {
-    float most_here = most;
-    for (int64_t i = 0; i < kKeys; ++i) {
-      if (i < first || i >= last) x[i] = -std::numeric_limits<float>::infinity();
-      most_here = std::max(most_here, x[i]);
+    Ints seen = ~Ints{};
+    if (first > 0 || last < kKeys) {
+      for (int64_t i = 0; i < kKeys; ++i) seen[i] = i >= first && i < last ? -1 : 0;
     }
-    if (most_here > most) {
-      sum *= std::exp(static_cast<double>(most) - most_here);
-      most = most_here;
-    }
-    const Keys e = exp_of(x - most);
-    float part = 0;
-    for (int64_t i = 0; i < kKeys; ++i) part += e[i];
-    sum += part;
+    x = seen ? x : most;  // changes no maximum
+    const Keys next = x > most ? x : most;
+    const Keys e = exp_of(x - next);
+    sum = sum * exp_of(most - next) + (seen ? e : Keys{});
+    most = next;
   }
 
-  float value() const { return static_cast<float>(most + std::log(sum)); }
+  float value() const {
+    float highest = most[0];
+    for (int64_t i = 1; i < kKeys; ++i) highest = std::max(highest, most[i]);
+    const Keys e = sum * exp_of(most - highest);
+    double total = 0;
+    for (int64_t i = 0; i < kKeys; ++i) total += e[i];
+    return static_cast<float>(highest + std::log(total));
+  }
 };
 
 // Requests of which the last tokens are in a call. Their queries are [n h d], those of request i from starts[i] on; its keys,
