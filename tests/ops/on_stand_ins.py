@@ -151,6 +151,12 @@ def test_norm_preserving_add(number: bool, shape: tuple[int, ...], dtype: torch.
     for i, (mine, exact) in enumerate(zip(*made, strict=True)):
         assert_near("out" if i == 0 else f"grad {i}", mine, exact.double(), dtype)
     assert torch.equal(ops.norm_preserving_add(x, torch.zeros(shape[-1]), 0.7), x), "a vector of zero changes no bit"
+    opposite = x.detach().float().clone().requires_grad_()
+    row = opposite[(0,) * (len(shape) - 1)].detach()
+    found = ops.norm_preserving_add(opposite, -2 * row, 0.5)
+    (gradient,) = torch.autograd.grad(found, opposite, torch.ones_like(found))
+    assert not found[(0,) * (len(shape) - 1)].any(), "a sum of exactly zero stays zero"
+    assert gradient.isfinite().all()
 
 
 def test_a_shift_of_zero_changes_no_bit(chosen: dict[str, Any]) -> None:
