@@ -9,6 +9,7 @@ import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import mimic_core as mc
 
-# With log probabilities, vLLM compiles a function that counts, and the first answer of a process takes 15 seconds.
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
+# With log probabilities, vLLM compiles a function that counts, and the first answer of a process takes 15 seconds. Where
+# there is no vLLM, other tests compile.
+if find_spec("vllm") is not None:
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 # vLLM's attention on a CPU has heads of at least 32.
 _TEXT: dict[str, Any] = {
     "vocab_size": 128,
