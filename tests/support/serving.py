@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import mimic_core as mc
 
-# With log probabilities, vLLM compiles a function that counts, and the first answer of a process takes 15 seconds. Where
-# there is no vLLM, other tests compile.
+# With log probabilities, vLLM compiles a function that counts, and the first answer of a process takes 15 seconds.
+# Where there is no vLLM, other tests compile.
 if find_spec("vllm") is not None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
 # vLLM's attention on a CPU has heads of at least 32.
