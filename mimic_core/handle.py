@@ -232,7 +232,7 @@ def edits_of(found: Located, shifts: ShiftStack | StackSet) -> list[SiteEdit]:
                 # Calling the module instead of its forward takes twice as long, because torch looks for hooks.
                 run=head.forward if (run := head.edits()[site]) is head else run,
                 shift=head.gated_shift if site == "attn_heads" and head.is_gated_shift else None,
-                addition=head._parameters if head.is_addition else None,
+                addition=head.addition() if run is head else None,
                 fused=head.fused if site == "attn_heads" else None,
                 needs_lse=head.needs_lse and site == "attn_heads",
                 needs_positions=head.needs_prompt_end,

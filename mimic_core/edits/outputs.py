@@ -168,7 +168,7 @@ def _run_as(forward: Callable[..., Any]) -> Callable[..., Any]:
             return self.run(*args, **kwargs)
         module = self.module
         output = type(module).forward(module, *args, **kwargs)
-        if output.__class__ is Tensor and (ops := ops_for(output)) is not None:
+        if output.__class__ is Tensor and output.ndim != 2 and (ops := ops_for(output)) is not None:
             parameters, state, bit = only
             run = state.here.run
             if run is not None:

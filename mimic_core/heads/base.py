@@ -85,8 +85,6 @@ class ShiftHead(nn.Module):
         needs_at: `forward` reads its `At`. If False, it gets None, which saves time.
         is_gated_shift: `site` is `attn_heads`, and `forward` is exactly `ops.gated_shift` with the parameters that
             `gated_shift` returns. Attention and shift are then one call, wherever that gives the same bits.
-        is_addition: `site` is the output of a module, and `forward` is exactly `ops.norm_preserving_add` with the
-            parameters `vector` and `scale`.
         takes_samples: All edits also work if each parameter, as `own` returns it, has one more axis in front: one value
             for each sample. In a `StackSet`, such heads run once for a batch. Others run once for each stack.
         per_head: Names of the parameters whose first axis is all attention heads. With it a head says that its formula
@@ -103,7 +101,6 @@ class ShiftHead(nn.Module):
     needs_prompt_end: bool = False
     needs_at: bool = True
     is_gated_shift: bool = False
-    is_addition: bool = False
     takes_samples: bool = False
     per_head: tuple[str, ...] | None = None
     taken: tuple[Taken, ...] = ()
@@ -124,6 +121,12 @@ class ShiftHead(nn.Module):
     def gated_shift(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Vector, gate weight and gate bias on the query's device. Needed if `is_gated_shift` is True."""
         raise NotImplementedError(f"{type(self).__name__} has is_gated_shift and must define gated_shift(query)")
+
+    def addition(self) -> Mapping[str, Tensor | None] | None:
+        """The parameters, if `site` is the output of a module and `forward` is exactly `ops.norm_preserving_add` with
+        `vector` and `scale` of these. It is then called at once. None: the head does something else.
+        """
+        return None
 
     def fused(self, at: At) -> Tensor | None:
         """Attention and shift in one call, from `at.query`, `at.key`, `at.value`: [b t h e].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,7 +60,6 @@ class LIVEHead(ShiftHead):
         super().__init__(config, layer)
         self.site = config.site
         self.vector = nn.Parameter(torch.randn(layer.hidden_size, dtype=torch.float32) * config.vector_std)
-        self.is_addition = config.learn_scale and not config.sigmoid
         scale = torch.tensor(config.scale_init, dtype=torch.float32)
         if config.learn_scale:
             self.scale = nn.Parameter(scale)
@@ -71,3 +71,10 @@ class LIVEHead(ShiftHead):
         if vector.device != value.device:
             vector, scale = vector.to(value.device), scale.to(value.device)
         return ops.norm_preserving_add(value, vector, scale.sigmoid() if self.config.sigmoid else scale)
+
+    def addition(self) -> Mapping[str, Tensor | None] | None:
+        as_written = getattr(self.forward, "__func__", None) is _FORWARD  # a subclass may do something else
+        return self._parameters if as_written and self.config.learn_scale and not self.config.sigmoid else None
+
+
+_FORWARD = LIVEHead.forward

@@ -78,7 +78,8 @@ class MimICHead(ShiftHead):
         if config.mlp_vector:
             self.mlp_vector = nn.Parameter(torch.randn(layer.hidden_size, dtype=torch.float32) * config.vector_std)
         self.needs_lse = config.gate and config.log_z2 == "attended"
-        self.is_gated_shift = self.needs_lse and not config.shared
+        # A subclass with another formula would otherwise not be asked.
+        self.is_gated_shift = self.needs_lse and not config.shared and type(self).forward is _FORWARD
         self.per_head = None if config.shared else ("vector", "gate_weight", "gate_bias")
 
     def forward(self, value: Float[Tensor, "b t h e"], at: At) -> Float[Tensor, "b t h e"]:
@@ -118,3 +119,6 @@ class MimICHead(ShiftHead):
     def shift_mlp(self, value: Float[Tensor, "b t c"], at: At) -> Float[Tensor, "b t c"]:
         """Add the norm-preserving vector to the MLP output."""
         return ops.norm_preserving_add(value, self.own("mlp_vector").to(value.device), 1.0)
+
+
+_FORWARD = MimICHead.forward

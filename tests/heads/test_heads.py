@@ -201,6 +201,24 @@ def test_a_head_of_ones_own() -> None:
     assert not torch.allclose(results[0], plain, atol=1e-2)
 
 
+@pytest.mark.parametrize(("name", "site"), [("live", "mlp_out"), ("mimic", "attn_heads")])
+def test_a_subclass_with_another_formula_is_asked(name: str, site: Site) -> None:
+    """The fast paths of the two heads are for their own formulas."""
+    model, inputs = model_of(LLAMA), LLAMA.inputs()
+    shifts = mc.build_shifts(model, name)
+
+    class Louder(type(shifts[0])):
+        def forward(self, value: Tensor, at: mc.At) -> Tensor:
+            return value * 1.5
+
+    for layer in shifts.layers:
+        shifts.heads[str(layer)] = Louder(shifts.config, shifts[layer].layer)
+    with torch.no_grad(), mc.patch(model, shifts):
+        found = logits_of(model, inputs)
+    with torch.no_grad(), mc.hook(model, site, lambda value, at: value * 1.5):
+        assert torch.equal(found, logits_of(model, inputs))
+
+
 def test_a_head_without_forward_says_so() -> None:
     @mc.register_head("unfinished-for-test")
     class Unfinished(mc.ShiftHead):
