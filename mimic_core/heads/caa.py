@@ -8,12 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..types import At, Site
-from .base import HeadConfig, Taken, register_head
-from .vector import VectorHead, beside, check_scale
+from .base import Taken, register_head
+from .vector import ScaledConfig, VectorHead, beside
 
 
 @dataclass(frozen=True)
-class CAAConfig(HeadConfig):
+class CAAConfig(ScaledConfig):
     """Options of `CAAHead`.
 
     Attributes:
@@ -24,12 +24,6 @@ class CAAConfig(HeadConfig):
     Raises:
         ShapeError: `scale` is no finite number.
     """
-
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_scale(self.scale)
 
 
 @register_head("caa")

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .. import ops
 from ..types import At, Site
-from .base import HeadConfig, Taken, register_head
-from .vector import VectorHead, check_scale
+from .base import Taken, register_head
+from .vector import ScaledConfig, VectorHead
 
 
 @dataclass(frozen=True)
-class ICVConfig(HeadConfig):
+class ICVConfig(ScaledConfig):
     """Options of `ICVHead`.
 
     Attributes:
@@ -26,10 +26,6 @@ class ICVConfig(HeadConfig):
     """
 
     scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_scale(self.scale)
 
 
 @register_head("icv")

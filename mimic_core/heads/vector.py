@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,23 @@ from torch import Tensor, nn
 from ..errors import ShapeError
 from ..types import At, LayerSpec, Site
 from .base import Edit, HeadConfig, ShiftHead
+
+
+@dataclass(frozen=True)
+class ScaledConfig(HeadConfig):
+    """Options of a head with a factor that is not trained.
+
+    Raises:
+        ShapeError: `scale` is no finite number.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scale: object = self.scale
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ShapeError(f"scale should be a finite number, found {scale!r}")
 
 
 class VectorHead(ShiftHead):
@@ -53,13 +71,3 @@ class TwoOutputsHead(ShiftHead):
 def beside(vector: Tensor, value: Tensor) -> Tensor:
     """A vector [c] as it is added to `value` [b t c]: [1 c], or [b 1 c] with one for each sample."""
     return vector.to(value.device).unsqueeze(-2)
-
-
-def check_scale(scale: object) -> None:
-    """Check a factor of a config.
-
-    Raises:
-        ShapeError: it is no finite number.
-    """
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ShapeError(f"scale should be a finite number, found {scale!r}")
