@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, wraps
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from .prompts import EDITED
 from .watch import Around
 
 _FORWARD, _KEY = "forward", EDITED
+_REPLICATE = "_replicate_for_data_parallel"  # nn.DataParallel calls it to copy a module
 
 
 class EditedForward:
@@ -56,6 +57,7 @@ class EditedForward:
             marks = not entries and not around and self.below is None
             self._stands = MethodType(of_class, self.module) if marks else MethodType(_run_as(of_class), self)
             self.module.__dict__[_FORWARD] = self._stands
+            self.module.__dict__[_REPLICATE] = _refuse_replica
 
     @property
     def _is_on_top(self) -> bool:
@@ -155,6 +157,8 @@ class EditedForward:
             self.module.__dict__[_FORWARD] = self.below
         if self.module.__dict__.get(_KEY) is self:
             del self.module.__dict__[_KEY]
+        if not isinstance(getattr(self.module.__dict__.get(_FORWARD), "__self__", None), EditedForward):
+            self.module.__dict__.pop(_REPLICATE, None)
 
 
 @cache
@@ -180,6 +184,13 @@ def _run_as(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     run.__name__ = "run"  # pickle finds it by this name
     return run
+
+
+def _refuse_replica() -> NoReturn:
+    raise PatchStateError(
+        "nn.DataParallel runs copies of a patched model that share its edits, on other devices: use "
+        "DistributedDataParallel, or one device"
+    )
 
 
 def below_edits(module: object) -> Any:

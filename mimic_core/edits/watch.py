@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class _Here:
         run: The innermost forward that it is inside, or None.
     """
 
-    __slots__ = ("ran", "run", "shape")
+    __slots__ = ("__weakref__", "ran", "run", "shape")
 
     def __init__(self) -> None:
         self.ran = True
@@ -85,10 +86,18 @@ class _Here:
 
 
 class State(threading.local):
-    """An object for each thread, because each attribute of a `threading.local` has to be searched for."""
+    """An object for each thread, because each attribute of a `threading.local` has to be searched for.
 
-    def __init__(self) -> None:
+    Args:
+        threads: The objects of all threads; those of threads that have ended drop out.
+        lock: Held while one is added.
+    """
+
+    def __init__(self, threads: WeakSet[_Here] | None = None, lock: threading.Lock | None = None) -> None:
         self.here = _Here()
+        if threads is not None and lock is not None:
+            with lock:
+                threads.add(self.here)
 
 
 class ForwardWatch:
@@ -109,12 +118,11 @@ class ForwardWatch:
         self._start_outside()
 
     def _start_outside(self) -> None:
-        self.state = State()
-        # The threads inside a forward, and those that have switched the edits off, as often as they have.
-        self._inside: set[int] = set()
-        self._off: list[int] = []
-        self.changes = 0  # how often the edits were switched on or off, or removed
         self._lock = threading.Lock()  # between what other threads do and what is done for it
+        self._threads: WeakSet[_Here] = WeakSet()
+        self.state = State(self._threads, self._lock)
+        self._off: list[int] = []  # the threads that have switched the edits off, as often as they have
+        self.changes = 0  # how often the edits were switched on or off, or removed
         self.callers = 0
         self.had_callers = False
         self._releases = [method.retain(self) for method in (watched_generate, *WATCHED)]
@@ -157,30 +165,31 @@ class ForwardWatch:
         Raises:
             PatchStateError: another thread has switched the edits off.
         """
-        here, ident = self.state.here, threading.get_ident()
-        # What can raise comes first, because a forward that has not begun does not end. The mask is the decoder's own,
-        # which comes last: an encoder has another one.
+        here, changes = self.state.here, self.changes
+        # The mask is the decoder's own, which comes last: an encoder has another one.
         looks = self._looks or self.callers > 0
         shape = _shape_of_tokens(arguments) if self._wants_sizes or looks else None
         given = self.given if looks else None
         forward = self._look(arguments, shape, decoder, given) if looks else None
         has_grad = torch.is_grad_enabled()
-        with self._lock:
-            if here.run is None:
-                if self._off and ident not in self._off:
-                    raise PatchStateError(
-                        "another thread is inside `handle.disabled()`, so this forward would run without its edits: "
-                        "call `handle.disabled()` in the thread that runs the model, wait for the other one, or give "
-                        "each thread a copy of the model"
-                    )
-                self._inside.add(ident)
-            was_on, changes = not self._off, self.changes
-        generation = None
+        outer, generation = here.run, None
         if given is not None:
             self.had_callers |= given.limits and has_grad
-            generation = None if here.run is not None or given.samples is None else current_generation()
+            generation = None if outer is not None or given.samples is None else current_generation()
+        run = Run(forward, shape or self._shape, has_grad, True, given, generation, changes, outer)
+        # Without a lock, which costs more at each decoded token. `switch_off` does the same two steps in the other
+        # order of things, so at least one of two threads sees the other.
+        here.run = run
+        if self._off:
+            if outer is None and threading.get_ident() not in self._off:
+                here.run = None  # a forward that has not begun does not end
+                raise PatchStateError(
+                    "another thread is inside `handle.disabled()`, so this forward would run without its edits: "
+                    "call `handle.disabled()` in the thread that runs the model, wait for the other one, or give "
+                    "each thread a copy of the model"
+                )
+            run.was_on = False
         here.ran = True
-        here.run = Run(forward, shape or self._shape, has_grad, was_on, given, generation, changes, here.run)
 
     def _look(
         self, arguments: Mapping[str, Any], shape: Sequence[int] | None, decoder: nn.Module, given: Given | None
@@ -200,8 +209,6 @@ class ForwardWatch:
         run = here.run
         assert run is not None
         here.run, here.shape = run.outer, run.shape
-        if here.run is None:
-            self._inside.discard(threading.get_ident())
         return run
 
     def switch_off(self) -> None:
@@ -210,14 +217,15 @@ class ForwardWatch:
         Raises:
             PatchStateError: another thread is in the middle of a forward with them.
         """
-        here = threading.get_ident()
+        here = self.state.here  # in a new thread, this takes the lock
         with self._lock:
-            if not self._off and self._inside - {here}:
+            self._off.append(threading.get_ident())
+            if len(self._off) == 1 and any(one.run is not None for one in self._threads if one is not here):
+                self._off.pop()
                 raise PatchStateError(
                     "another thread is in a forward of this model, which `handle.disabled()` would change half-way: "
                     "wait for it, or give each thread a copy of the model"
                 )
-            self._off.append(here)
             self.changes += 1
 
     def switch_on(self) -> None:
@@ -234,7 +242,9 @@ class ForwardWatch:
     @property
     def is_in_use(self) -> bool:
         """Whether a forward runs or a thread says something about forwards."""
-        return bool(self._inside or self._off or self.callers or self.given is not None)
+        with self._lock:
+            inside = any(one.run is not None for one in self._threads)
+        return inside or bool(self._off or self.callers or self.given is not None)
 
     @property
     def in_forward(self) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import load_shifts, save_shifts
+from ..edits.outputs import EditedForward
 from ..errors import PatchStateError
 from ..patch import hook, patch
 from ..types import At, Site
@@ -116,18 +117,19 @@ def all_or_nothing(s: Subject) -> str:
     stacks = _some(s.stacks())
     tried = 0
     for name, stack in stacks.items():
-        # The last steps of a patch, after it has edited the sites.
-        places = [(s.inner, "register_forward_pre_hook"), (s.inner, "register_forward_hook")]
-        for module, method in places:
-            before = Snapshot(s.model)
-            with _failing(module, method):
+        before = Snapshot(s.model)
+        with _failing(at=None) as steps:
+            patch(s.model, stack).remove()
+        # In the middle of the sites, and at the last step.
+        for at in sorted({len(steps) // 2, len(steps) - 1}):
+            with _failing(at):
                 try:
                     patch(s.model, stack)
                 except Planted:
                     tried += 1
                 else:
-                    raise BrokenLaw(f"{name}: patching hid an error of {method} of {type(module).__name__}")
-            _unchanged(before, f"{name} failed at {type(module).__name__}", attributes=True)
+                    raise BrokenLaw(f"{name}: patching hid an error in step {at} of {len(steps)}")
+            _unchanged(before, f"{name} failed in step {at} of {len(steps)}", attributes=True)
     with torch.no_grad():
         if not same_bits(s.run(), s.logits):
             raise BrokenLaw("after failed patches the logits are not the unpatched model's")
@@ -266,15 +268,21 @@ def _gradients_from_the_start(s: Subject) -> Iterator[None]:
 
 
 @contextmanager
-def _failing(module: nn.Module, method: str) -> Iterator[None]:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise Planted
+def _failing(at: int | None) -> Iterator[list[nn.Module]]:
+    """Inside the `with`, the step `at` of a patch fails. Gives the modules of the steps."""
+    claim, steps = EditedForward.claim, []
 
-    vars(module)[method] = fail
+    def counted(module: nn.Module, *args: Any, **kwargs: Any) -> EditedForward:
+        steps.append(module)
+        if len(steps) - 1 == at:
+            raise Planted
+        return claim(module, *args, **kwargs)
+
+    EditedForward.claim = counted
     try:
-        yield
+        yield steps
     finally:
-        del vars(module)[method]
+        EditedForward.claim = staticmethod(claim)
 
 
 @contextmanager
