@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import ShapeError
-from ..ops._precision import full_precision, wide
+from ..ops._precision import full_precision
 from ..types import At, LayerSpec, Site
 from .base import HeadConfig, ShiftHead, register_head
 
@@ -90,18 +90,15 @@ class VirtualKVHead(ShiftHead):
             self.register_buffer("weight", weight)
 
     def forward(self, value: Float[Tensor, "b t h e"], at: At) -> Float[Tensor, "b t h e"]:
+        query = at.query
         with full_precision(value):
-            query = wide(at.query)
             keys, values = self._pairs("key", query), self._pairs("value", query)
-            logits = query @ (keys * at.scale).mT
-            log_z1 = logits.logsumexp(-1)
-            a = ops.gate(log_z1, at.lse) * self.own("weight").to(query)[..., None]
-            # Not softmax: on a CPU, torch's takes 10 times as long for rows of less than 16 numbers.
-            virtual = (logits - log_z1[..., None]).exp() @ values
-            return torch.lerp(wide(value), virtual.transpose(1, 2), a.transpose(1, 2)[..., None]).to(value.dtype)
+        weight = self.own("weight").to(keys)
+        return ops.virtual_context(value, query, at.lse, keys, values, weight, at.scale)
 
     def _pairs(self, name: str, like: Tensor) -> Tensor:
         """The keys or values [*b h n _], in the dtype and on the device of the computation."""
+        kind = torch.float64 if like.dtype == torch.float64 else torch.float32
         if self.config.rank is None:
-            return self.own(name).to(like)
-        return self.own(f"{name}_left").to(like) @ self.own(f"{name}_right").to(like)
+            return self.own(name).to(like.device, kind)
+        return self.own(f"{name}_left").to(like.device, kind) @ self.own(f"{name}_right").to(like.device, kind)

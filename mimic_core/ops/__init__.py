@@ -233,6 +233,24 @@ def shifted_attention(
         return _reference.gated_shift(out, q, lse, vector, gate_weight, gate_bias)
 
 
+def virtual_context(
+    attn_out: Float[Tensor, "b t h e"],
+    query: Float[Tensor, "b h t d"],
+    lse: Float[Tensor, "b h t"],
+    keys: Float[Tensor, "*b h n d"],
+    values: Float[Tensor, "*b h n e"],
+    weight: Float[Tensor, "*b 1"],
+    scale: float,
+) -> Float[Tensor, "b t h e"]:
+    """Attention that is done, as if its context had some more keys and values: see `VirtualKVHead`. Not public."""
+    if keys.ndim == 3 and (ops := native.ops_for(query)):
+        out = ops.virtual_context(attn_out, query, lse, keys, values, weight, scale)
+        if out is not None:
+            return out
+    with full_precision(query):
+        return _reference.virtual_context(attn_out, query, lse, keys, values, weight, scale)
+
+
 def norm_preserving_add(
     x: Float[Tensor, "... c"], vector: Float[Tensor, "*b c"], scale: Float[Tensor, "*b"] | float
 ) -> Float[Tensor, "... c"]:

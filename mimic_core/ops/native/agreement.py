@@ -74,6 +74,10 @@ def _results(native: ModuleType, device: torch.device, dtype: torch.dtype) -> It
         own = x[:, None], normal(5, 72), normal(5)
         if (found := native.norm_preserving_add(*own)) is not None:
             yield "norm_preserving_add of samples", found, _reference.norm_preserving_add(*own)
+        out, lse = _attention(q, k, v)
+        beside = out, q, lse, normal(4, 3, 64), normal(4, 3, 64), normal(1), 0.125
+        if (found := native.virtual_context(*beside)) is not None:
+            yield "virtual_context", found, _reference.virtual_context(*beside)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -95,6 +95,22 @@ PyObject* gated_shift(PyObject*, PyObject* const* x, Py_ssize_t n) {
   END_HANDLE_TH_ERRORS
 }
 
+// virtual_context(attn_out, query, lse, keys, values, weight, scale)
+PyObject* virtual_context(PyObject*, PyObject* const* x, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  if (!are(x, n, "ttttttn") || x[6] == Py_None) Py_RETURN_NONE;
+  MaybeTensor found;
+  {
+    const Tensor &out = THPVariable_Unpack(x[0]), &q = THPVariable_Unpack(x[1]), &lse = THPVariable_Unpack(x[2]),
+                 &keys = THPVariable_Unpack(x[3]), &values = THPVariable_Unpack(x[4]), &weight = THPVariable_Unpack(x[5]);
+    const double scale = *maybe_number(x[6]);
+    pybind11::gil_scoped_release unlocked;
+    found = mimic_core::virtual_context(out, q, lse, keys, values, weight, scale);
+  }
+  return wrapped(std::move(found));
+  END_HANDLE_TH_ERRORS
+}
+
 // norm_preserving_add(x, vector, scale), the scale a tensor or a number
 PyObject* norm_preserving_add(PyObject*, PyObject* const* x, Py_ssize_t n) {
   HANDLE_TH_ERRORS
@@ -197,6 +213,7 @@ PyCFunction function(F* f) {
 PyMethodDef methods[] = {{"shifted_attention", function(shifted_attention), METH_FASTCALL, nullptr},
                          {"attention_with_lse", function(attention_with_lse), METH_FASTCALL, nullptr},
                          {"gated_shift", function(gated_shift), METH_FASTCALL, nullptr},
+                         {"virtual_context", function(virtual_context), METH_FASTCALL, nullptr},
                          {"norm_preserving_add", function(norm_preserving_add), METH_FASTCALL, nullptr},
                          {"paged_lse", function(paged_lse), METH_FASTCALL, nullptr},
                          {"paged_gated_shift", function(paged_gated_shift), METH_FASTCALL, nullptr},

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "autograd.h"
-#include "cpu_paged.h"
+#include "cpu_virtual.h"
 
 namespace mimic_core {
 
@@ -78,6 +78,29 @@ inline MaybeTensor gated_shift(const Tensor& attn_out, const Tensor& q, const Te
     return GatedShift::apply(attn_out, q, lse, vector, weight, bias);
   at::AutoDispatchBelowADInplaceOrView below;
   return gated_shift_rows(attn_out, q, lse, {vector, weight, bias}, Tensor());
+}
+
+// Attention that is done, as if its context had the keys [h n d] and values [h n e] too; on a CPU, without a gradient.
+inline MaybeTensor virtual_context(const Tensor& attn_out, const Tensor& q, const Tensor& lse, const Tensor& keys,
+                                   const Tensor& values, const Tensor& weight, double scale) {
+  if (!unwatched() || !is_plain(q) || !is_plain_beside(attn_out, q) || !is_plain_beside(lse, q) || on_gpu(q)) return std::nullopt;
+  if (q.dim() != 4 || attn_out.dim() != 4 || keys.dim() != 3 || q.numel() == 0 || attn_out.numel() == 0) return std::nullopt;
+  if (!is_supported(q) || q.scalar_type() == at::kDouble || attn_out.scalar_type() != q.scalar_type()) return std::nullopt;
+  const int64_t b = q.size(0), h = q.size(1), t = q.size(2), d = q.size(3), e = attn_out.size(3), n = keys.size(1);
+  if (!has_sizes(attn_out, {b, t, h, e}) || !has_sizes(lse, {b, h, t}) || !has_sizes(keys, {h, n, d})) return std::nullopt;
+  if (n == 0 || !has_sizes(values, {h, n, e}) || weight.numel() != 1) return std::nullopt;
+  for (const Tensor* x : {&keys, &values, &weight, &lse}) {
+    if (x->scalar_type() != at::kFloat || !is_plain_beside(*x, q)) return std::nullopt;
+  }
+  if (any_wants_gradient({&attn_out, &q, &lse, &keys, &values, &weight})) return std::nullopt;
+  at::AutoDispatchBelowADInplaceOrView below;
+  const Tensor out = at::empty(attn_out.sizes(), attn_out.options());
+  const auto run = q.scalar_type() == at::kFloat      ? cpu::virtual_rows<float>
+                   : q.scalar_type() == at::kBFloat16 ? cpu::virtual_rows<at::BFloat16>
+                                                      : cpu::virtual_rows<at::Half>;
+  run(last_axis_contiguous(attn_out), last_axis_contiguous(q), lse, keys.contiguous(), values.contiguous(), weight,
+      static_cast<float>(scale), out);
+  return out;
 }
 
 // Output [b t h d], shifted.
