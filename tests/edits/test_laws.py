@@ -124,7 +124,7 @@ def test_an_error_midway_leaves_the_model_as_it_was(case: Case, head: str, monke
 
 @over_attention
 @over_cases
-@pytest.mark.parametrize("site", ["query", "value", "attn_heads", "attn_out", "mlp_out", "layer_out"])
+@pytest.mark.parametrize("site", ["query", "value", "attn_heads", "attn_out", "mlp_out", "layer_out", "layer_in"])
 def test_an_exception_inside_forward_leaves_the_handle_removable(case: Case, attention: str, site: str) -> None:
     model, inputs = model_of(case, attention), case.inputs()
     state, before = snapshot(model), logits_of(model, inputs)
