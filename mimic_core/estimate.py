@@ -33,9 +33,9 @@ def estimate(
     positions: Positions = "prompt_end",
     rank: int = 64,
 ) -> None:
-    """Fill a stack with values from the model's activations: ICV, CAA, I2CL and task vectors.
+    """Fill a stack with values from the model's activations: ICV, CAA, I2CL, MTV and task vectors.
 
-        mc.estimate(model, shifts, [inputs])                     # "i2cl", "task_vector": prompts with demonstrations
+        mc.estimate(model, shifts, [inputs])                     # "i2cl", "mtv", "task_vector": with demonstrations
         mc.estimate(model, shifts, [(inputs_x, inputs_y)])       # "icv", "caa": y minus x, sample by sample
 
     What is taken is said by the head (`ShiftHead.taken`): a mean over samples, or the first principal component. The

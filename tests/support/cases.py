@@ -26,7 +26,8 @@ from transformers import (
 )
 
 import mimic_core as mc
-from mimic_core.heads import head_for_config
+from mimic_core.heads import LoReFTHead, head_for_config
+from mimic_core.heads.loreft import orthonormal
 from mimic_core.types import ATTENTION_SITES
 
 TEXT: dict[str, Any] = {
@@ -202,10 +203,15 @@ HEADS: dict[str, mc.HeadConfig] = {
     "virtual-kv": mc.VirtualKVConfig(n=3),
     "virtual-kv-low-rank": mc.VirtualKVConfig(n=3, rank=2, learn_weight=True),
     "hyper-icl": mc.HyperICLConfig(rank=2),
+    "ia3": mc.IA3Config(),
+    "loreft": mc.LoReFTConfig(rank=2, positions="all"),
+    "mtv": mc.MTVConfig(),
 }
 SITE_OF_HEAD = {name: getattr(config, "site", None) or head_for_config(config).site for name, config in HEADS.items()}
 # These act where the prompt ends, so a longer text is another prompt to them.
-PROMPT_HEADS = ("task-vector", "function-vector")
+PROMPT_HEADS = ("task-vector", "function-vector", "mtv")
+# These act on keys and values, so on all tokens.
+UNLIMITED_HEADS = ("ia3",)
 
 
 def random_shifts(model: nn.Module, head: str, scale: float = 0.5) -> mc.ShiftStack:
@@ -228,6 +234,11 @@ def zero_vectors(shifts: mc.ShiftStack) -> mc.ShiftStack:
             p.data.zero_()
         elif name.endswith("scales"):  # of I2CL: of what is there, and of the vector
             p.data[0] = 1
+        elif name.endswith(("key_scale", "value_scale", "mlp_scale")):
+            p.data.fill_(1)
+    for head in shifts:
+        if isinstance(head, LoReFTHead):
+            head.weight.data, head.bias.data = orthonormal(head.rotation.detach()), torch.zeros_like(head.bias)
     return shifts
 
 

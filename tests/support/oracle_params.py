@@ -32,6 +32,12 @@ def oracle_params(shifts: mc.ShiftStack, depth: int) -> tuple[list[dict[str, Any
             options = {"kind": "two outputs"}
         elif isinstance(config, mc.VirtualKVConfig):
             options = {"kind": "virtual_kv", "weight": config.weight_init}
+        elif isinstance(config, mc.IA3Config):
+            options = {"kind": "ia3"}
+        elif isinstance(config, mc.LoReFTConfig):
+            options = {"kind": "loreft"}
+        elif isinstance(config, mc.MTVConfig):
+            options = {"kind": "mtv"}
         elif isinstance(config, mc.HyperICLConfig):
             options = {"kind": "hyper_icl"}
         else:
