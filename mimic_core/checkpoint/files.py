@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..adapters import locate
 from ..build import place
 from ..errors import CheckpointError, MimicError
-from ..heads import ShiftStack, head_class
+from ..heads import ComposedStack, ShiftStack, head_class
+from ..heads.composed import check_count
 from ..heads.stack import check_stack
 from ..origins import Origin, origin_of
 from ..types import LayerSpec, ModelSpec
@@ -59,12 +60,15 @@ def save_shifts(
     shifts = check_stack(shifts)
     if push_to_hub is not None:
         hub.check_one_pushes(shifts)
+    head, config = ([part.name for part in shifts.parts], [part.config.to_dict() for part in shifts.parts])
+    if shifts.parts == (shifts,):
+        head, config = head[0], config[0]
     shared = _shared(shifts)
     tensors = {
         name: _whole(x.detach()).cpu().contiguous() for name, x in shifts.state_dict().items() if name not in shared
     }
     with torch.random.fork_rng(devices=[]):
-        fresh = ShiftStack(head_class(shifts.name), shifts.config, shifts.spec)
+        fresh = _stack_of(head, config, shifts.spec, None)
     if problems := _problems(fresh, tensors | {name: tensors[first] for name, first in shared.items()}):
         raise CheckpointError(f"these shifts are not saved, since they could not be loaded again: {problems}")
     target = Path(path)
@@ -73,8 +77,8 @@ def save_shifts(
     description = {
         "format": FORMAT,
         "version": VERSION,
-        "head": shifts.name,
-        "config": shifts.config.to_dict(),
+        "head": head,
+        "config": config,
         "model": _described(shifts.spec),
         "origin": None if shifts.origin is None else asdict(shifts.origin),
         "sha256": hashlib.sha256(content).hexdigest(),
@@ -122,16 +126,14 @@ def load_shifts(
     folder = hub.folder_of(source, revision, token, cache_dir)
     description = _read_description(folder / _DESCRIPTION)
     try:
-        head = head_class(description["head"])
-        config = head.config_class.from_dict(description["config"])
         saved_spec = _spec_from_dict(description["model"])
         origin = None if description.get("origin") is None else Origin(**description["origin"])
         if misfit := saved_spec.misfit(spec):
             raise CheckpointError(f"shifts at {source} do not fit this model: they were made for {misfit}")
-        stack = ShiftStack(head, config, spec, origin)
+        stack = _stack_of(description["head"], description["config"], spec, origin)
     except CheckpointError:
         raise
-    except (KeyError, TypeError, AttributeError, MimicError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, MimicError) as error:
         raise CheckpointError(
             f"{folder / _DESCRIPTION} does not describe shifts that this version can build: {error}; if the shift head "
             f"is from another package, import it first"
@@ -159,6 +161,17 @@ def load_shifts(
             raise CheckpointError(f"{problem}; load them with strict=False if that is what you want")
         warnings.warn(problem, stacklevel=2)
     return place(stack, inner)
+
+
+def _stack_of(head: Any, config: Any, spec: ModelSpec, origin: Origin | None) -> ShiftStack:
+    """The stack of a description: of the name of a head and its options, or of a list of each."""
+    if not isinstance(head, list):
+        kind = head_class(head)
+        return ShiftStack(kind, kind.config_class.from_dict(config), spec, origin)
+    check_count(len(head))
+    kinds = [head_class(name) for name in head]
+    pairs = zip(kinds, config, strict=True)
+    return ComposedStack([ShiftStack(kind, kind.config_class.from_dict(x), spec, origin) for kind, x in pairs])
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

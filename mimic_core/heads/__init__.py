@@ -3,6 +3,7 @@
 from .base import HeadConfig, ShiftHead, Taken, head_class, head_for_config, register_head
 from .bias import AttnBiasConfig, AttnBiasHead, MlpBiasConfig, MlpBiasHead
 from .caa import CAAConfig, CAAHead
+from .composed import ComposedStack
 from .hyper_icl import HyperICLConfig, HyperICLHead
 from .i2cl import I2CLConfig, I2CLHead
 from .ia3 import IA3Config, IA3Head
@@ -22,6 +23,7 @@ __all__ = [
     "AttnBiasHead",
     "CAAConfig",
     "CAAHead",
+    "ComposedStack",
     "FunctionVectorConfig",
     "FunctionVectorHead",
     "HeadConfig",

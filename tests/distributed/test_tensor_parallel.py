@@ -34,6 +34,7 @@ HEADS: list[tuple[str, dict[str, Any]]] = [
     ("function_vector", {"positions": "all"}),
     ("virtual_kv", {"rank": 2, "learn_weight": True}),
     ("hyper_icl", {}),
+    ("mtv", {"positions": "all"}),
 ]
 
 

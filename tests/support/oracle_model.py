@@ -136,9 +136,9 @@ def _only(new: Tensor, old: Tensor, chosen: list[list[bool]] | None) -> Tensor:
 
 @contextmanager
 def shifted(
-    model: nn.Module, layers: nn.ModuleList, params: list[dict[str, Any] | None], chosen: list[list[bool]] | None = None
+    model: nn.Module, layers: nn.ModuleList, params: list[list[dict[str, Any]]], chosen: list[list[bool]] | None = None
 ) -> Iterator[None]:
-    """Inside, `model` runs with the shifts of `params`, one entry per layer (None: not shifted).
+    """Inside, `model` runs with the shifts of `params`, a list of entries for each layer.
 
     An entry has "kind" ("mimic", "virtual_kv", "hyper_icl", "mtv", "ia3", "loreft", "live", "vector" or "two outputs")
     and the tensors of that method. `chosen`: the tokens to shift, by sample; None shifts all.
@@ -152,9 +152,7 @@ def shifted(
     def edit(module: nn.Module, function: Any) -> None:
         hooks.append(module.register_forward_hook(_edit_output(lambda h: _only(function(h), h, chosen))))
 
-    for layer, p in zip(layers, params, strict=True):
-        if p is None:
-            continue
+    for layer, p in ((layer, p) for layer, entries in zip(layers, params, strict=True) for p in entries):
         outputs = {"mlp_out": layer.mlp, "attn_out": layer.self_attn, "layer_out": layer}
         if p["kind"] == "loreft":
             edit(layer, lambda h, p=p: _reft(h, p))
