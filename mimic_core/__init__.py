@@ -12,6 +12,7 @@ from .adapters import AttentionAdapter, PathAdapter, adapter_for, register_adapt
 from .build import build_shifts
 from .capture import Capture, capture
 from .checkpoint import load_shifts, save_shifts, shifts_from_reference
+from .choose import choose_heads
 from .describe import describe
 from .errors import (
     BackendUnavailableError,
@@ -31,11 +32,14 @@ from .heads import (
     HeadConfig,
     HyperICLConfig,
     I2CLConfig,
+    IA3Config,
     ICVConfig,
     LIVEConfig,
+    LoReFTConfig,
     M2IVConfig,
     MimICConfig,
     MlpBiasConfig,
+    MTVConfig,
     ShiftHead,
     ShiftStack,
     StackSet,
@@ -65,10 +69,13 @@ __all__ = [
     "HeadConfig",
     "HyperICLConfig",
     "I2CLConfig",
+    "IA3Config",
     "ICVConfig",
     "LIVEConfig",
     "LayerSpec",
+    "LoReFTConfig",
     "M2IVConfig",
+    "MTVConfig",
     "MimICConfig",
     "MimicError",
     "MlpBiasConfig",
@@ -87,6 +94,7 @@ __all__ = [
     "adapter_for",
     "build_shifts",
     "capture",
+    "choose_heads",
     "describe",
     "estimate",
     "handles",

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from .adapters import locate
 from .errors import UnknownNameError, WrongTypeError
-from .heads import HeadConfig, ShiftStack, head_class, head_for_config
+from .heads import ComposedStack, HeadConfig, ShiftStack, head_class, head_for_config
 from .origins import origin_of
 
 
-def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: Any) -> ShiftStack:
+def build_shifts(
+    model: nn.Module, head: str | HeadConfig | Sequence[str | HeadConfig] = "mimic", **options: Any
+) -> ShiftStack:
     """Build shift heads for the decoder layers of a model, with the initial values of their paper.
 
     Args:
         model: A supported model. It is not changed, so freeze it yourself.
-        head: The name of a registered head, or its config.
+        head: The name of a registered head, or its config. Or a list of these: they act together, at the same site in
+            this order. The stack is then trained, saved and loaded as one, and has `parts`.
         options: Fields of the head's config, if `head` is a name: `layers=(0, 1)`, `gate=False`.
 
     Returns:
@@ -25,11 +29,17 @@ def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: 
         initial values come from torch's global generator; in a tensor-parallel model, from that of the first process.
 
     Raises:
-        WrongTypeError: `head` is neither a name nor a config.
+        WrongTypeError: `head` is neither a name nor a config, nor a list of them.
         UnsupportedModelError: no adapter fits the model, or a chosen layer lacks a site of the head.
         UnknownNameError: there is no such head or option.
-        ShapeError: `layers` names a layer that the model does not have.
+        ShapeError: `layers` names a layer that the model does not have, or the list has none or more than 16.
     """
+    if isinstance(head, list | tuple):
+        if options:
+            raise UnknownNameError(
+                f"options were given together with a list: {', '.join(options)}; put them into the configs of its heads"
+            )
+        return ComposedStack([build_shifts(model, one) for one in head])
     found = locate(model)
     if isinstance(head, str):
         kind = head_class(head)

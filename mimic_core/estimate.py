@@ -14,7 +14,7 @@ from .capture import capture
 from .errors import ShapeError, UnknownNameError, WrongTypeError
 from .handle import check_new
 from .heads import ShiftStack, Taken
-from .heads.stack import check_stack
+from .heads.stack import single
 from .positions import Positions, check_positions
 from .types import Site
 
@@ -33,9 +33,9 @@ def estimate(
     positions: Positions = "prompt_end",
     rank: int = 64,
 ) -> None:
-    """Fill a stack with values from the model's activations: ICV, CAA, I2CL and task vectors.
+    """Fill a stack with values from the model's activations: ICV, CAA, I2CL, MTV and task vectors.
 
-        mc.estimate(model, shifts, [inputs])                     # "i2cl", "task_vector": prompts with demonstrations
+        mc.estimate(model, shifts, [inputs])                     # "i2cl", "mtv", "task_vector": with demonstrations
         mc.estimate(model, shifts, [(inputs_x, inputs_y)])       # "icv", "caa": y minus x, sample by sample
 
     What is taken is said by the head (`ShiftHead.taken`): a mean over samples, or the first principal component. The
@@ -51,13 +51,14 @@ def estimate(
             to the exact one is at most 0.01, or an error is raised.
 
     Raises:
-        WrongTypeError: `shifts` is no stack, or a batch is no mapping, or no pair where a pair is needed.
+        WrongTypeError: `shifts` is no stack, or composed of several, or a batch is no mapping, or no pair where a pair
+            is needed.
         UnknownNameError: the head takes nothing from activations, or the positions are "all", which has padding.
         ShapeError: the stack fits another model, there is no batch, a sample has no token at the positions, the texts
             of a pair differ in number, an activation is NaN or infinite, or no first component is determined.
         PatchStateError: the stack is in the model, or what `capture` raises.
     """
-    stack, found = check_stack(shifts), locate(model)
+    stack, found = single(shifts, "mimic_core.estimate"), locate(model)
     check_new(found, [stack])
     head = next(iter(stack))
     if not head.taken:

@@ -14,7 +14,7 @@ from .edits import Given, Installation, SiteEdit, installed
 from .errors import PatchStateError, ShapeError
 from .heads import ShiftHead, ShiftStack, StackSet
 from .heads.split import of_process
-from .heads.stack_set import Mixed, kinds
+from .heads.stack_set import Mixed, is_order_of, kinds
 from .positions import Positions, check_mask, check_positions
 from .samples import Samples, check_strength
 from .types import Located, Site, check_token_site
@@ -130,7 +130,8 @@ class Handle:
             ShapeError: the strengths are no numbers, or not one for each sample, or a stack that was added to the set
                 does not fit the model. A forward raises it if it has another number of rows.
             PatchStateError: the handle was removed; or a stack is needed and none is given, or the other way round; or
-                the set has another kind of stack than before and the patch can't take it in now. A forward of a model
+                the set has another kind of stack than before and the patch can't take it in now, or one that composes
+                the same heads in another order. A forward of a model
                 with a set raises it outside `using`.
         """
         self._check_installed()
@@ -166,7 +167,8 @@ class Handle:
         found = locate(old.model)
         edits = edits_of(found, shifts)
         check_new(found, [stack for stack in shifts.values() if id(stack) not in known])
-        if {edit.picks for edit in edits} <= {edit.picks for edit in old.edits}:
+        there = [edit.picks for edit in old.edits if isinstance(edit.picks, Mixed)]
+        if {edit.picks for edit in edits} <= {*there} and is_order_of((x.kind for x in there), shifts.values()):
             old.parts = shifts.values()
         elif old.is_in_use or any(other.order > old.order for other in installed(*found.model.modules())):
             raise PatchStateError(
@@ -211,8 +213,9 @@ def check_new(found: Located, stacks: Sequence[ShiftStack]) -> None:
             raise ShapeError(f"these shifts do not fit {type(found.model).__name__}: they were built for {misfit}")
     if found.parallel is not None:
         found.parallel.check_same(stacks)
-    there = {id(stack) for owner in installed(*found.model.modules()) for stack in owner.parts}
-    if any(id(stack) in there for stack in stacks):
+    owners = installed(*found.model.modules())
+    there = {id(part) for owner in owners for stack in owner.parts for part in stack.parts}
+    if any(id(part) in there for stack in stacks for part in stack.parts):
         raise PatchStateError(
             "these shifts are already in this model; remove their handle first, or build another stack"
         )

@@ -19,7 +19,7 @@ from .edits import installed
 from .errors import PatchStateError, UnsupportedModelError
 from .handle import check_new
 from .heads import ShiftHead, ShiftStack
-from .heads.stack import check_stack
+from .heads.stack import single
 from .parallel import is_sharded
 from .patch import hook
 from .samples import check_strength
@@ -55,7 +55,7 @@ def merge(model: nn.Module, shifts: ShiftStack, strength: float | Float[Tensor, 
         strength: See `Handle.strength`.
 
     Raises:
-        WrongTypeError: `shifts` is no stack.
+        WrongTypeError: `shifts` is no stack, or composed of several: merge its parts one after another.
         ShapeError: the strength is no number, or the stack was built for a model of other sizes.
         PatchStateError: the model has a patch, hook or capture.
         UnsupportedModelError: no adapter fits the model, or the merged model would not be equal to the patched one, or
@@ -63,7 +63,7 @@ def merge(model: nn.Module, shifts: ShiftStack, strength: float | Float[Tensor, 
 
     The result is computed in fp64 and rounded once, to the dtype of the model.
     """
-    stack, factor = check_stack(shifts), check_strength(strength)
+    stack, factor = single(shifts, "mimic_core.merge"), check_strength(strength)
     found = locate(model)
     if found.model is not model or any(type(m).__module__.startswith("peft.") for m in model.modules()):
         raise _cannot("the model is wrapped, or has adapters of PEFT: merge or unload these, and give the model itself")

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from .errors import ShapeError, UnknownNameError
 
-Positions = Literal["all", "prompt", "prompt_end", "generated"] | tuple[Literal["first", "last"], int]
+Positions = (
+    Literal["all", "prompt", "prompt_end", "generated"]
+    | tuple[Literal["first", "last"], int]
+    | tuple[Literal["first"], int, Literal["last"], int]
+)
 """Which tokens of a row an edit acts on. A row is all tokens of one sample, also those in the cache. Its prompt is what
 `model.generate` was given, or what `Handle.at` says, or else the whole row of a forward without a cache.
 
@@ -20,6 +24,7 @@ Positions = Literal["all", "prompt", "prompt_end", "generated"] | tuple[Literal[
 | `"prompt"` | the tokens of the prompt that are not padding |
 | `"prompt_end"` | the last of them |
 | `("first", k)`, `("last", k)` | the first or last k of them |
+| `("first", k, "last", m)` | the first k and the last m of them |
 | `"generated"` | the tokens after the prompt |
 
 If several samples are packed into a row, each has a prompt of its own.
@@ -32,17 +37,17 @@ def check_positions(positions: Any) -> Positions:
     """Return `positions` as `Positions`.
 
     Raises:
-        UnknownNameError: it is neither a name nor ("first", k) or ("last", k) with k of at least 1.
+        UnknownNameError: it is no name, and not first or last tokens, or both, with counts of at least 1.
     """
     if isinstance(positions, str) and positions in _NAMES:
         return positions  # pyright: ignore[reportReturnType]
-    if isinstance(positions, (tuple, list)) and len(positions) == 2 and positions[0] in ("first", "last"):
-        count = positions[1]
-        if isinstance(count, int) and not isinstance(count, bool) and count >= 1:
-            return (positions[0], count)
+    if isinstance(positions, (tuple, list)) and list(positions[::2]) in (["first"], ["last"], ["first", "last"]):
+        counts = positions[1::2]
+        if len(positions) % 2 == 0 and all(type(count) is int and count >= 1 for count in counts):
+            return tuple(positions)  # pyright: ignore[reportReturnType]
     raise UnknownNameError(
-        f"positions should be {', '.join(map(repr, _NAMES))}, ('first', k) or ('last', k) with k >= 1; found "
-        f"{positions!r}"
+        f"positions should be {', '.join(map(repr, _NAMES))}, ('first', k), ('last', k) or ('first', k, 'last', m) "
+        f"with k, m >= 1; found {positions!r}"
     )
 
 
@@ -69,8 +74,8 @@ def select(
         return real & ~prompt & (from_end == 0)
     if positions == "prompt_end":
         return prompt & (from_end == 1)
-    which, count = positions
-    return prompt & ((_counted(prompt, begins) if which == "first" else from_end) <= count)
+    counts: dict[Any, Any] = dict(zip(positions[::2], positions[1::2], strict=True))
+    return prompt & ((_counted(prompt, begins) <= counts.get("first", 0)) | (from_end <= counts.get("last", 0)))
 
 
 def _counted(prompt: Tensor, begins: Tensor) -> Tensor:

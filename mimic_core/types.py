@@ -15,9 +15,11 @@ from .errors import PatchStateError, UnknownNameError, UnsupportedModelError
 from .parallel import Parallel
 from .positions import Positions, check_positions
 
-Site = Literal["query", "key", "value", "lse", "attn_heads", "attn_out", "mlp_out", "layer_out"]
+Site = Literal[
+    "query", "key", "value", "lse", "attn_heads", "attn_out", "mlp_out", "layer_out", "layer_in", "mlp_hidden"
+]
 """A named place in a decoder layer. Shapes, with `b` batch, `t` query positions, `s` key positions,
-`h` attention heads, `g` key/value heads, `d` head_dim, `c` hidden size:
+`h` attention heads, `g` key/value heads, `d` head_dim, `c` hidden size, `f` width of the MLP:
 
 | site | shape | what |
 |---|---|---|
@@ -28,12 +30,16 @@ Site = Literal["query", "key", "value", "lse", "attn_heads", "attn_out", "mlp_ou
 | `attn_out` | b t c | the attention module's output, before the residual addition |
 | `mlp_out` | b t c | the MLP module's output, before the residual addition |
 | `layer_out` | b t c | the decoder layer's output |
+| `layer_in` | b t c | what the decoder layer gets; in layer 0, the embeddings after all that is done with them |
+| `mlp_hidden` | b t f | what the last linear layer of the MLP gets: after the activation |
 """
 
 SITES: tuple[Site, ...] = get_args(Site)
 ATTENTION_SITES: tuple[Site, ...] = ("query", "key", "value", "lse", "attn_heads")
 READ_ONLY_SITES: tuple[Site, ...] = ("lse",)
-TOKEN_SITES: tuple[Site, ...] = ("query", "attn_heads", "attn_out", "mlp_out", "layer_out")
+INPUT_SITES: tuple[Site, ...] = ("layer_in", "mlp_hidden")
+"""The sites that are the first argument of their module. The others outside attention are the module's output."""
+TOKEN_SITES: tuple[Site, ...] = tuple(site for site in SITES if site not in ("key", "value", "lse"))
 """The sites with one value for each token of the forward. Only there an edit can act at some positions."""
 
 
@@ -81,6 +87,7 @@ class LayerSpec:
         value_dim: Width of a value head and of an attention head's output.
         sites: The sites of this layer. All can be read, and all but `lse` can be edited.
         missing: Why the layer lacks the other sites.
+        mlp_width: Width of `mlp_hidden`; 0 if the layer lacks it.
     """
 
     index: int
@@ -92,6 +99,7 @@ class LayerSpec:
     value_dim: int
     sites: tuple[Site, ...]
     missing: str = field(default="", compare=False)
+    mlp_width: int = 0
 
     def offer(self) -> str:
         """List the sites and why the others are missing, for an error message."""
@@ -113,7 +121,8 @@ class ModelSpec:
                 f"{len(self.layers)} decoder layers ({self.model_type}), not {len(other.layers)} ({other.model_type})"
             )
         for ours, theirs in zip(self.layers, other.layers, strict=True):
-            for size in ("hidden_size", "heads", "head_dim", "value_dim"):
+            known = ("mlp_width",) if ours.mlp_width and theirs.mlp_width else ()
+            for size in ("hidden_size", "heads", "head_dim", "value_dim", *known):
                 if getattr(ours, size) != getattr(theirs, size):
                     return (
                         f"{size} {getattr(ours, size)} in layer {ours.index} ({self.model_type}), not "
@@ -127,8 +136,9 @@ class AttentionAdapter(Protocol):
     """Maps a model family to its sites and sizes.
 
     An adapter has no state. Any class with these methods is one. At an attention site (`query`, `key`, `value`, `lse`,
-    `attn_heads`), `module` must return the module that the model passes to transformers' attention interface. At the
-    other sites, the site is the output of the module that `module` returns; if that is a tuple, its first element.
+    `attn_heads`), `module` must return the module that the model passes to transformers' attention interface. At
+    `INPUT_SITES`, the site is the first argument of the module that `module` returns. At the others, it is its output;
+    if that is a tuple, its first element.
     """
 
     def spec(self, model: nn.Module) -> ModelSpec:
@@ -281,8 +291,8 @@ class At:
     def positions(self, positions: Positions) -> Bool[Tensor, "b t"]:
         """True at the tokens of this forward that `positions` names, such as "prompt" or ("last", 3).
 
-        Inside `handle.at(positions=mask)`, it is that mask, for all names. It is available at `query`, `attn_heads`,
-        `attn_out`, `mlp_out` and `layer_out`, to functions of `hook` and to heads with `needs_prompt_end`.
+        Inside `handle.at(positions=mask)`, it is that mask, for all names. It is available at all sites but `key`,
+        `value` and `lse`, to functions of `hook` and to heads with `needs_prompt_end`.
 
         Raises:
             UnknownNameError: there are no such positions.

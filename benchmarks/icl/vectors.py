@@ -73,20 +73,20 @@ class Taker:
             prompts.append(self._world.prompter(question, shown))
         return Asked(self._world, prompts)
 
-    @torch.no_grad()
+    def _taken(self, head: str) -> mc.ShiftStack:
+        """Means at the end of a prompt."""
+        shifts = mc.build_shifts(self._model, head)
+        inputs = self._shown(MEAN_OVER).inputs
+        mc.estimate(self._model, shifts, [inputs | {"use_cache": False, "logits_to_keep": 1}])
+        return shifts
+
     def _means(self) -> dict[int, Tensor]:
         """The mean output of each attention head at the end of a prompt."""
-        asked = self._shown(MEAN_OVER)
-        with mc.capture(self._model, "attn_heads", where=last_token(asked.inputs)) as seen:
-            self._model(**asked.inputs, use_cache=False, logits_to_keep=1)
-        return {layer: states.mean(0) for layer, states in seen.states.items()}
+        return {head.layer.index: head.get_parameter("vector").detach() for head in self._taken("mtv")}
 
     def task_vector(self) -> mc.ShiftStack:
         """The mean state at the end of a prompt, at the layer where it answers training questions best."""
-        shifts = mc.build_shifts(self._model, "task_vector")
-        inputs = self._shown(MEAN_OVER).inputs
-        mc.estimate(self._model, shifts, [inputs | {"use_cache": False, "logits_to_keep": 1}])
-        return self._best("task_vector", {head.layer.index: head.state_dict() for head in shifts})
+        return self._best("task_vector", {head.layer.index: head.state_dict() for head in self._taken("task_vector")})
 
     def function_vector(self) -> mc.ShiftStack:
         """What the attention heads that carry the task add to the residual stream, at the layer where it works best."""

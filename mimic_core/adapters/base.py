@@ -55,6 +55,7 @@ class PathAdapter:
             base model without the head.
         attention: Path of the self-attention module in a layer.
         mlp: Path of the MLP module in a layer.
+        down: Path of the last linear layer in the MLP, whose output is the MLP's. Layers without it lack `mlp_hidden`.
         sites: The sites of the family: fewer than all if its attention does not go through the interface.
         config: Path of the decoder's config in the model's config, if `config.get_text_config` gives another one.
     """
@@ -62,6 +63,7 @@ class PathAdapter:
     layers: ClassVar[str]
     attention: ClassVar[str] = "self_attn"
     mlp: ClassVar[str] = "mlp"
+    down: ClassVar[str] = "down_proj"
     sites: ClassVar[tuple[Site, ...]] = SITES
     config: ClassVar[str] = ""
 
@@ -83,7 +85,7 @@ class PathAdapter:
             where = f"{path}.{index}"
             attention = self._attention_of(layer, where)
             sizes = _sizes_in(config, attention) if seen is None else self._sizes_seen(seen, where)
-            specs.append(LayerSpec(index, where, *sizes, self.sites))
+            specs.append(LayerSpec(index, where, *sizes, *self._hidden_of(layer)))
         return ModelSpec(str(of_model.model_type), specs[0].hidden_size, tuple(specs))
 
     def decoder(self, model: nn.Module) -> nn.Module:
@@ -93,15 +95,26 @@ class PathAdapter:
     def module(self, model: nn.Module, layer: int, site: Site) -> nn.Module:
         model = unwrap(model)
         block = self._resolve(model, f"{self._layers_path(model)}.{layer}")
-        if site == "layer_out":
+        if site in ("layer_out", "layer_in"):
             return block
-        return self._resolve(block, self.mlp if site == "mlp_out" else self.attention)
+        paths: dict[Site, str] = {"mlp_out": self.mlp, "mlp_hidden": f"{self.mlp}.{self.down}"}
+        return self._resolve(block, paths.get(site, self.attention))
 
     def _layers_path(self, model: nn.Module) -> str:
         # The base model and the model with a head have the same type. The latter holds the former under this prefix.
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         bare = getattr(model, "base_model", None) is model
         return self.layers.removeprefix(prefix) if bare else self.layers
+
+    def _hidden_of(self, layer: nn.Module) -> tuple[tuple[Site, ...], str, int]:
+        """The sites of a layer, why it lacks others, and the width of `mlp_hidden`."""
+        if "mlp_hidden" not in self.sites:
+            return self.sites, "", 0
+        width = getattr(dict(layer.named_modules()).get(f"{self.mlp}.{self.down}"), "in_features", None)
+        if isinstance(width, int):
+            return self.sites, "", width
+        why = f"{self.mlp} has no linear layer {self.down}"
+        return tuple(site for site in self.sites if site != "mlp_hidden"), why, 0
 
     def _attention_of(self, layer: nn.Module, path: str) -> nn.Module:
         attention = self._resolve(layer, self.attention)

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..types import ATTENTION_SITES, SITES, LayerSpec, ModelSpec, Site
 from .base import unwrap
-from .probe import TOKENS, AttentionSeen, Probe, probe
+from .probe import TOKENS, AttentionSeen, Passed, Probe, probe
 
 # Paths of the MLP in a layer, the most likely first. If none fits, the names of MLP classes are searched.
 _MLP_PATHS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "ff", "fc2", "output.dense")
@@ -25,6 +25,7 @@ _ATTENTION_CLASS = re.compile(r"(?<!Linear)(?<!Cross)Attention$")
 _PLAIN = re.compile(r"Norm|Dropout|Identity|Rotary|Embedding|Linear|Router|Activation|Module")
 # The last projection of an MLP or of attention, for modules that add the residual themselves (BLOOM, MPT).
 _LAST_PROJECTIONS = ("dense_4h_to_h", "down_proj", "dense", "out_proj", "o_proj")
+_LINEAR_CLASS = re.compile(r"Linear|Conv1D")  # also those with quantised weights, and LoRA's
 _LAYER_LISTS = ("layers", "h", "blocks", "block", "layer")
 
 
@@ -163,18 +164,18 @@ class _Layer:
         attention = [path for path in self._inside() if self._calls(path) and self._is_self_attention(path)]
         pairs = list(zip(attention, self._listed_mlps(attention), strict=False)) if len(attention) > 1 else []
         for n, (one, mlp) in enumerate(pairs):
-            yield self._part(one, mlp, self.path if n == len(pairs) - 1 else None)
+            yield self._part(one, mlp, last=n == len(pairs) - 1, first=n == 0)
         if pairs:
             return
         mlp = self._mlp(attention)
         if len(attention) > 1:
             problem = f"{len(attention)} attention modules in one layer ({', '.join(attention)})"
-            yield self._sizes(None, problem), self._outputs(None, mlp, self.path)
+            yield self._sizes(None, problem), self._others(None, mlp)
         else:
-            yield self._part(attention[0] if attention else None, mlp, self.path)
+            yield self._part(attention[0] if attention else None, mlp)
 
     def _part(
-        self, attention: str | None, mlp: str | None, layer: str | None
+        self, attention: str | None, mlp: str | None, last: bool = True, first: bool = True
     ) -> tuple[dict[str, Any], dict[Site, str]]:
         missing = []
         if attention is None:
@@ -182,24 +183,33 @@ class _Layer:
         elif len(calls := self._calls(attention)) != self.holders[self.module(attention)]:
             missing.append(f"{attention} attends {len(calls)} times in a forward")
             attention = None
-        sites = self._outputs(attention or self._other_attention(), mlp, layer)
+        sites = self._others(attention or self._other_attention(), mlp, last, first)
         if attention is not None:
             sites |= dict.fromkeys(ATTENTION_SITES, f"{self.path}.{attention}")
         if mlp is None:
             missing.append("no module was seen to return the output of an MLP alone")
+        down = sites.get("mlp_hidden", "").removeprefix(f"{self.path}.")
+        if not down and mlp is not None:
+            missing.append(f"no linear layer was seen to give the output of {mlp} alone, as with experts")
         if not self.returns_states:
             missing.append(f"{type(self.layer).__name__} returns {self.returned or 'no tensor'}, not [b t c]")
-        return self._sizes(attention, "; ".join(missing)), sites
+        sizes = self._sizes(attention, "; ".join(missing))
+        return (sizes | {"mlp_width": (self._passed(down)[0].shape or (0,))[-1]} if down else sizes), sites
 
-    def _outputs(self, attention: str | None, mlp: str | None, layer: str | None) -> dict[Site, str]:
+    def _others(self, attention: str | None, mlp: str | None, last: bool = True, first: bool = True) -> dict[Site, str]:
+        """The sites outside the attention call. Of a layer with several pairs, its output is the last one's."""
         sites: dict[Site, str] = {}
         projected = None if attention is None else self._projected(attention)
         if projected is not None:
             sites["attn_out"] = f"{self.path}.{projected}"
         if mlp is not None:
             sites["mlp_out"] = f"{self.path}.{mlp}"
-        if layer is not None and self.returns_states:
-            sites["layer_out"] = layer
+            if (down := self._down(mlp)) is not None:
+                sites["mlp_hidden"] = f"{self.path}.{down}"
+        if last and self.returns_states:
+            sites["layer_out"] = self.path
+        if first and [call.shape for call in self._passed("")] == [self.states]:
+            sites["layer_in"] = self.path
         return sites
 
     def _sizes(self, attention: str | None, missing: str) -> dict[str, Any]:
@@ -265,6 +275,24 @@ class _Layer:
         named = [p for p in outermost if _MLP_CLASS.search(type(self.module(p)).__name__) and p not in attention]
         within = [f"{p}.{last}" for p in named for last in _LAST_PROJECTIONS]
         return next((path for path in (*_MLP_PATHS, *named, *within) if self._returns_states(path)), None)
+
+    def _passed(self, path: str) -> list[Passed]:
+        return self.seen.passed.get(self.names[self.module(path)], [])
+
+    def _down(self, mlp: str) -> str | None:
+        """Path of the linear layer whose output is that of the MLP, untouched: its argument are the hidden values."""
+        wanted = [call.returned for call in self._passed(mlp)]
+        inside = [path for path in self._inside() if f"{path}.".startswith(f"{mlp}.")]
+        gives = [path for path in inside if wanted == [x.returned for x in self._passed(path)]]
+        order = {name: n for n, name in enumerate(self.seen.passed)}
+        found = min(gives, key=lambda path: order[self.names[self.module(path)]], default=None)
+        if found is None or None in wanted or not _LINEAR_CLASS.search(type(self.module(found)).__name__):
+            return None
+        given = self._passed(found)
+        if any(x.shape is None or x.shape[:-1] not in (self.states[:2], self.states[1:2]) for x in given):
+            return None
+        # A wrapper of it, such as LoRA's, gets the same, and would compute its share from the argument without edits.
+        return min(path for path in gives if f"{found}.".startswith(f"{path}.") and self._passed(path) == given)
 
     def _listed_mlps(self, attention: list[str]) -> list[str]:
         """The members of a list of MLPs, one for each attention module."""

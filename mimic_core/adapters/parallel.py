@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from ..edits import Installation, SiteEdit
 from ..errors import UnsupportedModelError
 from ..parallel import Parallel
-from ..types import ATTENTION_SITES, At, Located, ModelSpec, Site
+from ..types import ATTENTION_SITES, At, LayerSpec, Located, ModelSpec, Site
 from .probe import Probe, probe, run_on_text, unedited
 
-_OUTPUTS: tuple[Site, ...] = ("attn_out", "mlp_out", "layer_out")
+_STATES: tuple[Site, ...] = ("attn_out", "mlp_out", "layer_out", "layer_in")
 _kept: WeakKeyDictionary[nn.Module, tuple[Probe, ModelSpec, Parallel]] = WeakKeyDictionary()
 
 
@@ -71,7 +72,7 @@ def _check_replicated(found: Located, parallel: Parallel) -> None:
     def reading() -> Iterator[None]:
         seen.clear()
         layers = found.spec.layers
-        edits = [SiteEdit(one.index, site, read) for one in layers for site in _OUTPUTS if site in one.sites]
+        edits = [SiteEdit(one.index, site, read) for one in layers for site in _STATES if site in one.sites]
         reader = Installation(found, edits)
         try:
             yield
@@ -98,7 +99,7 @@ def _split(found: Located, seen: Probe, parallel: Parallel) -> tuple[ModelSpec, 
     model: Any = found.model
     names = {module: name for name, module in model.named_modules()}
     layers, split, size = [], set(), parallel.size
-    for layer in found.spec.layers:
+    for layer in map(partial(_without_hidden, size=size), found.spec.layers):
         module = found.module(layer.index, "attn_heads") if "attn_heads" in layer.sites else None
         calls = [] if module is None else seen.attention.get(names[module], [])
         if not calls:
@@ -121,3 +122,12 @@ def _split(found: Located, seen: Probe, parallel: Parallel) -> tuple[ModelSpec, 
             )
             layers.append(replace(layer, sites=sites, missing="; ".join(filter(None, (layer.missing, why)))))
     return replace(found.spec, layers=tuple(layers)), replace(parallel, layers=frozenset(split))
+
+
+def _without_hidden(layer: LayerSpec, size: int) -> LayerSpec:
+    """Each process has a part of the MLP's hidden values, or all, which transformers does not tell."""
+    if "mlp_hidden" not in layer.sites:
+        return layer
+    sites = tuple(site for site in layer.sites if site != "mlp_hidden")
+    why = f"it is not known which of the MLP's hidden values each of {size} processes has"
+    return replace(layer, sites=sites, mlp_width=0, missing="; ".join(filter(None, (layer.missing, why))))

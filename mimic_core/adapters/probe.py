@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from operator import is_not
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,6 +37,22 @@ class AttentionSeen:
     logits: tuple[str, ...]
 
 
+class Value(NamedTuple):
+    """A tensor of a forward. Two are equal if they are the same numbers in the same memory, in whatever shape."""
+
+    storage: int
+    version: int
+    numbers: int
+
+
+class Passed(NamedTuple):
+    """The first argument and the output of a call (of a tuple, its first element). None: no plain tensor."""
+
+    shape: tuple[int, ...] | None
+    given: Value | None
+    returned: Value | None
+
+
 @dataclass(eq=False)
 class Probe:
     """The results of a probe, by module path in the model.
@@ -44,11 +60,13 @@ class Probe:
     Attributes:
         outputs: The shape of each call's output (of the first element of a tuple), in the order of calls. None if that
             is not a tensor.
+        passed: What each call got and gave; the modules in the order in which they first ended.
         attention: The calls of the attention interface.
         crossed: Modules that got the states of an encoder or of images as an argument.
     """
 
     outputs: dict[str, list[tuple[int, ...] | None]] = field(default_factory=dict)
+    passed: dict[str, list[Passed]] = field(default_factory=dict)
     attention: dict[str, list[AttentionSeen]] = field(default_factory=dict)
     crossed: set[str] = field(default_factory=set)
 
@@ -99,7 +117,8 @@ def run_on_text(model: nn.Module, decoder: nn.Module, watch: Callable[[], Abstra
     errors = []
     for runner in dict.fromkeys((decoder, model)):
         try:
-            with watch(), _calm(model), torch.no_grad():
+            # Not in inference mode, where tensors do not know whether they were written to.
+            with watch(), _calm(model), torch.inference_mode(False), torch.no_grad():
                 runner(**_text_for(runner, vocabulary))
         except PatchStateError:  # edits that are in it already refuse the forward: the model is not to blame
             raise
@@ -171,10 +190,21 @@ def _calm(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _watched(modules: list[nn.Module], names: dict[nn.Module, str], seen: Probe) -> Iterator[None]:
-    def ran(module: nn.Module, args: Any, output: Any) -> None:
+    alive: list[Any] = []  # a tensor that is gone could leave its memory to another
+
+    def value(x: Any) -> Value | None:
+        if type(x) is not Tensor or x.is_inference() or torch.compiler.is_compiling():
+            return None
+        alive.append(x)
+        return Value(x.untyped_storage()._cdata, x._version, x.numel())
+
+    def ran(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         first = output[0] if isinstance(output, tuple) and output else output
         shape = tuple(first.shape) if isinstance(first, Tensor) else None
         seen.outputs.setdefault(names[module], []).append(shape)
+        given = args[0] if args else kwargs.get(next(iter(inspect.signature(module.forward).parameters), ""))
+        of_given = tuple(given.shape) if isinstance(given, Tensor) else None
+        seen.passed.setdefault(names[module], []).append(Passed(of_given, value(given), value(first)))
 
     def enters(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if any(kwargs.get(name) is not None for name in _OF_OTHERS):
@@ -186,7 +216,7 @@ def _watched(modules: list[nn.Module], names: dict[nn.Module, str], seen: Probe)
         seen.attention.setdefault(names[at.module], []).append(call)
 
     watch = Entry(SiteEdit(0, "attn_heads", attended), Bystander(), bit=1)
-    hooks = [m.register_forward_hook(ran) for m in modules]
+    hooks = [m.register_forward_hook(ran, with_kwargs=True) for m in modules]
     hooks += [m.register_forward_pre_hook(enters, with_kwargs=True) for m in modules]
     slots: list[tuple[nn.Module, AttentionSlot]] = []
     try:

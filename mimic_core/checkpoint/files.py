@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..adapters import locate
 from ..build import place
 from ..errors import CheckpointError, MimicError
-from ..heads import ShiftStack, head_class
+from ..heads import ComposedStack, ShiftStack, head_class
+from ..heads.composed import check_count
 from ..heads.stack import check_stack
 from ..origins import Origin, origin_of
 from ..types import LayerSpec, ModelSpec
@@ -40,7 +41,8 @@ def save_shifts(
 ) -> None:
     """Write a stack to a directory: `shifts.safetensors` and `shifts.json`.
 
-    Each file is replaced completely or not at all. The model is not saved. If the parameters are sharded, call this in
+    Each file is replaced completely or not at all. A parameter that several heads share is written once, and is shared
+    again after loading. The model is not saved. If the parameters are sharded, call this in
     all processes: it gathers them, and each process writes the same files.
 
     Args:
@@ -51,17 +53,23 @@ def save_shifts(
     Raises:
         WrongTypeError: `shifts` is not a ShiftStack.
         PatchStateError: sharded parameters, and a hub repository: each process would push.
-        CheckpointError: `load_shifts` could not read the files: two parameters share a tensor, a parametrization has
-            changed the names, a number is NaN or infinite, a dtype is not a usual one. Nothing is written.
+        CheckpointError: `load_shifts` could not read the files: two parameters lie in the same memory and are not one,
+            a parametrization has changed the names, a number is NaN or infinite, a dtype is not a usual one. Nothing is
+            written.
     """
     shifts = check_stack(shifts)
     if push_to_hub is not None:
         hub.check_one_pushes(shifts)
-    _check_untied(shifts)
-    tensors = {name: _whole(x.detach()).cpu().contiguous() for name, x in shifts.state_dict().items()}
+    head, config = ([part.name for part in shifts.parts], [part.config.to_dict() for part in shifts.parts])
+    if shifts.parts == (shifts,):
+        head, config = head[0], config[0]
+    shared = _shared(shifts)
+    tensors = {
+        name: _whole(x.detach()).cpu().contiguous() for name, x in shifts.state_dict().items() if name not in shared
+    }
     with torch.random.fork_rng(devices=[]):
-        fresh = ShiftStack(head_class(shifts.name), shifts.config, shifts.spec)
-    if problems := _problems(fresh, tensors):
+        fresh = _stack_of(head, config, shifts.spec, None)
+    if problems := _problems(fresh, tensors | {name: tensors[first] for name, first in shared.items()}):
         raise CheckpointError(f"these shifts are not saved, since they could not be loaded again: {problems}")
     target = Path(path)
     target.mkdir(parents=True, exist_ok=True)
@@ -69,12 +77,14 @@ def save_shifts(
     description = {
         "format": FORMAT,
         "version": VERSION,
-        "head": shifts.name,
-        "config": shifts.config.to_dict(),
+        "head": head,
+        "config": config,
         "model": _described(shifts.spec),
         "origin": None if shifts.origin is None else asdict(shifts.origin),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
+    if shared:
+        description["shared"] = shared
     with TemporaryDirectory(dir=target, prefix=".saving-") as folder:
         # Not save_file: its files are readable only by their owner, whatever the umask is.
         Path(folder, _TENSORS).write_bytes(content)
@@ -116,16 +126,14 @@ def load_shifts(
     folder = hub.folder_of(source, revision, token, cache_dir)
     description = _read_description(folder / _DESCRIPTION)
     try:
-        head = head_class(description["head"])
-        config = head.config_class.from_dict(description["config"])
         saved_spec = _spec_from_dict(description["model"])
         origin = None if description.get("origin") is None else Origin(**description["origin"])
         if misfit := saved_spec.misfit(spec):
             raise CheckpointError(f"shifts at {source} do not fit this model: they were made for {misfit}")
-        stack = ShiftStack(head, config, spec, origin)
+        stack = _stack_of(description["head"], description["config"], spec, origin)
     except CheckpointError:
         raise
-    except (KeyError, TypeError, AttributeError, MimicError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, MimicError) as error:
         raise CheckpointError(
             f"{folder / _DESCRIPTION} does not describe shifts that this version can build: {error}; if the shift head "
             f"is from another package, import it first"
@@ -136,6 +144,7 @@ def load_shifts(
         tensors = in_tensors(content)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read: {error}; the file is damaged or missing") from error
+    tensors = _share(stack, tensors, description.get("shared", {}), folder / _DESCRIPTION)
     if problems := _problems(stack, tensors):
         raise CheckpointError(f"{path} does not fit its description: {problems}")
     if (wanted := description.get("sha256")) is not None and hashlib.sha256(content).hexdigest() != wanted:
@@ -154,6 +163,17 @@ def load_shifts(
     return place(stack, inner)
 
 
+def _stack_of(head: Any, config: Any, spec: ModelSpec, origin: Origin | None) -> ShiftStack:
+    """The stack of a description: of the name of a head and its options, or of a list of each."""
+    if not isinstance(head, list):
+        kind = head_class(head)
+        return ShiftStack(kind, kind.config_class.from_dict(config), spec, origin)
+    check_count(len(head))
+    kinds = [head_class(name) for name in head]
+    pairs = zip(kinds, config, strict=True)
+    return ComposedStack([ShiftStack(kind, kind.config_class.from_dict(x), spec, origin) for kind, x in pairs])
+
+
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of tensors that hold NaN or infinity."""
     return [name for name, x in tensors.items() if not torch.isfinite(x.float()).all()]
@@ -164,16 +184,44 @@ def _whole(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _check_untied(shifts: ShiftStack) -> None:
-    """Refuse shared tensors: a file holds each tensor separately, so they would be separate after loading."""
-    names: dict[int, str] = {}
+def _shared(shifts: ShiftStack) -> dict[str, str]:
+    """The names of parameters and buffers that are the same as one before, with the name of that.
+
+    Raises:
+        CheckpointError: two of them are different, in the same memory: after loading from a file they would be apart.
+    """
+    first: dict[int, tuple[str, Tensor]] = {}
+    shared: dict[str, str] = {}
     for name, x in shifts.state_dict(keep_vars=True).items():
         own = x.to_local() if hasattr(x, "to_local") else x
-        if own.data_ptr() and (other := names.setdefault(own.data_ptr(), name)) != name:
+        other, before = first.setdefault(own.data_ptr(), (name, x)) if own.data_ptr() else (name, x)
+        if before is not x:
             raise CheckpointError(
-                f"{other} and {name} share their memory, but after loading from a file they would be separate: give "
-                f"each layer its own tensor (`torch.nn.Parameter(x.detach().clone())`) before you save"
+                f"{other} and {name} share their memory, but after loading from a file they would be separate: let "
+                f"both be the same torch.nn.Parameter, or give each its own (`torch.nn.Parameter(x.detach().clone())`)"
             )
+        if other != name:
+            shared[name] = other
+    return shared
+
+
+def _share(stack: ShiftStack, tensors: dict[str, Tensor], shared: Any, path: Path) -> dict[str, Tensor]:
+    """Let a stack share what a description says, and return the tensors under all names.
+
+    Raises:
+        CheckpointError: it says something else.
+    """
+    own, whole = stack.state_dict(keep_vars=True), dict(tensors)
+    said: dict[str, Any] = shared if isinstance(shared, dict) else {str(shared): None}
+    for name, first in said.items():
+        fits = isinstance(first, str) and first in tensors and first in own and name in own and name not in tensors
+        if not fits or own[name].shape != own[first].shape or type(own[name]) is not type(own[first]):
+            raise CheckpointError(f"{path} says that {name!r} and {first!r} are shared, which they can't be")
+        (to, _, to_name), (of, _, of_name) = name.rpartition("."), first.rpartition(".")
+        kind = "_parameters" if of_name in stack.get_submodule(of)._parameters else "_buffers"
+        vars(stack.get_submodule(to))[kind][to_name] = own[first]
+        whole[name] = tensors[first]
+    return whole
 
 
 def _read(path: Path, most: int) -> bytes:

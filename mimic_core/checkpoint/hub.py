@@ -117,16 +117,22 @@ def model_card(
         base_model=base,
         library_name="mimic_core",
         license=license,
-        tags=["mimic_core", "shift-head", shifts.name, *([origin.model_type] if origin else [])],
+        tags=[
+            "mimic_core",
+            "shift-head",
+            *(part.name for part in shifts.parts),
+            *([origin.model_type] if origin else []),
+        ],
         base_model_relation="adapter" if base else None,
     )
     heads = list(shifts)
-    sites = ", ".join(f"`{site}`" for site in heads[0].edits())
+    sites = ", ".join(f"`{site}`" for site in dict.fromkeys(site for head in heads for site in head.edits()))
     numbers = sum(x.numel() for x in shifts.parameters())
     size = sum(x.numel() * x.element_size() for x in shifts.state_dict().values())
-    layers = f"{len(heads)} of {len(shifts.spec.layers)}"
+    layers = f"{len(shifts.layers)} of {len(shifts.spec.layers)}"
     made_for = f"[{base}](https://huggingface.co/{base})" if base else f"a model of type `{shifts.spec.model_type}`"
-    options = {k: v for k, v in shifts.config.to_dict().items() if v != getattr(type(shifts.config)(), k)}
+    configs = [part.config for part in shifts.parts]
+    options = [(k, v) for x in configs for k, v in x.to_dict().items() if v != getattr(type(x)(), k)]
     name = repo_id or "path/to/this/directory"
     return f"""---
 {data.to_yaml()}
@@ -140,7 +146,7 @@ decoder of {made_for}. The model itself is not in this repository and does not c
 | | |
 |---|---|
 | head | `{shifts.name}` |
-| options that are not the default | {", ".join(f"`{k}={v!r}`" for k, v in options.items()) or "none"} |
+| options that are not the default | {", ".join(f"`{k}={v!r}`" for k, v in options) or "none"} |
 | sites | {sites} |
 | decoder layers with a head | {layers} |
 | parameters | {numbers:,} |

@@ -56,6 +56,11 @@ class ShiftStack(nn.Module):
         self.heads = nn.ModuleDict({str(h.layer.index): h for h in fitting})
 
     @property
+    def parts(self) -> tuple[ShiftStack, ...]:
+        """The stacks of a stack that was built of several heads; otherwise itself."""
+        return (self,)
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """The decoder layers that have a head, in order."""
         return tuple(int(index) for index in self.heads)
@@ -140,6 +145,18 @@ class ShiftStack(nn.Module):
         if args and args[0] is FORWARD_BEGINS:
             return [x.view_as(x) for x in self.parameters() if x.requires_grad]
         raise PatchStateError("a ShiftStack is not called; put it into a model with mimic_core.patch(model, shifts)")
+
+
+def single(shifts: object, what: str) -> ShiftStack:
+    """The stack, of one kind of heads.
+
+    Raises:
+        WrongTypeError: it is none, or composed of several.
+    """
+    stack = check_stack(shifts)
+    if stack.parts[0] is not stack:
+        raise WrongTypeError(f"{what} takes a stack of one head, found {stack.name!r}: give its parts, shifts.parts[0]")
+    return stack
 
 
 # What saves and loads stacks: `mimic_core.checkpoint` puts it here, because an import only points down.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ShapeError, UnknownNameError
+from ..errors import PatchStateError, ShapeError, UnknownNameError
 from ..parallel import Parallel
 from ..samples import Samples, by_row
 from ..types import At, Site
@@ -18,6 +20,7 @@ from .split import of_process
 from .stack import ShiftStack, check_stack
 
 Kind = tuple[type[ShiftHead], str]
+"""Class and options of heads. See `kind_of`."""
 
 
 class StackSet(nn.Module):
@@ -83,10 +86,22 @@ class StackSet(nn.Module):
         return [self[name] for name in self]
 
 
-def kind_of(stack: ShiftStack) -> Kind:
-    """Stacks of one kind have heads with the same formula, in whatever layers: they differ in their numbers alone."""
+def kind_of(stack: ShiftStack, nth: int = 0) -> Kind:
+    """Stacks of one kind have heads with the same formula, in whatever layers: they differ in their numbers alone.
+
+    If a stack is composed of several of one kind, `nth` tells them apart.
+    """
     options = {**stack.config.to_dict(), "layers": None}
-    return type(next(iter(stack))), json.dumps(options, sort_keys=True)
+    return type(next(iter(stack))), json.dumps([options, nth], sort_keys=True)
+
+
+def by_kind(stack: ShiftStack) -> dict[Kind, ShiftStack]:
+    """The parts of a stack, in their order."""
+    found: dict[Kind, ShiftStack] = {}
+    for part in stack.parts:
+        kind = next(kind for n in count() if (kind := kind_of(part, n)) not in found)
+        found[kind] = part
+    return found
 
 
 @dataclass(frozen=True)
@@ -134,9 +149,8 @@ class Mixed:
         return ours, index, rows
 
     def _head_of(self, stack: ShiftStack | None) -> ShiftHead | None:
-        if stack is None or str(self.layer) not in stack.heads or kind_of(stack) != self.kind:
-            return None
-        return stack[self.layer]
+        part = None if stack is None else by_kind(stack).get(self.kind)
+        return None if part is None or self.layer not in part.layers else part[self.layer]
 
     def _one_by_one(self, heads: list[ShiftHead], index: Tensor) -> Callable[[Tensor, At], Tensor]:
         def run(value: Tensor, at: At) -> Tensor:
@@ -188,8 +202,30 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def kinds(stacks: Iterable[ShiftStack]) -> dict[Kind, list[ShiftStack]]:
-    """Stacks by their kind, in the order in which the kinds first come."""
+    """Stacks, or their parts, by their kind. The kinds are in the order of the parts of each stack.
+
+    Raises:
+        PatchStateError: there is no such order.
+    """
     found: dict[Kind, list[ShiftStack]] = {}
+    order: TopologicalSorter[Kind] = TopologicalSorter()
     for stack in stacks:
-        found.setdefault(kind_of(stack), []).append(stack)
-    return found
+        before: list[Kind] = []
+        for kind, part in by_kind(stack).items():
+            found.setdefault(kind, []).append(part)
+            order.add(kind, *before)
+            before = [kind]
+    try:
+        return {kind: found[kind] for kind in order.static_order()}
+    except CycleError as error:
+        raise PatchStateError(
+            "two stacks of the set compose the same heads in different orders, and a set has one order: build one of "
+            "them anew, or give each its own patch"
+        ) from error
+
+
+def is_order_of(order: Iterable[Kind], stacks: Iterable[ShiftStack]) -> bool:
+    """Whether the parts of each stack come in this order."""
+    places = {kind: place for place, kind in enumerate(dict.fromkeys(order))}
+    found = [[places[kind] for kind in by_kind(stack)] for stack in stacks]
+    return all(one == sorted(one) for one in found)

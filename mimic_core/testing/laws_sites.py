@@ -37,7 +37,7 @@ def own_layer(s: Subject) -> str:
                 raise BrokenLaw(f"{where}, not in {layer.path}")
             if (other := owners.setdefault((module, site), layer.index)) != layer.index:
                 raise BrokenLaw(f"{where}, which layer {other} has already")
-            if site == "layer_out" and module is not block:
+            if site in ("layer_out", "layer_in") and module is not block:
                 raise BrokenLaw(f"{where}, not the layer")
             if site in ATTENTION_SITES and module is not s.attention(layer):
                 raise BrokenLaw(f"{where}; {_name(s, s.attention(layer))} is what calls the attention interface")
@@ -48,7 +48,8 @@ def own_layer(s: Subject) -> str:
 
 
 def _check_outputs(s: Subject, layer: LayerSpec, events: list[tuple[str, nn.Module]]) -> None:
-    """Check that `attn_out` ends after the attention call, and that the module of `mlp_out` has no attention."""
+    """Check that `attn_out` ends after the attention call, that the module of `mlp_out` has no attention, and that the
+    one of `mlp_hidden` is in it."""
     attends = s.attention(layer) if "query" in layer.sites else None
     if "mlp_out" in layer.sites:
         mlp = s.module(layer.index, "mlp_out")
@@ -56,6 +57,8 @@ def _check_outputs(s: Subject, layer: LayerSpec, events: list[tuple[str, nn.Modu
             raise BrokenLaw(f"mlp_out and attn_out of layer {layer.index} are both {_name(s, mlp)}")
         if any(what == "attend" for what, _ in _during(events, mlp)):
             raise BrokenLaw(f"mlp_out of layer {layer.index} is {_name(s, mlp)}, inside which attention is called")
+        if "mlp_hidden" in layer.sites and (down := s.module(layer.index, "mlp_hidden")) not in set(mlp.modules()):
+            raise BrokenLaw(f"mlp_hidden of layer {layer.index} is {_name(s, down)}, not in {_name(s, mlp)}")
     if "attn_out" in layer.sites and attends is not None:
         out = s.module(layer.index, "attn_out")
         if events.index(("end", out)) < events.index(("attend", attends)):
@@ -207,7 +210,7 @@ def _shape(site: Site, layer: LayerSpec) -> tuple[int | None, ...]:
         return None, layer.heads, None
     if site == "attn_heads":
         return None, None, layer.heads, layer.value_dim
-    return None, None, layer.hidden_size
+    return None, None, layer.mlp_width if site == "mlp_hidden" else layer.hidden_size
 
 
 def site_law(site: Site) -> Callable[[Subject], str]:

@@ -1,7 +1,7 @@
 """The oracle: a slow second implementation of shifts from the formulae, with which the library is compared.
 
 It shares no code with the library. It computes attention in plain torch, and wraps the `forward` of a module to edit
-its output.
+its output or its first argument.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Oracle:
 
     Args:
         edits: The edits by place. `query`, `key`, `value` and `attn_heads` belong to the module that calls the
-            attention interface, the other sites to the module whose output they are.
+            attention interface, the other sites to the module whose output or first argument they are.
         plain: The modules whose attention is computed here. Others use the model's own attention and have no LSE.
 
     Attributes:
@@ -78,7 +78,9 @@ class Oracle:
         self, edits: Mapping[Place, Edit] | None = None, plain: Iterable[nn.Module] = (), reading: Reading = READINGS[0]
     ) -> None:
         self._edits = {(id(module), site): edit for (module, site), edit in (edits or {}).items()}
-        self._outputs = [(m, e) for (m, s), e in (edits or {}).items() if s in ("attn_out", "mlp_out", "layer_out")]
+        kinds = dict.fromkeys(("attn_out", "mlp_out", "layer_out"), _edited)
+        kinds |= dict.fromkeys(("layer_in", "mlp_hidden"), _fed)
+        self._wraps = [(m, functools.partial(kinds[s], e)) for (m, s), e in (edits or {}).items() if s in kinds]
         self._plain = {id(module) for module in plain}
         self._reading = reading
         self.seen: list[Seen] = []
@@ -94,11 +96,11 @@ class Oracle:
             return functools.partial(attention, below(self, attn_implementation, default))
 
         AttentionInterface.get_interface = get_interface
-        # A module can have edits of several output sites. Each one wraps the forward that is there.
+        # A module can have edits of several sites. Each one wraps the forward that is there.
         self._forwards: list[tuple[nn.Module, Any]] = []
-        for module, edit in self._outputs:
+        for module, wrap in self._wraps:
             self._forwards.append((module, vars(module).get("forward")))
-            module.forward = functools.partial(_edited, module.forward, edit)
+            module.forward = functools.partial(wrap, module.forward)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -197,7 +199,15 @@ def _read_mask(
     return everything & ~barred, mask.masked_fill(barred, 0.0)
 
 
-def _edited(forward: Callable[..., Any], edit: Edit, *args: Any, **kwargs: Any) -> Any:
+def _fed(edit: Edit, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The output of `forward` for an edited first argument."""
+    if args:
+        return forward(edit(args[0], None), *args[1:], **kwargs)
+    name = next(name for name, x in kwargs.items() if isinstance(x, Tensor) and x.is_floating_point())
+    return forward(**{**kwargs, name: edit(kwargs[name], None)})
+
+
+def _edited(edit: Edit, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The edited output of `forward`. If it is a tuple, its first element is edited."""
     out = forward(*args, **kwargs)
     if not isinstance(out, tuple):

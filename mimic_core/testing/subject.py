@@ -17,13 +17,14 @@ from ..build import build_shifts
 from ..errors import UnsupportedModelError
 from ..heads import LIVEConfig, MimICConfig, ShiftStack
 from ..patch import hook, patch
-from ..types import SITES, At, LayerSpec, ModelSpec, Site
+from ..types import ATTENTION_SITES, SITES, At, LayerSpec, ModelSpec, Site
 from .batches import Batches, copied
 from .oracle import READINGS, Edit, Oracle, Place, Reading, Seen
 from .verdicts import NotApplicable, Raised, attempt
 
 OUTPUT_SITES: tuple[Literal["attn_out", "mlp_out", "layer_out"], ...] = ("attn_out", "mlp_out", "layer_out")
 EDITED_SITES: tuple[Site, ...] = tuple(site for site in SITES if site != "lse")
+MODULE_SITES: tuple[Site, ...] = tuple(site for site in SITES if site not in ATTENTION_SITES)
 # The tolerance by dtype when the same logits are computed in two ways, relative to the largest logit. And the largest
 # tolerance, for a model that is itself less exact.
 _EXACT = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -194,9 +195,9 @@ class Subject:
 
     def place(self, layer: LayerSpec, site: Site) -> nn.Module:
         """The module at which the oracle edits a site. Attention and layer are found without the adapter's `module`."""
-        if site == "layer_out" and [other.path for other in self.spec.layers].count(layer.path) == 1:
+        if site in ("layer_out", "layer_in") and [other.path for other in self.spec.layers].count(layer.path) == 1:
             return self.inner.get_submodule(layer.path)
-        return self.module(layer.index, site) if site in OUTPUT_SITES else self.attention(layer)
+        return self.module(layer.index, site) if site in MODULE_SITES else self.attention(layer)
 
     @cached_property
     def baseline(self) -> Baseline:
@@ -211,14 +212,14 @@ class Subject:
         records: dict[Place, Edit] = {
             (self.module(layer.index, site, model), site): partial(_record, sizes=sizes, layer=layer.index, site=site)
             for layer in self.spec.layers
-            for site in OUTPUT_SITES
+            for site in MODULE_SITES
             if site in layer.sites
         }
         for layer, module in zip(with_attention, modules, strict=True):
             records |= {
                 (module, site): partial(_record, sizes=sizes, layer=layer.index, site=site)
                 for site in EDITED_SITES
-                if site not in OUTPUT_SITES
+                if site in ATTENTION_SITES
             }
         threshold = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 3e-2
         caller = None if model is self.inner else model

@@ -63,6 +63,8 @@ class Served:
             return
         began = time.perf_counter()
         stack = load_shifts(folder, self._found.model).requires_grad_(False)
+        if stack.parts != (stack,):
+            raise UnsupportedModelError(f"stack {name!r} can't be served: it is composed of several heads")
         if digest_of(folder) != digest:
             raise CheckpointError(f"the stack {name!r} at {folder} was changed while it was loaded; load it again")
         if stack.origin is not None and (misfit := stack.origin.misfit(self._origin)):

@@ -34,7 +34,7 @@ from tests.support.snapshot import snapshot
 
 LLAMA = BY_NAME["llama"]
 ATTENTION_SITES = ("query", "key", "value", "lse", "attn_heads")
-ALL_SITES = (*ATTENTION_SITES, "attn_out", "mlp_out", "layer_out")
+ALL_SITES = (*ATTENTION_SITES, "attn_out", "mlp_out", "layer_out", "layer_in", "mlp_hidden")
 
 # layers, their path, attention heads, key/value heads, head_dim, value_dim; by hand, from the configs of the cases.
 SIZES: dict[str, tuple[int, str, int, int, int, int]] = {
@@ -45,14 +45,15 @@ SIZES: dict[str, tuple[int, str, int, int, int, int]] = {
     "mistral": (3, "model.layers", 4, 2, 8, 8),
     "qwen2": (3, "model.layers", 4, 4, 8, 8),
 }
-HIDDEN = 32
+HIDDEN, MLP_WIDTH = 32, 48
 
 
 def spec_by_hand(name: str, cut: str = "") -> mc.ModelSpec:
     count, path, heads, kv_heads, head_dim, value_dim = SIZES[name]
     path = path.removeprefix(cut)
     layers = [
-        mc.LayerSpec(i, f"{path}.{i}", HIDDEN, heads, kv_heads, head_dim, value_dim, ALL_SITES) for i in range(count)
+        mc.LayerSpec(i, f"{path}.{i}", HIDDEN, heads, kv_heads, head_dim, value_dim, ALL_SITES, "", MLP_WIDTH)
+        for i in range(count)
     ]
     return mc.ModelSpec(name, HIDDEN, tuple(layers))
 
@@ -78,7 +79,7 @@ def test_spec(case: Case) -> None:
     for index in range(SIZES[case.name][0]):
         layer = model.get_submodule(f"{path}.{index}")
         wanted = dict.fromkeys((*ATTENTION_SITES, "attn_out"), layer.self_attn)
-        wanted |= {"mlp_out": layer.mlp, "layer_out": layer}
+        wanted |= {"mlp_out": layer.mlp, "mlp_hidden": layer.mlp.down_proj, "layer_in": layer, "layer_out": layer}
         assert {site: adapter.module(model, index, site) for site in ALL_SITES} == wanted
 
 
@@ -154,7 +155,7 @@ def test_gated_cross_attention_of_idefics_is_no_site(head: str) -> None:
     assert marked() == set()
     with mc.patch(model, random_shifts(model, head)), mc.capture(model, ALL_SITES):
         found = marked()
-    inside = {f"model.layers.{i}{part}" for i in range(4) for part in ("", ".self_attn", ".mlp")}
+    inside = {f"model.layers.{i}{part}" for i in range(4) for part in ("", ".self_attn", ".mlp", ".mlp.down_proj")}
     assert found == inside | {"", "model"}
 
 

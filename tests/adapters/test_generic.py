@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
@@ -17,7 +18,7 @@ from tests.support.snapshot import snapshot
 from tests.zoo.tiny import tiny
 
 ALL = mc.types.SITES
-OUTPUTS = ("attn_out", "mlp_out", "layer_out")
+OUTSIDE = ("attn_out", "mlp_out", "layer_out", "layer_in", "mlp_hidden")
 ATTENTION = ("query", "key", "value", "lse", "attn_heads")
 
 
@@ -40,21 +41,46 @@ def path_of(model: nn.Module, layer: int, site: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "attention", "mlp"),
+    ("model_type", "attention", "mlp", "last"),
     [
-        ("opt", "model.decoder.layers.0.self_attn", "model.decoder.layers.0.fc2"),
-        ("gpt2", "transformer.h.0.attn", "transformer.h.0.mlp"),
-        ("gpt_neox", "gpt_neox.layers.0.attention", "gpt_neox.layers.0.mlp"),
-        ("llama4", "language_model.model.layers.0.self_attn", "language_model.model.layers.0.feed_forward"),
-        ("kosmos-2", "text_model.model.layers.0.self_attn", "text_model.model.layers.0.ffn"),
-        ("bert", "bert.encoder.layer.0.attention.output.dense", "bert.encoder.layer.0.output.dense"),
-        ("blt", "model.global_transformer.layers.0.self_attn", "model.global_transformer.layers.0.mlp"),
+        ("opt", "model.decoder.layers.0.self_attn", "model.decoder.layers.0.fc2", ""),
+        ("gpt2", "transformer.h.0.attn", "transformer.h.0.mlp", ".c_proj"),  # dropout comes after it
+        ("gpt_neox", "gpt_neox.layers.0.attention", "gpt_neox.layers.0.mlp", ".dense_4h_to_h"),
+        ("llama4", "language_model.model.layers.0.self_attn", "language_model.model.layers.0.feed_forward", None),
+        ("mixtral", "model.layers.0.self_attn", "model.layers.0.mlp", None),
+        ("kosmos-2", "text_model.model.layers.0.self_attn", "text_model.model.layers.0.ffn", ".fc2"),
+        ("bert", "bert.encoder.layer.0.attention.output.dense", "bert.encoder.layer.0.output.dense", ""),
+        ("blt", "model.global_transformer.layers.0.self_attn", "model.global_transformer.layers.0.mlp", ".down_proj"),
     ],
 )
-def test_where_outputs_are(model_type: str, attention: str, mlp: str) -> None:
+def test_where_outputs_are(model_type: str, attention: str, mlp: str, last: str | None) -> None:
     model = tiny(model_type, task="causal-lm" if model_type != "llama4" and model_type != "kosmos-2" else None).model
     assert path_of(model, 0, "attn_out") == attention
     assert path_of(model, 0, "mlp_out") == mlp
+    if last is None:
+        with pytest.raises(mc.UnsupportedModelError, match="no linear layer was seen to give the output of "):
+            mc.hook(model, "mlp_hidden", lambda value, at: None, layers=[0])
+    else:
+        assert path_of(model, 0, "mlp_hidden") == f"{mlp}{last}"
+
+
+def test_hidden_values_are_those_of_the_linear_layer_that_gives_the_output_untouched() -> None:
+    """A wrapper such as LoRA's gets the same values, also while it is off. An output written to is another one."""
+    model = tiny("gemma2").model
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"]))
+    with adapted.disable_adapter():
+        spec_of(adapted)
+    assert path_of(adapted.get_base_model(), 0, "mlp_hidden") == "model.layers.0.mlp.down_proj"
+    assert spec_of(adapted).layers[0].mlp_width == model.config.intermediate_size
+
+    class InPlace(type(model.model.layers[1].mlp)):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).mul_(1)
+
+    other = tiny("gemma2").model
+    mlp = InPlace(other.config).eval()
+    other.model.layers[1].mlp = mlp
+    assert ["mlp_hidden" in layer.sites for layer in spec_of(other).layers[:2]] == [True, False]
 
 
 def test_hybrid_layers_say_why_they_have_no_attention() -> None:
@@ -64,11 +90,11 @@ def test_hybrid_layers_say_why_they_have_no_attention() -> None:
     assert len(linear) < len(layers)
     for layer in linear:
         assert set(layer.sites) >= {"mlp_out", "layer_out"}
-        assert layer.missing == "no softmax attention (Qwen3NextGatedDeltaNet)"
+        assert layer.missing.split("; ")[0] == "no softmax attention (Qwen3NextGatedDeltaNet)"
         assert (layer.heads, layer.head_dim) == (0, 0)
     model = tiny("qwen3_next").model
     with pytest.raises(
-        mc.UnsupportedModelError, match=r"has .*layer_out: no softmax attention \(Qwen3NextGatedDeltaNet\)"
+        mc.UnsupportedModelError, match=r"has .*mlp_hidden: no softmax attention \(Qwen3NextGatedDeltaNet\)"
     ):
         mc.hook(model, "query", lambda value, at: None, layers=[linear[0].index])
 
@@ -83,7 +109,7 @@ def test_attention_off_the_interface_leaves_the_outputs() -> None:
     for model_type in ("falcon", "mpt", "bloom", "gpt_neo"):
         model = tiny(model_type).model
         for layer in spec_of(model).layers:
-            assert set(layer.sites) <= set(OUTPUTS)
+            assert set(layer.sites) <= set(OUTSIDE)
             assert {"mlp_out", "layer_out"} <= set(layer.sites)
             assert layer.missing.endswith("Attention does not go through transformers' attention interface")
         with pytest.raises(mc.UnsupportedModelError, match="does not go through transformers' attention interface"):
@@ -106,7 +132,7 @@ def test_a_layer_with_two_attention_modules_is_two() -> None:
     model = tiny("longcat_flash").model
     spec = spec_of(model)
     assert len(spec.layers) == 2 * len(model.model.layers)
-    assert [set(ALL) - set(layer.sites) for layer in spec.layers[:2]] == [{"layer_out"}, set()]
+    assert [set(ALL) - set(layer.sites) for layer in spec.layers[:2]] == [{"layer_out"}, {"layer_in"}]
     assert path_of(model, 1, "query") == "model.layers.0.self_attn.1"
     assert path_of(model, 1, "mlp_out") == "model.layers.0.mlps.1"
 
@@ -129,7 +155,7 @@ def test_a_module_of_several_layers_is_edited_in_the_layer_asked_for() -> None:
         into.update(seen["layer_out"])
 
     read(before)
-    for site in ("attn_heads", "mlp_out"):
+    for site in ("attn_heads", "mlp_out", "mlp_hidden"):
         for edited in (1, 3):
             ran = []
 

@@ -15,7 +15,7 @@ from tests.support.cases import CASES, HEADS, fresh_model, logits_of, random_shi
 from tests.support.snapshot import snapshot
 
 LLAMA = next(case for case in CASES if case.name == "llama")
-OTHER_SITES = ("attn_out", "mlp_out", "layer_out")
+OTHER_SITES = ("attn_out", "mlp_out", "layer_out", "layer_in", "mlp_hidden")
 ATTENDS = [head for head, config in HEADS.items() if isinstance(config, mc.MimICConfig) and config.layers is None]
 
 

@@ -44,6 +44,9 @@ KEYS: dict[str, dict[str, list[int]]] = {
         **{name: [4, 2, 24] for name in ("key_right", "value_right")},
         "weight": [1],
     },
+    "ia3": {"key_scale": [2, 24], "value_scale": [2, 24], "mlp_scale": [48]},
+    "loreft": {"rotation": [2, 32], "weight": [2, 32], "bias": [2]},
+    "mtv": {"vector": [4, 24], "weight": [4]},
     "hyper-icl": {"u_q": [4, 24, 2], "u_k": [4, 24, 2], "gate_weight": [4, 24], "gate_bias": [4]},
     "live-layer-out": {"vector": [32], "scale": []},
     "live-attn-out": {"vector": [32], "scale": []},
@@ -258,10 +261,58 @@ def test_files_are_for_everybody_whom_the_umask_lets(tmp_path: Path) -> None:
     assert modes == {"shifts.json": "0o640", "shifts.safetensors": "0o640"}
 
 
-def test_tied_parameters_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_what_heads_share_is_trained_as_one_and_written_once(tmp_path: Path) -> None:
+    """A parameter of two layers, and a module with a buffer of all."""
+
+    @mc.register_head("with-a-module-for-test")
+    class WithModule(mc.ShiftHead):
+        site = "mlp_out"
+
+        def __init__(self, config: mc.HeadConfig, layer: mc.LayerSpec) -> None:
+            super().__init__(config, layer)
+            self.net = torch.nn.BatchNorm1d(layer.hidden_size, affine=False)
+            self.net.scale = torch.nn.Parameter(torch.randn(layer.hidden_size))
+            self.vector = torch.nn.Parameter(torch.randn(layer.hidden_size))
+
+        def forward(self, value: torch.Tensor, at: Any) -> torch.Tensor:
+            variance: Any = self.net.running_var
+            return value * self.net.scale + variance * self.vector
+
+    model, inputs = model_of(LLAMA), LLAMA.inputs()
+    apart, shifts = mc.build_shifts(model, "with-a-module-for-test"), mc.build_shifts(model, "with-a-module-for-test")
+    for head in shifts:
+        head.net = shifts[0].net
+    shifts[2].vector = shifts[1].vector
+    assert len(list(shifts.parameters())) == 3
+    apart.load_state_dict(shifts.state_dict())
+    for stack in (apart, shifts):
+        with mc.patch(model, stack):
+            logits_of(model, inputs).square().mean().backward()
+    torch.testing.assert_close(shifts[0].net.scale.grad, sum(head.net.scale.grad for head in apart))
+    torch.testing.assert_close(shifts[1].vector.grad, apart[1].vector.grad + apart[2].vector.grad)
+    mc.save_shifts(shifts, tmp_path)
+    with safe_open(tmp_path / "shifts.safetensors", "pt") as file:
+        written = set(file.keys())
+    own = {
+        "heads.0.vector",
+        "heads.1.vector",
+        *(f"heads.0.net.{name}" for name in ("scale", *dict(shifts[0].net.named_buffers()))),
+    }
+    assert written == own
+    loaded = mc.load_shifts(tmp_path, model)
+    assert list(loaded.state_dict()) == list(shifts.state_dict())
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in shifts.state_dict().items())
+    assert loaded[2].vector is loaded[1].vector is not loaded[0].vector
+    assert loaded[0].net.scale is loaded[2].net.scale
+    assert loaded[0].net.running_var is loaded[1].net.running_var
+    mc.save_shifts(loaded, tmp_path / "again")
+    assert (tmp_path / "again" / "shifts.json").read_text() == (tmp_path / "shifts.json").read_text()
+
+
+def test_parameters_over_each_other_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = model_of(LLAMA)
     shifts = random_shifts(model, "mimic")
-    shifts[2].vector = shifts[1].vector
+    shifts[2].vector = torch.nn.Parameter(shifts[1].vector.data)
     with pytest.raises(mc.CheckpointError, match=r"heads\.1\.vector and heads\.2\.vector share their memory"):
         mc.save_shifts(shifts, tmp_path / "shifts")
     assert not (tmp_path / "shifts").exists()

@@ -76,8 +76,18 @@ UNREADABLE = r"shifts\.safetensors can't be read: .+; the file is damaged or mis
 NO_JSON = r"shifts\.json can't be read as JSON: "
 FOREIGN = r"shifts\.json does not describe shifts: expected an object with format 'mimic_core\.shifts'"
 CANNOT_MAKE = r"shifts\.json does not describe shifts that this version can build: "
+NOT_SHARED = r"shifts\.json says that .* and .* are shared, which they can't be"
 MISFIT = r"shifts\.safetensors does not fit its description: "
 MISSING_ALL = MISFIT + r"heads\.0\.vector is missing; .+; .+; heads\.1\.vector is missing and \d+ more"
+
+
+def without(name: str, **changes: Any) -> Damage:
+    def write(folder: Path) -> None:
+        tensors(lambda t: t.pop(name))(folder)
+        described(**changes)(folder)
+
+    return write
+
 
 REFUSED: dict[str, tuple[Damage, str]] = {
     "no tensors": (lambda folder: (folder / "shifts.safetensors").unlink(), UNREADABLE),
@@ -114,6 +124,12 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "no model": (described(model=None), CANNOT_MAKE),
     "model without sizes": (described(model={"model_type": "llama"}), CANNOT_MAKE + ".*'layers'"),
     "layers without sizes": (described(model=DESCRIPTION["model"] | {"layers": [{"index": 0}]}), CANNOT_MAKE),
+    "shared, but there": (described(shared={"heads.1.vector": "heads.0.vector"}), NOT_SHARED),
+    "shared with nothing": (without("heads.1.vector", shared={"heads.1.vector": "heads.7.vector"}), NOT_SHARED),
+    "shared, other shapes": (without("heads.1.vector", shared={"heads.1.vector": "heads.1.gate_bias"}), NOT_SHARED),
+    "shared, not known": (described(shared={"heads.9.vector": "heads.0.vector"}), NOT_SHARED),
+    "shared, no names": (described(shared=["heads.1.vector"]), NOT_SHARED),
+    "shared, a list": (described(shared={"heads.1.vector": ["heads.0.vector"]}), NOT_SHARED),
     "another head's tensors": (described(head="live", config={}), MISFIT + r".*heads\.0\.scale is missing"),
     "missing tensor": (tensors(lambda t: t.pop("heads.1.gate_bias")), MISFIT + r"heads\.1\.gate_bias is missing$"),
     "extra tensor": (tensors(lambda t: t.update(more=torch.ones(1))), MISFIT + "more is not known$"),

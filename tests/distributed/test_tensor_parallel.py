@@ -34,6 +34,7 @@ HEADS: list[tuple[str, dict[str, Any]]] = [
     ("function_vector", {"positions": "all"}),
     ("virtual_kv", {"rank": 2, "learn_weight": True}),
     ("hyper_icl", {}),
+    ("mtv", {"positions": "all"}),
 ]
 
 
@@ -207,13 +208,14 @@ def new_stacks(s: Subject) -> None:
 
 def captured(s: Subject) -> None:
     at = torch.ones_like(IDS).bool()
+    sites = [site for site in SITES if site != "mlp_hidden"]
     for where in (None, at):
         found = []
         for model in (s.whole, s.split):
             stack = random_stack(model, "mimic", layers=(0,))
-            with mc.patch(model, stack), mc.capture(model, SITES, where=where) as seen:
+            with mc.patch(model, stack), mc.capture(model, sites, where=where) as seen:
                 model(IDS)
-            values = [seen[site][1] for site in SITES]
+            values = [seen[site][1] for site in sites]
             sum((x * torch.arange(x.numel()).view(x.shape).cos()).sum() for x in values).backward()
             found.append([x.detach() for x in values] + [x.grad for x in stack.parameters()])
         assert_close(found[1], found[0])
@@ -229,6 +231,8 @@ def refusals(s: Subject) -> None:
         mc.hook(s.split, "query", lambda value, at: None)
     with refused(mc.UnsupportedModelError, "no tp_size"):
         mc.capture(s.split.model, "attn_heads")
+    with refused(mc.UnsupportedModelError, "not known which of the MLP's hidden values each of . processes has"):
+        mc.hook(s.split, "mlp_hidden", lambda value, at: None, layers=[0])
     different = random_stack(s.split, "mimic", seed=s.rank)
     with refused(mc.PatchStateError, "not the same in the . processes"):
         mc.patch(s.split, different)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +14,12 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from torch import Tensor, nn
 
 import mimic_core as mc
-from mimic_core.types import ATTENTION_SITES, SITES
+from mimic_core.types import ATTENTION_SITES, INPUT_SITES, SITES
 from tests.support.cases import CASES, Case, fresh_model, logits_of, over_cases, random_shifts
 from tests.support.snapshot import snapshot
 
 LLAMA = next(case for case in CASES if case.name == "llama")
-OUTPUTS = [site for site in SITES if site not in ATTENTION_SITES]
+OUTPUTS = [site for site in SITES if site not in (*ATTENTION_SITES, *INPUT_SITES)]
 
 
 def shift_by_one(x: Tensor, at: mc.At) -> Tensor:
@@ -112,6 +113,43 @@ def test_forwards_replaced_by_others_in_every_order(of_others: Any, head: str) -
         if first_out < 2:
             on[first_out].remove()
         torch.testing.assert_close(logits_of(model, inputs), logits_of(twin, inputs))
+
+
+@pytest.mark.parametrize("site", INPUT_SITES)
+def test_edits_of_an_input_run_in_the_order_of_their_coming(site: Any) -> None:
+    """Whoever replaced the forward in between. Edits that are out of the way are missed, and the first argument may
+    come by name."""
+    model, inputs = fresh_model(LLAMA), LLAMA.inputs()
+    plain = logits_of(model, inputs)
+    module = mc.adapter_for(model).module(model, 1, site)
+    got: list[Tensor] = []
+    module.register_forward_pre_hook(lambda m, args: got.append(args[0]))
+    edits = [lambda x, at: x * 2, shift_by_one, lambda x, at: x * 0.5]
+    logits_of(model, inputs)
+    with mc.hook(model, site, lambda x, at: (x * 2 + 1) * 0.5, layers=[1]):
+        wanted = logits_of(model, inputs)
+        by_name = next(iter([*inspect.signature(type(module).forward).parameters][1:]))
+        below = module.forward
+        module.forward = lambda x, *args, **kwargs: below(*args, **{by_name: x}, **kwargs)
+        assert torch.equal(logits_of(model, inputs), wanted)
+        module.forward = below
+    for at in range(4):
+        handles = []
+        for n, edit in enumerate([*edits, None]):
+            if n == at:
+                forward = module.forward
+                module.forward = lambda *args, below=forward, **kwargs: below(*args, **kwargs)
+            if edit is not None:
+                handles.append(mc.hook(model, site, edit, layers=[1]))
+        with mc.capture(model, site, layers=[1]) as seen:
+            torch.testing.assert_close(logits_of(model, inputs), wanted)
+        torch.testing.assert_close(seen.states[1], (got[0] * 2 + 1) * 0.5)
+        del module.forward
+        with pytest.raises(mc.PatchStateError, match=f"never reached {site} of layer 1"):
+            logits_of(model, inputs)
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(logits_of(model, inputs), plain)
 
 
 @pytest.mark.parametrize("head", ["live", "mimic-and-mlp"])

@@ -15,7 +15,7 @@ import mimic_core as mc
 from mimic_core.edits.interface import SLOT
 from tests.support.cases import (
     CASES,
-    HEADS,
+    LAW_HEADS,
     PROMPT_HEADS,
     Case,
     as_dtype,
@@ -33,7 +33,7 @@ from tests.support.oracle_model import shifted
 from tests.support.oracle_params import decoder_layers, oracle_params
 from tests.support.snapshot import snapshot
 
-EXACT_HEADS = [head for head in HEADS if head != "mimic-all-keys"]
+EXACT_HEADS = [head for head in LAW_HEADS if head != "mimic-all-keys"]
 CACHED_HEADS = [head for head in EXACT_HEADS if head not in PROMPT_HEADS]
 CLOSE = {"atol": 3e-5, "rtol": 1e-4}
 
@@ -124,7 +124,7 @@ def test_an_error_midway_leaves_the_model_as_it_was(case: Case, head: str, monke
 
 @over_attention
 @over_cases
-@pytest.mark.parametrize("site", ["query", "value", "attn_heads", "attn_out", "mlp_out", "layer_out"])
+@pytest.mark.parametrize("site", ["query", "value", "attn_heads", "attn_out", "mlp_out", "layer_out", "layer_in"])
 def test_an_exception_inside_forward_leaves_the_handle_removable(case: Case, attention: str, site: str) -> None:
     model, inputs = model_of(case, attention), case.inputs()
     state, before = snapshot(model), logits_of(model, inputs)

@@ -178,6 +178,7 @@ def test_every_site_can_be_edited(case: Case, attention: str, site: str) -> None
         "key": (b, layer.kv_heads, t, layer.head_dim),
         "value": (b, layer.kv_heads, t, layer.value_dim),
         "attn_heads": (b, t, layer.heads, layer.value_dim),
+        "mlp_hidden": (b, t, layer.mlp_width),
     }.get(site, (b, t, layer.hidden_size))
     assert [entry[:3] for entry in seen] == [(i, site, shape) for i in range(len(spec.layers))]
     with mc.hook(model, site, lambda value, at: value * 1.5, layers=[1]) as handle:

@@ -266,10 +266,12 @@ def eight_bits(head: str) -> None:
     wanted, found = {}, {}
 
     def before(value: Tensor, at: mc.At) -> None:
-        edit = shifts[at.layer].edits()[at.site](value, at)
-        chosen = at.positions(shifts.config.positions)
-        place, chosen = (at.layer, at.site), chosen.view(*chosen.shape, *[1] * (value.ndim - 2))
-        wanted[place] = torch.where(chosen.transpose(1, 2) if at.site == "query" else chosen, edit, value)
+        edit, place = shifts[at.layer].edits()[at.site](value, at), (at.layer, at.site)
+        if shifts.config.positions != "all":
+            chosen = at.positions(shifts.config.positions)
+            chosen = chosen.view(*chosen.shape, *[1] * (value.ndim - 2))
+            edit = torch.where(chosen.transpose(1, 2) if at.site == "query" else chosen, edit, value)
+        wanted[place] = edit
         assert differ(wanted[place], value)
 
     def after(value: Tensor, at: mc.At) -> None:

@@ -34,6 +34,9 @@ COLUMNS = (
     "m2iv",
     "virtual-kv",
     "hyper-icl",
+    "ia3",
+    "loreft",
+    "mtv",
 )
 # 4-bit weights need blocks of 64, and their kernel multiples of 32.
 SIZES = TEXT | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}

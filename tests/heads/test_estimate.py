@@ -16,7 +16,7 @@ from mimic_core.estimate import _Component
 from tests.support.cases import BY_NAME, CASES, Case, logits_of, model_of
 
 LLAMA = BY_NAME["llama"]
-METHODS = {"task_vector": False, "i2cl": False, "caa": True, "icv": True}
+METHODS = {"task_vector": False, "i2cl": False, "caa": True, "icv": True, "mtv": False}
 """Whether a method takes differences."""
 
 
@@ -66,15 +66,16 @@ def test_what_is_taken(case: Case, method: str) -> None:
     shifts = mc.build_shifts(model, method)
     mc.estimate(model, shifts, iter(batches(case, pairs)))
     for name in ("attn", "mlp") if method == "i2cl" else ("",):
-        rows = differences(model, case, f"{name}_out" if name else "layer_out", pairs)
+        site = "attn_heads" if method == "mtv" else f"{name or 'layer'}_out"
+        rows = differences(model, case, site, pairs)
         if method == "icv":
             wanted = np.linalg.svd(rows.reshape(len(rows), -1))[2][0].reshape(rows.shape[1:])
             wanted *= np.sign((wanted * rows.mean(0)).sum())
         else:
             wanted = rows.mean(0)
         close(torch.stack([getattr(head, f"{name}_vector" if name else "vector") for head in shifts]), wanted)
-    if method == "task_vector":
-        assert all(head.weight == 1 for head in shifts)
+    if method in ("task_vector", "mtv"):
+        assert all(head.weight.eq(1).all() for head in shifts)
     plain = logits_of(model, case.inputs())
     with mc.patch(model, shifts):
         assert not torch.allclose(logits_of(model, case.inputs()), plain, atol=1e-4)
@@ -141,3 +142,39 @@ def test_what_is_refused(no_shape_checks: None) -> None:
     shifts = mc.build_shifts(model, "i2cl")
     with mc.patch(model, shifts), pytest.raises(mc.PatchStateError, match="already in this model"):
         mc.estimate(model, shifts, [inputs])
+
+
+def test_heads_are_chosen_by_a_loss(no_shape_checks: None) -> None:
+    """A loss that says of each attention head whether it helps: those that do are left at 1."""
+    model = model_of(LLAMA)
+    shifts = mc.build_shifts(model, "mtv")
+    mc.estimate(model, shifts, [LLAMA.inputs()])
+    draw = torch.Generator().manual_seed(3)
+    cost = [torch.where(torch.rand(4, generator=draw) < 0.5, 1.0, -1.0) for _ in shifts]
+    asked = []
+
+    def loss() -> Tensor:
+        asked.append(torch.cat([head.weight.detach().clone() for head in shifts]))
+        return sum((head.weight * x).sum() for head, x in zip(shifts, cost, strict=True)) + 100
+
+    mc.choose_heads(shifts, loss, steps=60, samples=6, generator=draw)
+    assert len(asked) == 360
+    assert torch.stack(asked).unique().tolist() == [0, 1]
+    assert [head.weight.tolist() for head in shifts] == [x.lt(0).float().tolist() for x in cost]
+    assert all(head.weight.requires_grad for head in shifts)
+    before = copy.deepcopy(shifts.state_dict())
+    for stack, given, options, error, message in [
+        (
+            mc.build_shifts(model, "live"),
+            loss,
+            {},
+            mc.UnknownNameError,
+            "the heads of 'live' have no parameter `weight`",
+        ),
+        (shifts, loss, {"samples": 1}, mc.ShapeError, "samples should be 2 or more"),
+        (shifts, lambda: torch.nan, {}, mc.ShapeError, "the loss of a choice of heads is nan"),
+        (model, loss, {}, mc.WrongTypeError, "a ShiftStack is needed"),
+    ]:
+        with pytest.raises(error, match=message):
+            mc.choose_heads(stack, given, **options)
+    assert all(torch.equal(x, before[name]) for name, x in shifts.state_dict().items())

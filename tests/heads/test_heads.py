@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mimic_core as mc
+from mimic_core.heads.loreft import orthonormal
 from mimic_core.types import Site
 from tests.support.cases import CASES, HEADS, fresh_model, logits_of, model_of, random_shifts
 
@@ -40,6 +41,9 @@ SHAPES = {
         **dict.fromkeys(("key_right", "value_right"), (H, 2, D)),
         "weight": (1,),
     },
+    "ia3": {"key_scale": (2, D), "value_scale": (2, D), "mlp_scale": (48,)},
+    "loreft": {"rotation": (2, C), "weight": (2, C), "bias": (2,)},
+    "mtv": {"vector": (H, D), "weight": (H,)},
     "hyper-icl": {"u_q": (H, D, 2), "u_k": (H, D, 2), "gate_weight": (H, D), "gate_bias": (H,)},
 }
 
@@ -91,8 +95,34 @@ def test_initial_values_are_the_papers() -> None:
     i2cl = of("i2cl")
     for name in ("attn_scales", "mlp_scales"):
         assert torch.equal(i2cl[name], torch.tensor([[1, 0.1]]).expand(32, 2))
-    for name in ("attn_bias", "mlp_bias", "icv", "caa", "m2iv"):
+    for name in ("attn_bias", "mlp_bias", "icv", "caa", "m2iv", "mtv"):
         assert not any(x.any() for x in of(name).values())
+    assert all((x == 1).all() for x in of("ia3").values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["ia3", "loreft", "mtv"])
+def test_a_new_stack_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    model, inputs = model_of(LLAMA, dtype=dtype), LLAMA.inputs()
+    plain = logits_of(model, inputs)
+    with mc.patch(model, mc.build_shifts(model, name)):
+        assert torch.equal(logits_of(model, inputs), plain)
+
+
+def test_the_rows_of_loreft_stay_orthonormal() -> None:
+    """Also of numbers that are nearly along each other, and for each sample of a set."""
+    draw = torch.Generator().manual_seed(1)
+    rows = torch.randn(32, generator=draw) + 1e-3 * torch.randn(5, 4, 32, generator=draw)
+    found = orthonormal(rows)
+    torch.testing.assert_close(found @ found.mT, torch.eye(4).expand(5, 4, 4), atol=1e-6, rtol=0)
+    torch.testing.assert_close(orthonormal(found), found, atol=1e-6, rtol=0)
+    assert (found * rows).sum(-1).min() > 0, "a sign that jumps while numbers move would be another function"
+    with pytest.raises(mc.ShapeError, match="rank should be 1 or more, found 0"):
+        mc.LoReFTConfig(rank=0)
+    with pytest.raises(mc.ShapeError, match="rank 33 is more than the hidden size 32"):
+        mc.build_shifts(model_of(LLAMA), "loreft", rank=33)
+    with pytest.raises(mc.PatchStateError, match="an edit at site 'key' cannot be limited to positions"):
+        mc.patch(model_of(LLAMA), mc.build_shifts(model_of(LLAMA), "ia3", positions="prompt"))
 
 
 def test_initial_values_follow_the_seed() -> None:

@@ -11,7 +11,17 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import mimic_core as mc
 from mimic_core.edits.forward import Forward
-from tests.support.cases import ATTENTION, CASES, PROMPT_HEADS, Case, fresh_model, logits_of, model_of, random_shifts
+from tests.support.cases import (
+    ATTENTION,
+    CASES,
+    PROMPT_HEADS,
+    SITE_OF_HEAD,
+    Case,
+    fresh_model,
+    logits_of,
+    model_of,
+    random_shifts,
+)
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 over_cases = pytest.mark.parametrize("case", CASES, ids=str)
@@ -70,12 +80,13 @@ def test_generation_is_the_full_forward_shifted_where_the_prompt_ended(case: Cas
 
     def by_hand(value: Tensor, at: mc.At) -> Tensor:
         vector = shifts[at.layer].vector
-        weight = getattr(shifts[at.layer], "weight", None)
+        weight: Any = getattr(shifts[at.layer], "weight", None)
         value = value.clone()
+        weight = weight[:, None] if head == "mtv" else weight
         value[:, 10] = value[:, 10] + vector if weight is None else value[:, 10] * (1 - weight) + weight * vector
         return value
 
-    with torch.no_grad(), mc.hook(model, "layer_out", by_hand, layers=shifts.layers):
+    with torch.no_grad(), mc.hook(model, SITE_OF_HEAD[head], by_hand, layers=shifts.layers):
         full = logits_of(model, case.longer(inputs, new[:, :-1]))
     for step, wanted in enumerate(out.logits):
         torch.testing.assert_close(full[:, 10 + step], wanted, atol=3e-5, rtol=1e-4)

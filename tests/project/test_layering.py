@@ -38,6 +38,7 @@ LAYERS = {
     "build": 4,
     "checkpoint": 4,
     "describe": 4,
+    "choose": 4,
     "estimate": 4,
     "merge": 4,
     "optimizers": 4,

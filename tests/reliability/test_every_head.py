@@ -42,6 +42,7 @@ ARCHITECTURES = (
     "gpt_oss",
     "qwen3_5_text",
 )
+ONLY_EXPERTS = ("mixtral", "gpt_oss")
 OF_THE_KIT = ("mimic", "live")
 
 
@@ -169,6 +170,10 @@ def _law(law: Callable[[Any], str], s: OneHead) -> None:
             law(s)
         except NotApplicable as error:
             pytest.skip(str(error))
+        except mc.PatchStateError as error:
+            # It acts at some positions inside a layer, which are not known where the layer runs again.
+            assert s.head == "mtv"
+            assert "gradient checkpointing runs layers again" in str(error)  # noqa: PT017 - a right answer
 
 
 CHECKS: dict[str, Callable[[OneHead], None]] = {
@@ -195,6 +200,8 @@ def _cases() -> list[Any]:
     found = []
     for i, architecture in enumerate(ARCHITECTURES):
         for j, head in enumerate(_HEADS):
+            if head == "ia3" and architecture in ONLY_EXPERTS:
+                continue  # refused, as tests/adapters/test_generic.py has it
             names = [name for name in CHECKS if name not in LAWS or head not in OF_THE_KIT]
             marks = () if (i + 2 * j) % 8 == 0 else (pytest.mark.exhaustive,)
             found += [pytest.param(architecture, head, name, marks=marks) for name in names]

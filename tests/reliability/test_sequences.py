@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from transformers.modeling_utils import AttentionInterface
 
 from mimic_core.types import TOKEN_SITES
-from tests.support.cases import HEADS, SITE_OF_HEAD
+from tests.support.cases import HEADS, SITE_OF_HEAD, UNLIMITED_HEADS
 from tests.support.sequence_models import (
     FAMILIES,
     FUNCTIONS,
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.newest
 indices = st.integers(0, 5)
 parts = st.sampled_from(["whole", "inner", "base"])
 some_layers = st.sampled_from([None, (0,), (1,), (0, 2)])
-tokens = st.sampled_from([None, None, "prompt", "prompt_end", ("first", 2), ("last", 2), "generated"])
+tokens = st.sampled_from([None, None, "prompt", "prompt_end", ("first", 2), ("first", 1, "last", 2), "generated"])
 rarely = st.sampled_from([False, False, False, True])
 errors = st.sampled_from([ValueError, Interrupt])
 
@@ -57,7 +57,7 @@ def machine(family: str, by_chance: bool) -> type[RuleBasedStateMachine]:
             self.failed = False
 
         @rule(
-            head=st.sampled_from(list(HEADS)),
+            head=st.sampled_from([head for head in HEADS if head not in UNLIMITED_HEADS]),
             seed=st.integers(0, 2),
             part=parts,
             threaded=rarely,

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 import mimic_core as mc
-from mimic_core.heads import head_for_config
+from mimic_core.heads import LoReFTHead, head_for_config
+from mimic_core.heads.loreft import orthonormal
 from mimic_core.types import ATTENTION_SITES
 
 TEXT: dict[str, Any] = {
@@ -202,15 +203,23 @@ HEADS: dict[str, mc.HeadConfig] = {
     "virtual-kv": mc.VirtualKVConfig(n=3),
     "virtual-kv-low-rank": mc.VirtualKVConfig(n=3, rank=2, learn_weight=True),
     "hyper-icl": mc.HyperICLConfig(rank=2),
+    "ia3": mc.IA3Config(),
+    "loreft": mc.LoReFTConfig(rank=2, positions="all"),
+    "mtv": mc.MTVConfig(),
 }
+COMPOSED: dict[str, list[mc.HeadConfig]] = {"mimic+live": [mc.MimICConfig(), mc.LIVEConfig(site="layer_out")]}
+LAW_HEADS = (*HEADS, *COMPOSED)
 SITE_OF_HEAD = {name: getattr(config, "site", None) or head_for_config(config).site for name, config in HEADS.items()}
+SITE_OF_HEAD |= dict.fromkeys(COMPOSED, "attn_heads")
 # These act where the prompt ends, so a longer text is another prompt to them.
-PROMPT_HEADS = ("task-vector", "function-vector")
+PROMPT_HEADS = ("task-vector", "function-vector", "mtv")
+# These act on keys and values, so on all tokens.
+UNLIMITED_HEADS = ("ia3",)
 
 
 def random_shifts(model: nn.Module, head: str, scale: float = 0.5) -> mc.ShiftStack:
     """A stack with parameters large enough to change every logit."""
-    shifts = mc.build_shifts(model, HEADS[head])
+    shifts = mc.build_shifts(model, COMPOSED[head] if head in COMPOSED else HEADS[head])
     generator = torch.Generator().manual_seed(5)
     for p in [*shifts.parameters(), *(x for name, x in shifts.named_buffers() if name.endswith("vector"))]:
         p.data = scale * torch.randn(p.shape, generator=generator)
@@ -228,6 +237,11 @@ def zero_vectors(shifts: mc.ShiftStack) -> mc.ShiftStack:
             p.data.zero_()
         elif name.endswith("scales"):  # of I2CL: of what is there, and of the vector
             p.data[0] = 1
+        elif name.endswith(("key_scale", "value_scale", "mlp_scale")):
+            p.data.fill_(1)
+    for head in shifts:
+        if isinstance(head, LoReFTHead):
+            head.weight.data, head.bias.data = orthonormal(head.rotation.detach()), torch.zeros_like(head.bias)
     return shifts
 
 
@@ -240,11 +254,11 @@ def logits_of(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> Te
 
 
 over_cases = pytest.mark.parametrize("case", CASES, ids=str)
-over_heads = pytest.mark.parametrize("head", HEADS)
+over_heads = pytest.mark.parametrize("head", LAW_HEADS)
 over_attention = pytest.mark.parametrize("attention", ATTENTION)
 
 
-def over_attention_of(heads: Iterable[str] = HEADS) -> pytest.MarkDecorator:
+def over_attention_of(heads: Iterable[str] = LAW_HEADS) -> pytest.MarkDecorator:
     """Heads inside attention with every implementation of it, and those at an output with the first alone."""
     pairs = [(h, a) for h in heads for a in ATTENTION if a == ATTENTION[0] or SITE_OF_HEAD[h] in ATTENTION_SITES]
     return pytest.mark.parametrize(("head", "attention"), pairs)

@@ -11,7 +11,7 @@ import mimic_core as mc
 from tests.support.cases import BY_NAME, random_shifts
 
 LLAMA = BY_NAME["llama"]
-SITES = ["query", "key", "value", "lse", "attn_heads", "attn_out", "mlp_out", "layer_out"]
+SITES = ["query", "key", "value", "lse", "attn_heads", "attn_out", "mlp_out", "layer_out", "layer_in", "mlp_hidden"]
 NAMES = ["shifts.json", "shifts.safetensors"]
 
 # What is on people's disks: a change here needs a new version, and the old one still read.
@@ -42,6 +42,7 @@ DESCRIPTION: dict[str, Any] = {
                 "head_dim": 24,
                 "value_dim": 24,
                 "sites": SITES,
+                "mlp_width": 48,
             }
             for index in range(3)
         ],

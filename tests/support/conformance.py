@@ -13,7 +13,7 @@ from tests.support.cases import BY_NAME, Case, fresh_model
 
 LAWS = [law.name for law in mimic_core.testing.LAWS]
 LLAMA = BY_NAME["llama"]
-SITES = ["query", "key", "value", "attn_heads", "attn_out", "mlp_out", "layer_out"]
+SITES = ["query", "key", "value", "attn_heads", "attn_out", "mlp_out", "layer_out", "layer_in", "mlp_hidden"]
 
 
 def report_of(case: Case, attention: str = "sdpa", model: nn.Module | None = None) -> mimic_core.testing.Report:

@@ -23,10 +23,14 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
     params = module.__dict__.get("oracle_params")
+    if params is not None and params["kind"] == "ia3":
+        key, value, params = key * params["key_scale"][:, None], value * params["value_scale"][:, None], None
     out, log_z2, log_z2_all = _attended(query, key, value, attention_mask, scaling, None)
     if params is not None:
         if params["kind"] == "mimic":
             shifted = _shift(out, query, log_z2_all if params["all_keys"] else log_z2, params)
+        elif params["kind"] == "mtv":
+            shifted = [x + w * (v - x) for x, w, v in zip(out, params["weight"], params["vector"], strict=True)]
         else:
             shifted, _, _ = _attended(query, key, value, attention_mask, scaling, params)
             weight = params.get("weight", 1.0)
@@ -109,6 +113,16 @@ def _vector(h: Tensor, p: dict[str, Any]) -> Tensor:
     return h + p.get("factor", 1.0) * p["vector"] if weight is None else h + weight * (p["vector"] - h)
 
 
+def _reft(h: Tensor, p: dict[str, Any]) -> Tensor:
+    rows: list[Tensor] = []
+    for row in p["rotation"]:
+        for other in rows:
+            row = row - (row @ other) * other
+        rows.append(row / row.pow(2).sum().sqrt())
+    r = torch.stack(rows)
+    return h + (h @ p["weight"].T + p["bias"] - h @ r.T) @ r
+
+
 def _only(new: Tensor, old: Tensor, chosen: list[list[bool]] | None) -> Tensor:
     """The new states [b t c] at the chosen tokens, the old ones at the others."""
     if chosen is None:
@@ -122,12 +136,12 @@ def _only(new: Tensor, old: Tensor, chosen: list[list[bool]] | None) -> Tensor:
 
 @contextmanager
 def shifted(
-    model: nn.Module, layers: nn.ModuleList, params: list[dict[str, Any] | None], chosen: list[list[bool]] | None = None
+    model: nn.Module, layers: nn.ModuleList, params: list[list[dict[str, Any]]], chosen: list[list[bool]] | None = None
 ) -> Iterator[None]:
-    """Inside, `model` runs with the shifts of `params`, one entry per layer (None: not shifted).
+    """Inside, `model` runs with the shifts of `params`, a list of entries for each layer.
 
-    An entry has "kind" ("mimic", "virtual_kv", "hyper_icl", "live", "vector" or "two outputs") and the tensors of that
-    method. `chosen`: the tokens to shift, by sample; None shifts all.
+    An entry has "kind" ("mimic", "virtual_kv", "hyper_icl", "mtv", "ia3", "loreft", "live", "vector" or "two outputs")
+    and the tensors of that method. `chosen`: the tokens to shift, by sample; None shifts all.
     """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, eager_mask)
@@ -138,11 +152,14 @@ def shifted(
     def edit(module: nn.Module, function: Any) -> None:
         hooks.append(module.register_forward_hook(_edit_output(lambda h: _only(function(h), h, chosen))))
 
-    for layer, p in zip(layers, params, strict=True):
-        if p is None:
-            continue
+    for layer, p in ((layer, p) for layer, entries in zip(layers, params, strict=True) for p in entries):
         outputs = {"mlp_out": layer.mlp, "attn_out": layer.self_attn, "layer_out": layer}
-        if p["kind"] in ("mimic", "virtual_kv", "hyper_icl"):
+        if p["kind"] == "loreft":
+            edit(layer, lambda h, p=p: _reft(h, p))
+        elif p["kind"] in ("mimic", "virtual_kv", "hyper_icl", "mtv", "ia3"):
+            if "mlp_scale" in p:
+                scale = p["mlp_scale"]
+                hooks.append(layer.mlp.down_proj.register_forward_pre_hook(lambda m, args, s=scale: (args[0] * s,)))
             layer.self_attn.__dict__["oracle_params"] = p | {"chosen": chosen}
             if "mlp_vector" in p:
                 edit(layer.mlp, lambda h, m=p["mlp_vector"]: _keep_length(h, m))

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 import mimic_core as mc
 
 
-def oracle_params(shifts: mc.ShiftStack, depth: int) -> tuple[list[dict[str, Any] | None], dict[str, Tensor]]:
+def oracle_params(shifts: mc.ShiftStack, depth: int) -> tuple[list[list[dict[str, Any]]], dict[str, Tensor]]:
     """The stack's numbers in fp64, as the oracle takes them, and the leaves whose gradients are wanted."""
     leaves = {name: p.detach().double().requires_grad_() for name, p in shifts.named_parameters()}
-    params: list[dict[str, Any] | None] = [None] * depth
+    params: list[list[dict[str, Any]]] = [[] for _ in range(depth)]
+    places = {id(head): f"{name}." for name, head in shifts.named_modules()}
     for head in shifts:
-        prefix = f"heads.{head.layer.index}."
+        prefix = places[id(head)]
         numbers = leaves | {name: x.double() for name, x in shifts.named_buffers()}
         tensors = {name.removeprefix(prefix): x for name, x in numbers.items() if name.startswith(prefix)}
         config = head.config
@@ -32,12 +33,18 @@ def oracle_params(shifts: mc.ShiftStack, depth: int) -> tuple[list[dict[str, Any
             options = {"kind": "two outputs"}
         elif isinstance(config, mc.VirtualKVConfig):
             options = {"kind": "virtual_kv", "weight": config.weight_init}
+        elif isinstance(config, mc.IA3Config):
+            options = {"kind": "ia3"}
+        elif isinstance(config, mc.LoReFTConfig):
+            options = {"kind": "loreft"}
+        elif isinstance(config, mc.MTVConfig):
+            options = {"kind": "mtv"}
         elif isinstance(config, mc.HyperICLConfig):
             options = {"kind": "hyper_icl"}
         else:
             assert isinstance(config, mc.LIVEConfig)
             options = {"kind": "live", "site": config.site, "sigmoid": config.sigmoid}
-        params[head.layer.index] = options | tensors
+        params[head.layer.index].append(options | tensors)
     return params, leaves
 
 

@@ -110,9 +110,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "at the prompt's end": _at_prompt_end,
 }
 SITES_OF = {
-    "read": ("query", "key", "value", "lse", "attn_heads", "attn_out", "mlp_out", "layer_out"),
-    "double": ("query", "key", "value", "attn_heads", "attn_out", "mlp_out", "layer_out"),
-    "add one": ("query", "key", "value", "attn_heads", "attn_out", "mlp_out", "layer_out"),
+    "read": ("query", "key", "value", "lse", "attn_heads", "attn_out", "mlp_out", "layer_out", "layer_in"),
+    "double": ("query", "key", "value", "attn_heads", "attn_out", "mlp_out", "layer_out", "layer_in"),
+    "add one": ("query", "key", "value", "attn_heads", "attn_out", "mlp_out", "layer_out", "layer_in"),
     "read the LSE": ("query", "attn_heads"),
     "at the prompt's end": ("attn_out", "mlp_out", "layer_out"),
 }

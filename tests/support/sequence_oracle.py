@@ -135,11 +135,11 @@ class Forwards:
             found = torch.arange(end).expand(rows, -1) >= width
         elif positions == "prompt":
             found = prompt
-        elif positions[0] == "first":
-            found = prompt & (prompt.cumsum(1) <= positions[1])
         else:
-            count = 1 if positions == "prompt_end" else positions[1]
-            found = prompt & (prompt.flip(1).cumsum(1).flip(1) <= count)
+            pairs = [("last", 1)] if positions == "prompt_end" else [positions[:2], positions[2:]]
+            counts = dict(pair for pair in pairs if pair)
+            rank, left = prompt.cumsum(1), prompt.flip(1).cumsum(1).flip(1)
+            found = prompt & ((rank <= counts.get("first", 0)) | (left <= counts.get("last", 0)))
         return found[:, end - t :]
 
     def apply(self, edit: Edit, value: Tensor, attention: dict[str, Any]) -> Tensor:
@@ -170,7 +170,7 @@ def edited(model: Any, family: str, forwards: Forwards, edits: list[Edit]) -> It
         layer = layers[edit.layer]
         attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention
         mlp = layer.mlp if hasattr(layer, "mlp") else layer.fc2
-        module = {"layer_out": layer, "mlp_out": mlp}.get(edit.site, attention)
+        module = {"layer_out": layer, "layer_in": layer, "mlp_out": mlp}.get(edit.site, attention)
         at.setdefault((module, edit.site), []).append(edit)
 
     def hook(module: nn.Module, args: Any, output: Any, ours: list[Edit]) -> Any:
@@ -181,6 +181,9 @@ def edited(model: Any, family: str, forwards: Forwards, edits: list[Edit]) -> It
             value = forwards.apply(edit, value, {})
         value = value.view(shape)
         return (value, *output[1:]) if isinstance(output, tuple) else value
+
+    def feed(module: nn.Module, args: Any, ours: list[Edit]) -> Any:
+        return (hook(module, (), args[0], ours), *args[1:])
 
     def attend(
         name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
@@ -205,8 +208,9 @@ def edited(model: Any, family: str, forwards: Forwards, edits: list[Edit]) -> It
         *(
             module.register_forward_hook(partial(hook, ours=ours))
             for (module, site), ours in at.items()
-            if site not in INSIDE
+            if site not in (*INSIDE, "layer_in")
         ),
+        *(m.register_forward_pre_hook(partial(feed, ours=x)) for (m, site), x in at.items() if site == "layer_in"),
     ]
     for name in ("sdpa", "eager"):
         ALL_ATTENTION_FUNCTIONS[name] = partial(attend, name)  # in this object, not in the class

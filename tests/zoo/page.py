@@ -114,9 +114,10 @@ def _legend() -> str:
     laws = "\n".join(f"{n}. **{law.name}**: {law.says}" for n, law in enumerate(LAWS, 1))
     return (
         "Each type runs with sdpa and with eager attention, on text, and with images if it supports them. A mark is "
-        "the worst result of these runs: ✓ passed, - not applicable in all runs, ✗ failed. *Attention* is the number "
-        "of decoder layers with all attention sites, of all decoder layers of the tiny model. *Served* is what works: "
-        "everything; everything but the gate, because the LSE is refused with an error; only the output sites.\n\n"
+        "the worst result of these runs: ✓ passed, - not applicable in all runs, ✗ failed; none: not run yet. "
+        "*Attention* is the number of decoder layers with all attention sites, of all decoder layers of the tiny "
+        "model. *Served* is what works: everything; everything but the gate, because the LSE is refused with an error; "
+        "only the output sites.\n\n"
         f"{laws}\n"
     )
 
