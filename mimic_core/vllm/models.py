@@ -135,7 +135,7 @@ def _layer(model: nn.Module, found: Located, index: int) -> VLLMLayer:
     at = path.index(str(index)) + 1
     layer = model.get_submodule(".".join(path[:at]))
     attention = model.get_submodule(".".join(path[:-1]))
-    sites: dict[Site, nn.Module] = {"attn_heads": attn, "attn_out": attention, "layer_out": layer}
+    sites: dict[Site, nn.Module] = {"query": attn, "attn_heads": attn, "attn_out": attention, "layer_out": layer}
     theirs = found.model.get_submodule(found.spec.layers[index].path)
     names = {id(module): name for name, module in theirs.named_modules()}
     if "mlp_out" in found.spec.layers[index].sites:

@@ -72,6 +72,13 @@ STACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "layer": ("live", {"site": "layer_out", "sigmoid": True}),
     "out": ("live", {"site": "attn_out", "sigmoid": True}),
 }
+# Of each of them two stacks, so that tokens of one step have different numbers of the same kind.
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{head}-{i}": (head, {})
+    for head in ("attn_bias", "caa", "hyper_icl", "i2cl", "icv", "m2iv", "mlp_bias", "virtual_kv")
+    for i in range(2)
+}
+HEADS |= {"low-rank": ("virtual_kv", {"rank": 2}), "weighted": ("virtual_kv", {"learn_weight": True, "layers": (1,)})}
 
 
 class Ask(NamedTuple):
@@ -105,10 +112,10 @@ def model_at(path: Path, name: str, **options: Any) -> PreTrainedModel:
 
 def stack_at(path: Path, model: PreTrainedModel, name: str, seed: int = 0) -> mc.ShiftStack:
     """A stack with random numbers that change answers, also saved at `path`."""
-    head, options = STACKS[name]
+    head, options = {**STACKS, **HEADS}[name]
     stack = mc.build_shifts(model, head, **options)
     generator = torch.Generator().manual_seed(seed)
-    for key, x in stack.named_parameters():
+    for key, x in [*stack.named_parameters(), *stack.named_buffers()]:
         x.data = torch.randn(x.shape, generator=generator) * (2.0 if "vector" in key else 0.3)
     mc.save_shifts(stack, path)
     return stack
