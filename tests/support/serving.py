@@ -50,6 +50,7 @@ _GEMMA3: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "tie_word_embeddings": True,
 }
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 # The class of transformers, and the options of its config.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
@@ -59,6 +60,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2ForCausalLM", {"hidden_size": 128}),
     "qwen3": ("Qwen3ForCausalLM", {}),
     "gemma3": ("Gemma3ForCausalLM", _GEMMA3),
+    "gemma2": ("Gemma2ForCausalLM", {**_GEMMA3, "attn_logit_softcapping": 5.0, "attn_implementation": "eager"}),
+    "gpt2": ("GPT2LMHeadModel", {"hidden_size": 128, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", _EXPERTS),
 }
 
 STACKS: dict[str, tuple[str, dict[str, Any]]] = {
