@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -124,14 +123,14 @@ def server(folder: Path, stacks: Sequence[str]) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "model", "--dtype", "float32"]
+    command = ["env", "VLLM_CPU_KVCACHE_SPACE=1", sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", "model", "--dtype", "float32"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512", "--enforce-eager"]
     command += ["--additional-config", json.dumps({"shifts": {name: name for name in stacks}})]
-    print(f"\n{' '.join(command[1:-1])} '{command[-1]}'", flush=True)
+    print(f"\n{' '.join(command[:-1])} '{command[-1]}'", flush=True)
     log, url = folder / "log", f"http://127.0.0.1:{port}"
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
     try:
         while not is_there(f"{url}/health"):
             if process.poll() is not None:
