@@ -35,7 +35,7 @@ from .serve_rows import DECODE, FIRST, HEADS, NO_PLUGIN, RANKS, STACKS, UNPATCHE
 
 # Requests and the tokens of their prompts. With 32 prompts of 512, a round would take minutes on two cores.
 DECODES = ((1, 512), (8, 512), (32, 128))
-FIRSTS = ((1, 512), (8, 128), (32, 128))
+FIRSTS = ((1, 512), (8, 64), (32, 16))
 STEPS = 8
 # SmolLM2-135M with a third of its layers and of its vocabulary, so that each keeps its share of the time.
 SIZES: dict[str, Any] = {
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a small model and few rounds, to try the command")
-    parser.add_argument("--requests", type=int, nargs="+", help="only these numbers of requests")
+    parser.add_argument("--requests", type=int, nargs="+", help="only these numbers of requests; the file keeps others")
     parser.add_argument("--out", type=Path, help="folder for the CSV file (default: benchmarks/results)")
     options = parser.parse_args(arguments)
     folder = options.out or records.RESULTS
@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = folder / f"{'part-' if options.quick else ''}serve-{records.file_name(device)}"
     machine = asdict(records.this_machine(device))
     rows: list[ServedRow] = []
+    if options.requests and path.exists():
+        rows = [row for row in records.read(path, ServedRow) if row.requests not in options.requests]
     try:
         for row in run(options.quick, options.requests):
             rows.append(ServedRow(**{**asdict(row), **machine, "threads": row.threads}))

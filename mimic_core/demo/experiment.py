@@ -113,14 +113,18 @@ class Experiment:
         """The model's logits [b t n] for a batch."""
         return self.model(**batch.inputs, use_cache=False).logits
 
-    @torch.no_grad()
     def answer(self, sample: Any) -> str:
-        """The model's answer to a query, by cached greedy decoding."""
+        """The model's answer to a query."""
+        return self._prompter.decode(self.answer_tokens(sample))
+
+    @torch.no_grad()
+    def answer_tokens(self, sample: Any) -> list[int]:
+        """The tokens of the model's answer, and what comes after it, by cached greedy decoding."""
         inputs = self._prompter.collate([self._prompter(sample).question]).inputs
         out = self.model.generate(  # pyright: ignore[reportCallIssue]
             **inputs, max_new_tokens=self.settings.answer_tokens, do_sample=False
         )
-        return self._prompter.decode(out[0, inputs["input_ids"].shape[1] :].tolist())
+        return out[0, inputs["input_ids"].shape[1] :].tolist()
 
     def samples(self, epochs: int) -> Iterator[tuple[Batch, Batch]]:
         """Batches of training pairs with new random demonstrations from the other pairs, and without."""

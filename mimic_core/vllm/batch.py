@@ -84,6 +84,7 @@ class Heads:
         self._heads = found
         self._tokens = tokens
         self._site: Site = site
+        self._heads_first = site == "query"  # a head gets it as [b h t d], and vLLM has [t h d]
         self._layer = layer
         self._module = module
         self._some = next(head for head in found if head is not None)
@@ -109,9 +110,12 @@ class Heads:
         if only is not None:
             head = self._heads[only]
             assert head is not None
-            return head.edits()[self._site](value[None], self._at(attention, at_once=True))[0]
+            as_one = value.transpose(0, 1) if self._heads_first else value
+            edited = head.edits()[self._site](as_one[None], self._at(attention, at_once=True))[0]
+            return edited.transpose(0, 1) if self._heads_first else edited
         rows, strengths = self._tokens.of(len(value))
-        edited = self._edit(rows)(value[:, None], self._at(attention, at_once=False))[:, 0]
+        token = 2 if self._heads_first else 1
+        edited = self._edit(rows)(value.unsqueeze(token), self._at(attention, at_once=False)).squeeze(token)
         if self._has is not None:
             strengths = strengths * self._has[rows]
         elif self._tokens.is_whole:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,9 @@ from ..types import Located, Site
 
 # vLLM's classes whose answers were seen to be those of the patched model of transformers, by tests/serve.
 TRIED = (
+    "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
+    "GPT2LMHeadModel",
     "GraniteForCausalLM",
     "LlamaForCausalLM",
     "LlavaForConditionalGeneration",
@@ -31,6 +34,7 @@ TRIED = (
     "Phi3ForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
 )
 
 
@@ -47,7 +51,10 @@ def known_to_transformers(model_config: Any) -> Located:
     Raises:
         UnsupportedModelError: transformers has no class for it, or no adapter fits it.
     """
-    config = model_config.hf_config
+    config = copy.deepcopy(model_config.hf_config)
+    # What looks at numbers, which are not there: the grouped product of experts, and a search for padding.
+    config._experts_implementation = "batched_mm"
+    config.pad_token_id = None
     (name, *_) = config.architectures or [""]
     kind = getattr(transformers, name, None)
     if kind is None:
@@ -135,7 +142,7 @@ def _layer(model: nn.Module, found: Located, index: int) -> VLLMLayer:
     at = path.index(str(index)) + 1
     layer = model.get_submodule(".".join(path[:at]))
     attention = model.get_submodule(".".join(path[:-1]))
-    sites: dict[Site, nn.Module] = {"attn_heads": attn, "attn_out": attention, "layer_out": layer}
+    sites: dict[Site, nn.Module] = {"query": attn, "attn_heads": attn, "attn_out": attention, "layer_out": layer}
     theirs = found.model.get_submodule(found.spec.layers[index].path)
     names = {id(module): name for name, module in theirs.named_modules()}
     if "mlp_out" in found.spec.layers[index].sites:

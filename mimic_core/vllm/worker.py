@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..checkpoint import load_shifts
 from ..errors import CheckpointError, PatchStateError, UnsupportedModelError
-from ..heads import MimICHead, ShiftHead, ShiftStack
+from ..heads import HyperICLHead, MimICHead, ShiftHead, ShiftStack, VirtualKVHead
 from ..heads.stack_set import Kind, kind_of
 from ..types import Site
 from . import paged
@@ -23,6 +24,10 @@ from .requests import FOUND
 from .sources import SHIFTS, digest_of
 
 log = logging.getLogger(__name__)
+
+# Of their `At`, these read what there is here: the query, the LSE and the scale.
+_READ_ATTENTION = (HyperICLHead, MimICHead, VirtualKVHead)
+_IN_ATTENTION: tuple[Site, ...] = ("query", "attn_heads")
 
 
 class Served:
@@ -80,12 +85,13 @@ class Served:
 
     def _check(self, name: str, head: ShiftHead) -> None:
         index = head.layer.index
-        reads = head.needs_at and not isinstance(head, MimICHead)
+        reads = head.needs_at and not isinstance(head, _READ_ATTENTION)
+        all_keys = getattr(head.config, "log_z2", "") == "all_keys"
         problems = {
-            f"acts at {head.config.positions}, not at all tokens": head.config.positions != "all",
-            "reads more than its site": reads or head.needs_prompt_end,
+            f"acts at {head.config.positions}: heads with positions='all' can be": head.config.positions != "all",
+            "reads more than its site, or than query, LSE and scale": reads or head.needs_prompt_end,
             "has no takes_samples, or modules of its own": not head.takes_samples or bool(head._modules),
-            "has log_z2='all_keys', and masked keys are not there": getattr(head.config, "log_z2", "") == "all_keys",
+            "has log_z2='all_keys', and masked keys are not there: pass log_z2='attended'": all_keys,
         }
         sites = self._layers[index].sites
         problems |= {f"edits {site}, and vLLM has only {', '.join(sites)}": site not in sites for site in head.edits()}
@@ -118,16 +124,20 @@ class Served:
         if (layer, site) in self._edited:
             return
         mine = self._layers[layer]
-        if site == "attn_heads":
-            mine.attn.impl.forward = partial(self._attend, layer, mine.attn.impl, mine.attn.impl.forward)
+        if site in _IN_ATTENTION:
+            if not any((layer, other) in self._edited for other in _IN_ATTENTION):
+                mine.attn.impl.forward = partial(self._attend, layer, mine.attn.impl, mine.attn.impl.forward)
         else:
             edit_output(mine.sites[site], site, partial(self._output, layer, site))
         self._edited.add((layer, site))
 
     def _output(self, layer: int, site: Site, value: Tensor) -> Tensor:
-        for heads in self._heads[layer, site]:
+        return self._run(self._heads[layer, site], value)
+
+    def _run(self, some: Sequence[Heads], value: Tensor, attention: paged.Attention | None = None) -> Tensor:
+        for heads in some:
             if heads.is_active:
-                value = heads(value)
+                value = heads(value, attention)
                 self._pending -= 1
         return value
 
@@ -146,17 +156,19 @@ class Served:
         *more: Any,
         **kwargs: Any,
     ) -> Any:
-        result = inner(module, query, key, value, cache, meta, output, *more, **kwargs)
-        active = [heads for heads in self._heads[layer, "attn_heads"] if heads.is_active]
-        if active:
+        # Outside a step there is no `meta`, and nothing is active.
+        of_query, of_heads = (self._heads.get((layer, site), ()) for site in _IN_ATTENTION)
+        if any(heads.is_active for heads in of_query):
             n = meta.num_actual_tokens
-            attention = paged.Attention(impl, query[:n], cache, meta)
-            value = output[:n]
-            for heads in active:
-                edited = heads(value, attention)
-                if edited is not value:
-                    value.copy_(edited)
-                self._pending -= 1
+            edited = self._run(of_query, query[:n], paged.Attention(impl, query[:n], cache, meta))
+            query = torch.cat([edited, query[n:]])
+        result = inner(module, query, key, value, cache, meta, output, *more, **kwargs)
+        if any(heads.is_active for heads in of_heads):
+            n = meta.num_actual_tokens
+            before = output[:n]
+            edited = self._run(of_heads, before, paged.Attention(impl, query[:n], cache, meta))
+            if edited is not before:
+                before.copy_(edited)
         return result
 
     def _prepare(self, inner: Callable[..., Any], scheduled: Any, counts: np.ndarray) -> Any:

@@ -34,7 +34,7 @@ def oracle(query: Tensor, cache: Tensor, table: Tensor, window: int, scale: floa
 
 @pytest.mark.parametrize("backend", ["native", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("g", "h", "d", "size", "window"), [(3, 9, 64, 32, 0), (1, 8, 80, 16, 5), (4, 4, 128, 64, 40)])
+@pytest.mark.parametrize(("g", "h", "d", "size", "window"), [(3, 9, 64, 32, 0), (1, 6, 80, 16, 5), (4, 4, 128, 64, 40)])
 def test_lse_of_paged_keys(backend: str, dtype: torch.dtype, g: int, h: int, d: int, size: int, window: int) -> None:
     query = (3 * torch.randn(sum(COUNTS), h + g, d)).to(dtype)[:, :h]
     cache = torch.randn(30, g, size, 2 * d).to(dtype)

@@ -50,6 +50,7 @@ _GEMMA3: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "tie_word_embeddings": True,
 }
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 # The class of transformers, and the options of its config.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
@@ -59,6 +60,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2ForCausalLM", {"hidden_size": 128}),
     "qwen3": ("Qwen3ForCausalLM", {}),
     "gemma3": ("Gemma3ForCausalLM", _GEMMA3),
+    "gemma2": ("Gemma2ForCausalLM", {**_GEMMA3, "attn_logit_softcapping": 5.0, "attn_implementation": "eager"}),
+    "gpt2": ("GPT2LMHeadModel", {"hidden_size": 128, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", _EXPERTS),
 }
 
 STACKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,6 +76,13 @@ STACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "layer": ("live", {"site": "layer_out", "sigmoid": True}),
     "out": ("live", {"site": "attn_out", "sigmoid": True}),
 }
+# Of each of them two stacks, so that tokens of one step have different numbers of the same kind.
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{head}-{i}": (head, {})
+    for head in ("attn_bias", "caa", "hyper_icl", "i2cl", "icv", "m2iv", "mlp_bias", "virtual_kv")
+    for i in range(2)
+}
+HEADS |= {"low-rank": ("virtual_kv", {"rank": 2}), "weighted": ("virtual_kv", {"learn_weight": True, "layers": (1,)})}
 
 
 class Ask(NamedTuple):
@@ -105,10 +116,10 @@ def model_at(path: Path, name: str, **options: Any) -> PreTrainedModel:
 
 def stack_at(path: Path, model: PreTrainedModel, name: str, seed: int = 0) -> mc.ShiftStack:
     """A stack with random numbers that change answers, also saved at `path`."""
-    head, options = STACKS[name]
+    head, options = {**STACKS, **HEADS}[name]
     stack = mc.build_shifts(model, head, **options)
     generator = torch.Generator().manual_seed(seed)
-    for key, x in stack.named_parameters():
+    for key, x in [*stack.named_parameters(), *stack.named_buffers()]:
         x.data = torch.randn(x.shape, generator=generator) * (2.0 if "vector" in key else 0.3)
     mc.save_shifts(stack, path)
     return stack

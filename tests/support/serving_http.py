@@ -31,8 +31,8 @@ from .serving import Answer, Ask
 LENGTH = 12
 PYTHON = Path(sys.executable).parent
 PAGE = Path(__file__).parents[2] / "docs" / "serve.md"
-# The page's commands: install, start the server, ask it.
-_, START, REQUEST = (block.text for block in split(PAGE.read_text())[0] if block.language == "sh")
+# The page's commands: install, start the server, ask it, the demonstration.
+_, START, REQUEST, _ = (block.text for block in split(PAGE.read_text())[0] if block.language == "sh")
 # Keys for half of the requests that may run at a time: under load some are preempted.
 OPTIONS = "--dtype float32 --max-model-len 256 --block-size 32 --max-num-seqs 64 --num-gpu-blocks-override 128"
 

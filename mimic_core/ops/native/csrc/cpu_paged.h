@@ -14,8 +14,8 @@ constexpr int64_t kKeys = 16;
 typedef float Keys __attribute__((vector_size(kKeys * sizeof(float))));
 typedef int32_t Ints __attribute__((vector_size(kKeys * sizeof(int32_t))));
 typedef uint16_t Halves __attribute__((vector_size(kKeys * sizeof(uint16_t))));
-// Queries that read a page at the same time.
-constexpr int64_t kQueries = 4;
+// Queries that read a page at the same time, and how many times kKeys ahead of them keys are asked for.
+constexpr int64_t kQueries = 4, kAhead = 2;
 
 inline Keys load(const float* from) {
   Keys x;
@@ -44,16 +44,18 @@ inline Keys exp_of(Keys x) {
   return (p * r * r + r + 1.f) * reinterpret_cast<Keys>((n + 127) << 23);
 }
 
-// The logits of queries [kQueries d] with kKeys keys of a page; `stride` is the page's size.
-template <typename S>
-inline void logits_of(const float* queries, const S* keys, int64_t d, int64_t stride, Keys* to) {
-  Keys found[kQueries] = {};
+// The logits of N queries [N d] with kKeys keys of a page; `stride` is the page's size. Most of the time goes into the wait for
+// keys, so those at `next` are asked for meanwhile.
+template <int64_t N, typename S>
+inline void logits_of(const float* queries, const S* keys, const S* next, int64_t d, int64_t stride, Keys* to) {
+  Keys found[N] = {};
   for (int64_t i = 0; i < d; ++i) {
+    __builtin_prefetch(next + i * stride);
     const Keys key = load(keys + i * stride);
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kQueries; ++j) found[j] += queries[j * d + i] * key;
+    for (int64_t j = 0; j < N; ++j) found[j] += queries[j * d + i] * key;
   }
-  for (int64_t j = 0; j < kQueries; ++j) to[j] = found[j];
+  for (int64_t j = 0; j < N; ++j) to[j] = found[j];
 }
 
 // The LSE of logits that come in parts: one of each lane, which are added at the end. To add up the lanes of each part takes
@@ -132,10 +134,15 @@ void for_lse(const Paged& call, Wanted wanted, Use use) {
           for (int64_t i = 0; i < d; ++i) wide[j * d + i] = static_cast<float>(from[i]);
         }
         const int64_t first = window > 0 ? std::max<int64_t>(0, place[0] - window + 1) : 0;
-        for (int64_t key = first / kKeys * kKeys; key <= place[some - 1]; key += kKeys) {
+        const auto keys_at = [&](int64_t key) {
           const int64_t page = pages[part.request * call.table.stride(0) + key / size];
+          return k + page * keys.stride(0) + part.head * keys.stride(1) + key % size;
+        };
+        constexpr decltype(&logits_of<1, S>) forms[] = {logits_of<1, S>, logits_of<2, S>, logits_of<3, S>, logits_of<4, S>};
+        const int64_t last = place[some - 1] / kKeys * kKeys;
+        for (int64_t key = first / kKeys * kKeys; key <= last; key += kKeys) {
           Keys logits[kQueries];
-          logits_of(wide.data(), k + page * keys.stride(0) + part.head * keys.stride(1) + key % size, d, size, logits);
+          forms[some - 1](wide.data(), keys_at(key), keys_at(std::min(key + kAhead * kKeys, last)), d, size, logits);
           for (int64_t j = 0; j < some; ++j) {
             const int64_t from = window > 0 ? place[j] - window + 1 - key : 0, until = place[j] + 1 - key;
             if (from < kKeys && until > 0) found[j].add(logits[j] * call.scale, from, until);
