@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import PatchStateError, ShapeError
 from ..samples import Samples
@@ -73,6 +74,7 @@ class Installation:
             looks=any(edit.looks for edit in edits),
             wants_sizes=any(edit.site not in ATTENTION_SITES for edit in edits),
         )
+        self._hooks: list[RemovableHandle] = []
         self._edited: list[nn.Module] = []
         self._forwards: list[EditedForward] = []
         self.model = model = found.model
@@ -93,8 +95,9 @@ class Installation:
             self._decoder = found.adapter.decoder(model)
             self._came_inside = is_called_anywhere(self._decoder)
             self._standing = Places(model, (self._decoder, *self._edited))
-            self._forwards.append(EditedForward.claim(model, around=_AroundModel(self)))
             self._forwards.append(EditedForward.claim(self._decoder, around=self))
+            self._hooks.append(model.register_forward_pre_hook(self._model_begins))
+            self._hooks.append(model.register_forward_hook(self._model_ends))
         except BaseException:
             self.remove()
             raise
@@ -128,6 +131,8 @@ class Installation:
 
     def remove(self) -> None:
         """Remove all edits. A second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()
         for module in self._edited:
             slot: AttentionSlot | None = module.__dict__.get(SLOT)
             if slot is not None:
@@ -137,7 +142,7 @@ class Installation:
                     slot.release()
         for forward in self._forwards:
             forward.release(self)
-        self._edited, self._forwards = [], []
+        self._hooks, self._edited, self._forwards = [], [], []
         self.watch.close()
 
     @property
@@ -322,12 +327,22 @@ class Installation:
     def _acts_here(self) -> bool:
         return self._thread is None or self._thread == threading.get_ident()
 
-    def model_ends(self) -> None:
-        """A forward of the model ends.
+    def _model_begins(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            self.traced()  # the decoder may be another one
+            return
+        if "_is_replica" in module.__dict__:  # getattr of a module searches for long
+            raise PatchStateError(
+                "nn.DataParallel runs copies of a patched model that share its edits, on other devices: use "
+                "DistributedDataParallel, or one device"
+            )
+        self.watch.state.here.ran = False
 
-        Raises:
-            PatchStateError: it has not run its decoder.
-        """
+    def _model_ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Check that a forward of the model has run its decoder."""
+        if torch.compiler.is_compiling():
+            self.traced()
+            return
         if not self.watch.state.here.ran and self.active:
             self.check_places()
             self._complain(self._missed(0))
@@ -363,23 +378,6 @@ def _halfway(what: str) -> PatchStateError:
         f"a patch, hook or capture was {what} during a forward of its model, so only some layers were edited: do this "
         f"when no forward runs. If another thread did it, wait for the forward, or give each thread a copy of the model"
     )
-
-
-class _AroundModel:
-    """Is told of the forwards of the whole model. Two hooks on it take some microseconds more a decoded token."""
-
-    def __init__(self, owner: Installation) -> None:
-        self.owner = owner
-
-    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.owner.watch.state.here.ran = False
-
-    def leave(self, raised: bool) -> None:
-        if not raised:
-            self.owner.model_ends()
-
-    def traced(self) -> None:
-        self.owner.traced()  # the decoder may be another one
 
 
 class _Nowhere(Bystander):

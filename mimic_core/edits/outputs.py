@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable
 from functools import cache, wraps
 from types import MethodType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from .prompts import EDITED
 from .watch import Around
 
 _FORWARD, _KEY = "forward", EDITED
-_REPLICATE = "_replicate_for_data_parallel"  # nn.DataParallel calls it to copy a module
 
 
 class EditedForward:
@@ -61,7 +60,6 @@ class EditedForward:
             marks = not entries and not around and self.below is None
             self._stands = MethodType(of_class, self.module) if marks else MethodType(_run_as(of_class), self)
             self.module.__dict__[_FORWARD] = self._stands
-            self.module.__dict__[_REPLICATE] = _refuse_replica
 
     @property
     def _is_on_top(self) -> bool:
@@ -199,8 +197,6 @@ class EditedForward:
             self.module.__dict__[_FORWARD] = self.below
         if self.module.__dict__.get(_KEY) is self:
             del self.module.__dict__[_KEY]
-        if not isinstance(getattr(self.module.__dict__.get(_FORWARD), "__self__", None), EditedForward):
-            self.module.__dict__.pop(_REPLICATE, None)
 
 
 def _at_input(entry: Entry) -> bool:
@@ -230,13 +226,6 @@ def _run_as(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     run.__name__ = "run"  # pickle finds it by this name
     return run
-
-
-def _refuse_replica() -> NoReturn:
-    raise PatchStateError(
-        "nn.DataParallel runs copies of a patched model that share its edits, on other devices: use "
-        "DistributedDataParallel, or one device"
-    )
 
 
 def below_edits(module: object) -> Any:
