@@ -6,18 +6,21 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import locate
+from .adapters import Handed, locate
 from .errors import UnknownNameError, WrongTypeError
 from .heads import HeadConfig, ShiftStack, head_class, head_for_config
 from .origins import origin_of
 
 
-def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: Any) -> ShiftStack:
+def build_shifts(
+    model: nn.Module, head: str | HeadConfig = "mimic", *, adapter: Handed = None, **options: Any
+) -> ShiftStack:
     """Build shift heads for the decoder layers of a model, with the initial values of their paper.
 
     Args:
         model: A supported model. It is not changed, so freeze it yourself.
         head: The name of a registered head, or its config.
+        adapter: See `adapter_for`.
         options: Fields of the head's config, if `head` is a name: `layers=(0, 1)`, `gate=False`.
 
     Returns:
@@ -30,7 +33,7 @@ def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: 
         UnknownNameError: there is no such head or option.
         ShapeError: `layers` names a layer that the model does not have.
     """
-    found = locate(model)
+    found = locate(model, adapter)
     if isinstance(head, str):
         kind = head_class(head)
         unknown = set(options) - set(kind.config_class.option_names())
@@ -48,7 +51,7 @@ def build_shifts(model: nn.Module, head: str | HeadConfig = "mimic", **options: 
             raise UnknownNameError(
                 f"options were given together with a config: {', '.join(options)}; put them into the config"
             )
-    stack = place(ShiftStack(kind, config, found.spec, origin_of(found.model, found.spec)), found.model)
+    stack = place(ShiftStack(kind, config, found.spec, origin_of(found)), found.model)
     if found.parallel is not None:
         found.parallel.share(stack)
     return stack

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from operator import is_not
@@ -15,12 +15,17 @@ from torch import Tensor, nn
 
 from ..edits import installed
 from ..edits.entry import Bystander, Entry, SiteEdit
+from ..edits.frames import by_name
 from ..edits.interface import SLOT, AttentionSlot
+from ..edits.watch import shape_of_tokens
 from ..errors import PatchStateError, UnsupportedModelError
 from ..types import At
 
 TOKENS = 4
 """Number of tokens of a probe. With one token it would be a decoding step."""
+
+Example = Mapping[str, Any] | tuple[Any, ...]
+"""Arguments of a model's forward: by name, or in their order."""
 
 _OF_OTHERS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 
@@ -46,70 +51,100 @@ class Probe:
             is not a tensor.
         attention: The calls of the attention interface.
         crossed: Modules that got the states of an encoder or of images as an argument.
+        tokens: b and t of what the model got.
     """
 
     outputs: dict[str, list[tuple[int, ...] | None]] = field(default_factory=dict)
     attention: dict[str, list[AttentionSeen]] = field(default_factory=dict)
     crossed: set[str] = field(default_factory=set)
+    tokens: tuple[int, int] = (1, TOKENS)
 
 
-_kept: WeakKeyDictionary[nn.Module, tuple[list[nn.Module], Probe]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, tuple[list[nn.Module], Example | None, Probe]] = WeakKeyDictionary()
 
 
-def probe(model: nn.Module, decoder: nn.Module) -> Probe:
+def probe(model: nn.Module, decoder: nn.Module, example: Example | None = None) -> Probe:
     """Run `decoder`, or else `model`, on four tokens in eval mode without gradients, and record what runs.
 
-    Modules, their modes and torch's random state do not change. Edits that the model already has are off meanwhile. The
-    result is kept as long as the model's modules are the same.
+    With an example, the model runs on that. Modules, their modes and torch's random state do not change. Edits that the
+    model already has are off meanwhile. The result is kept as long as the model's modules and the example are the same.
 
     Raises:
-        UnsupportedModelError: neither runs on text without other inputs.
+        UnsupportedModelError: neither runs on text without other inputs, or the model not on the example.
         PatchStateError: the model has edits, and they refuse the forward, or another thread is inside one of it.
     """
     modules = list(model.modules())[1:]  # without the model: a reference from the cached value would keep it alive
-    before, seen = _kept.get(model, ([], None))
-    if seen is None or len(before) != len(modules) or any(map(is_not, before, modules)):
+    before, of, seen = _kept.get(model, ([], None, None))
+    if seen is None or of is not example or len(before) != len(modules) or any(map(is_not, before, modules)):
         with unedited(model):
-            seen = _probe(model, decoder)
-        _kept[model] = modules, seen
+            seen = _probe(model, decoder, example)
+        _kept[model] = modules, example, seen
     return seen
 
 
-def _probe(model: nn.Module, decoder: nn.Module) -> Probe:
+def _probe(model: nn.Module, decoder: nn.Module, example: Example | None) -> Probe:
+    tokens = (1, TOKENS) if example is None else _tokens_in(model, example)
     names = {module: name for name, module in model.named_modules(remove_duplicate=True)}
     inside = [m for m in decoder.modules() if m in names]
     found: list[Probe] = []
 
     def watch() -> AbstractContextManager[None]:
-        found.append(Probe())
+        found.append(Probe(tokens=tokens))
         return _watched(inside, names, found[-1])
 
-    run_on_text(model, decoder, watch)
+    run_on_text(model, decoder, watch, example)
     return found[-1]
 
 
-def run_on_text(model: nn.Module, decoder: nn.Module, watch: Callable[[], AbstractContextManager[None]]) -> None:
-    """Run `decoder`, or else `model`, on four tokens inside `watch()`.
+def run_on_text(
+    model: nn.Module,
+    decoder: nn.Module,
+    watch: Callable[[], AbstractContextManager[None]],
+    example: Example | None = None,
+) -> None:
+    """Run `decoder`, or else `model`, on four tokens inside `watch()`. With an example, run `model` on that.
 
     Raises:
-        UnsupportedModelError: neither runs on text without other inputs.
+        UnsupportedModelError: neither runs on text without other inputs, or the model not on the example.
         PatchStateError: edits that the model already has refuse the forward.
     """
-    vocabulary = _vocabulary(model, decoder)
     errors = []
-    for runner in dict.fromkeys((decoder, model)):
+    for runner, args, kwargs in _texts(model, decoder) if example is None else [(model, *_like(model, example))]:
         try:
             with watch(), _calm(model), torch.no_grad():
-                runner(**_text_for(runner, vocabulary))
+                runner(*args, **kwargs)
         except PatchStateError:  # edits that are in it already refuse the forward: the model is not to blame
             raise
         except Exception as error:  # a model can raise anything on an input that it does not support
             errors.append(f"{type(runner).__name__}: {type(error).__name__}: {error}")
         else:
             return
-    raise UnsupportedModelError(
-        f"{type(model).__name__} does not run on {TOKENS} tokens of text alone ({'; '.join(errors)})"
-    )
+    what = f"{TOKENS} tokens of text alone" if example is None else "the example"
+    raise UnsupportedModelError(f"{type(model).__name__} does not run on {what} ({'; '.join(errors)})")
+
+
+def _tokens_in(model: nn.Module, example: Example) -> tuple[int, int]:
+    """b and t of an example."""
+    args, kwargs = _like(model, example)
+    shape = shape_of_tokens(by_name(type(model).forward, args, kwargs))
+    if shape is None or shape[0] == shape[1]:
+        found = "no tensor of tokens [b t ...] comes first" if shape is None else f"[b t] is {list(shape[:2])}"
+        raise UnsupportedModelError(f"the example must tell samples from tokens by their numbers, but {found}")
+    return shape[0], shape[1]
+
+
+def _like(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An example on the device and in the dtype that the model has now."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+
+    def moved(x: Any) -> Any:
+        if not isinstance(x, Tensor) or weight is None:
+            return x
+        return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
+
+    if isinstance(example, Mapping):
+        return (), {name: moved(x) for name, x in example.items()}
+    return tuple(map(moved, example)), {}
 
 
 def _vocabulary(model: nn.Module, decoder: nn.Module) -> tuple[int, torch.device]:
@@ -124,12 +159,23 @@ def _vocabulary(model: nn.Module, decoder: nn.Module) -> tuple[int, torch.device
     return 8, next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _text_for(runner: nn.Module, vocabulary: tuple[int, torch.device]) -> dict[str, Any]:
-    size, device = vocabulary
+def _texts(model: nn.Module, decoder: nn.Module) -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """What may run on text, with its arguments."""
+    size, device = _vocabulary(model, decoder)
     # Ids after the usual special ones: padding tokens would be masked.
-    ids = torch.arange(5, 5 + TOKENS, device=device) % size
+    ids = torch.arange(5, 5 + TOKENS, device=device)[None] % size
+    for runner in dict.fromkeys((decoder, model)):
+        text = _text_for(runner, ids)
+        if any(x is ids for x in text.values()):
+            yield runner, (), text
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        yield model, (ids,), {}
+
+
+def _text_for(runner: nn.Module, ids: Tensor) -> dict[str, Any]:
+    device = ids.device
     text: dict[str, Any] = {
-        "input_ids": ids[None],
+        "input_ids": ids,
         "attention_mask": torch.ones(1, TOKENS, dtype=torch.long, device=device),
     }
     taken = inspect.signature(runner.forward).parameters
@@ -140,7 +186,7 @@ def _text_for(runner: nn.Module, vocabulary: tuple[int, torch.device]) -> dict[s
     elif "use_cache" in taken:
         text["use_cache"] = False
     if "decoder_input_ids" in taken:
-        text["decoder_input_ids"] = ids[None]
+        text["decoder_input_ids"] = ids
     everything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     return {name: x for name, x in text.items() if name in taken or everything}
 

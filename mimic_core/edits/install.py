@@ -25,7 +25,7 @@ from .outputs import EditedForward
 from .places import Places
 from .prompts import Given, current_generation
 from .scope import LayerScope, shared_modules
-from .watch import ForwardWatch, State
+from .watch import ForwardWatch, State, foreign_class
 
 _orders = itertools.count()
 
@@ -73,6 +73,7 @@ class Installation:
         self.watch = ForwardWatch(
             looks=any(edit.looks for edit in edits),
             wants_sizes=any(edit.site not in ATTENTION_SITES for edit in edits),
+            foreign=foreign_class(found),
         )
         self._hooks: list[RemovableHandle] = []
         self._edited: list[nn.Module] = []

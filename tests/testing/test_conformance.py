@@ -61,7 +61,7 @@ def test_failures_are_raised() -> None:
     report = check_adapter(nn.Linear(2, 2))
     with pytest.raises(AssertionError, match=r"1 of 27 laws failed on Linear: none, none, float32 \(.*\):\nadapter"):
         report.raise_for_failures()
-    assert "config.model_type is needed" in report["adapter"].detail
+    assert "Linear does not run on 4 tokens of text alone" in report["adapter"].detail
     assert {row.verdict for row in report.rows[1:]} == {"not applicable"}
 
 
