@@ -27,7 +27,7 @@ def describe(model: nn.Module, *, adapter: Handed = None) -> None:
 
 def description(model: nn.Module, handed: Handed = None) -> str:
     """The text that `describe` prints."""
-    inner, adapter, spec, _ = locate(model, handed)
+    inner, adapter, spec, *_ = locate(model, handed)
     try:
         logits, note = _logits(inner, adapter, spec), ""
     except UnsupportedModelError as error:

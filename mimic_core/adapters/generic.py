@@ -275,7 +275,9 @@ class _Layer:
         if self.names[module] in self.seen.crossed or getattr(module, "is_cross_attention", False):
             return False
         # Some models also use the interface for other states, such as the states of a token in earlier layers.
-        return all(call.tokens == self.states[:2] for call in self._calls(path))
+        # And a call of SDPA with other keys than the tokens attends to other states.
+        b, t, _ = self.states
+        return all(call.tokens == (b, t) and not (call.own and call.keys != t) for call in self._calls(path))
 
     def _why_no_attention(self, mlp: str | None) -> str:
         crossed = next((path for path in self._inside() if self._calls(path)), None)

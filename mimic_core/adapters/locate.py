@@ -14,6 +14,7 @@ from ..types import AttentionAdapter, Located
 from .base import ADAPTERS, class_of, dotted, name_of, unwrap
 from .generic import GenericAdapter
 from .parallel import in_processes
+from .probe import may_attend_alone, probe
 
 Handed = AttentionAdapter | type[AttentionAdapter] | None
 """An adapter that the caller hands over: an object, or a class that is made without arguments."""
@@ -50,12 +51,12 @@ def locate(model: nn.Module, adapter: Handed = None) -> Located:
             f"a {type(inner).__name__} is a wrapper that is not looked into: give the model inside"
         )
     if adapter is None:
-        return in_processes(_kept_or_registered(inner))
+        return in_processes(_with_own(_kept_or_registered(inner)))
     if isinstance(adapter, type):
         adapter = cast("type[AttentionAdapter]", adapter)()
     if not isinstance(adapter, AttentionAdapter):
         raise WrongTypeError(f"an adapter with spec, decoder and module is needed, found {type(adapter).__name__}")
-    found = in_processes(Located(inner, adapter, adapter.spec(inner)))
+    found = in_processes(_with_own(Located(inner, adapter, adapter.spec(inner))))
     inner.__dict__[_HANDED_OVER] = adapter
     return found
 
@@ -95,6 +96,20 @@ def _kept_or_registered(model: nn.Module) -> Located:
             f"of its layers, attention and MLP. If it does not run on token ids alone, say what it runs on: "
             f"adapter=mimic_core.GenericAdapter(example=...)"
         ) from error
+
+
+def _with_own(found: Located) -> Located:
+    """Say which layers attend without the interface. Models in transformers' own files are taken to ask it."""
+    layers = [layer.index for layer in found.spec.layers if "attn_heads" in layer.sites]
+    if not layers or not may_attend_alone(found.model):
+        return found
+    try:
+        seen = probe(found.model, found.adapter.decoder(found.model), getattr(found.adapter, "example", None))
+    except UnsupportedModelError:  # an adapter may know what can't be run on text
+        return found
+    names = {module: name for name, module in found.model.named_modules()}
+    calls = {i: seen.attention.get(names[found.module(i, "attn_heads")], []) for i in layers}
+    return found._replace(own=frozenset(i for i in layers if any(call.own for call in calls[i])))
 
 
 def _defined(name: str) -> str:

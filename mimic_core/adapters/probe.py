@@ -6,9 +6,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from operator import is_not
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from ..edits import installed
 from ..edits.entry import Bystander, Entry, SiteEdit
 from ..edits.frames import by_name
 from ..edits.interface import SLOT, AttentionSlot
+from ..edits.sdpa import frames, watched_sdpa
 from ..edits.watch import shape_of_tokens
 from ..errors import PatchStateError, UnsupportedModelError
 from ..types import At
@@ -32,14 +32,19 @@ _OF_OTHERS = ("key_value_states", "encoder_hidden_states", "cross_attention_stat
 
 @dataclass(frozen=True)
 class AttentionSeen:
-    """One call of the attention interface. `tokens` is b and t of the queries, `logits` as in `At`."""
+    """One call of the attention interface, or of torch's SDPA (`own`).
+
+    `tokens` is b and t of the queries, `keys` the number of keys, `logits` as in `At`.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     value_dim: int
     tokens: tuple[int, int]
-    logits: tuple[str, ...]
+    keys: int
+    logits: tuple[str, ...] = ()
+    own: bool = False
 
 
 @dataclass(eq=False)
@@ -49,7 +54,7 @@ class Probe:
     Attributes:
         outputs: The shape of each call's output (of the first element of a tuple), in the order of calls. None if that
             is not a tensor.
-        attention: The calls of the attention interface.
+        attention: The calls of the attention interface, and those of torch's SDPA by modules that don't ask it.
         crossed: Modules that got the states of an encoder or of images as an argument.
         tokens: b and t of what the model got.
     """
@@ -60,7 +65,7 @@ class Probe:
     tokens: tuple[int, int] = (1, TOKENS)
 
 
-_kept: WeakKeyDictionary[nn.Module, tuple[list[nn.Module], Example | None, Probe]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, tuple[list[ref[nn.Module]], Example | None, Probe]] = WeakKeyDictionary()
 
 
 def probe(model: nn.Module, decoder: nn.Module, example: Example | None = None) -> Probe:
@@ -73,12 +78,18 @@ def probe(model: nn.Module, decoder: nn.Module, example: Example | None = None) 
         UnsupportedModelError: neither runs on text without other inputs, or the model not on the example.
         PatchStateError: the model has edits, and they refuse the forward, or another thread is inside one of it.
     """
-    modules = list(model.modules())[1:]  # without the model: a reference from the cached value would keep it alive
+    modules = list(model.modules())
     before, of, seen = _kept.get(model, ([], None, None))
-    if seen is None or of is not example or len(before) != len(modules) or any(map(is_not, before, modules)):
+    if (
+        seen is None
+        or of is not example
+        or len(before) != len(modules)
+        or any(old() is not m for old, m in zip(before, modules, strict=True))
+    ):
         with unedited(model):
             seen = _probe(model, decoder, example)
-        _kept[model] = modules, example, seen
+        # Weakly: modules with edits hold the model, so it would never be collected.
+        _kept[model] = [ref(m) for m in modules], example, seen
     return seen
 
 
@@ -90,7 +101,7 @@ def _probe(model: nn.Module, decoder: nn.Module, example: Example | None) -> Pro
 
     def watch() -> AbstractContextManager[None]:
         found.append(Probe(tokens=tokens))
-        return _watched(inside, names, found[-1])
+        return _watched(inside, names, found[-1], may_attend_alone(model))
 
     run_on_text(model, decoder, watch, example)
     return found[-1]
@@ -215,22 +226,51 @@ def _calm(model: nn.Module) -> Iterator[None]:
             m.training = True
 
 
+def may_attend_alone(model: nn.Module) -> bool:
+    """Whether calls of torch's SDPA are looked for: not in the files of transformers, which has its interface."""
+    return not type(model).__module__.startswith("transformers.")
+
+
+class _Attends:
+    """A module that runs: its calls of torch's SDPA are recorded."""
+
+    is_on = True
+
+    def __init__(self, calls: list[AttentionSeen]) -> None:
+        self._calls = calls
+
+    def attend(self, original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        out = original(*args, **kwargs)
+        q, k = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key")))
+        if q.ndim == 4:
+            (b, h, t, d), (_, g, s, _) = q.shape, k.shape
+            self._calls.append(AttentionSeen(h, g, d, out.shape[-1], (b, t), s, own=True))
+        return out
+
+
 @contextmanager
-def _watched(modules: list[nn.Module], names: dict[nn.Module, str], seen: Probe) -> Iterator[None]:
+def _watched(modules: list[nn.Module], names: dict[nn.Module, str], seen: Probe, alone: bool) -> Iterator[None]:
     def ran(module: nn.Module, args: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) and output else output
         shape = tuple(first.shape) if isinstance(first, Tensor) else None
         seen.outputs.setdefault(names[module], []).append(shape)
+        if alone:
+            frames().pop()
 
     def enters(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if any(kwargs.get(name) is not None for name in _OF_OTHERS):
             seen.crossed.add(names[module])
+        if alone:
+            frames().append(_Attends(own.setdefault(names[module], [])))
 
     def attended(out: Tensor, at: At) -> None:
         b, h, t, d = at.query.shape
-        call = AttentionSeen(h, at.key.shape[1], d, out.shape[-1], (b, t), at.logits)
+        call = AttentionSeen(h, at.key.shape[1], d, out.shape[-1], (b, t), at.key.shape[2], at.logits)
         seen.attention.setdefault(names[at.module], []).append(call)
 
+    own: dict[str, list[AttentionSeen]] = {}
+    depth = len(frames())
+    release = watched_sdpa.retain(seen) if alone else lambda: None
     watch = Entry(SiteEdit(0, "attn_heads", attended), Bystander(), bit=1)
     hooks = [m.register_forward_hook(ran) for m in modules]
     hooks += [m.register_forward_pre_hook(enters, with_kwargs=True) for m in modules]
@@ -238,11 +278,17 @@ def _watched(modules: list[nn.Module], names: dict[nn.Module, str], seen: Probe)
     try:
         for m in modules:
             slot = m.__dict__.get(SLOT) or AttentionSlot()
+            if slot.own:
+                continue  # its edits are off, so its calls come here
             m.__dict__[SLOT] = slot
             slots.append((m, slot))
             slot.hold((*slot.entries, watch))
         yield
+        # Transformers' functions call SDPA too.
+        seen.attention.update({name: calls for name, calls in own.items() if calls and name not in seen.attention})
     finally:
+        release()
+        del frames()[depth:]
         for hook in hooks:
             hook.remove()
         for m, slot in slots:

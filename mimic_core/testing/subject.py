@@ -121,7 +121,9 @@ class Subject:
         return next((m for m in self.inner.modules() if isinstance(m, nn.Embedding)), None)
 
     def is_cross(self, module: nn.Module) -> bool:
-        """Whether a module is cross-attention, by its attribute, its class name or its path."""
+        """Whether a module is cross-attention, by its attribute, its class name or its path, or by its keys."""
+        if any(seen.module is module and seen.own and seen.key.shape[2] != seen.query.shape[2] for seen in self.calls):
+            return True
         words = " ".join((type(module).__name__, *self.names.get(module, "").split(".")[-2:])).lower()
         named = any(word in words for word in ("cross", "encdec", "encoder_decoder", "encoder_attn", "enc_attn"))
         return bool(getattr(module, "is_cross_attention", False)) or named
