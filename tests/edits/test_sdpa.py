@@ -153,7 +153,11 @@ def test_compiled_code_has_the_edits() -> None:
         with mc.patch(model, shifts):
             wanted = model(IDS)[0]
             assert not torch.equal(wanted, plain)
-            assert torch.allclose(compiled(IDS)[0], wanted, atol=1e-5)
+            if torch.__version__.startswith("2.6"):
+                with pytest.raises(mc.PatchStateError, match="run the model uncompiled"):
+                    compiled(IDS)
+            else:
+                assert torch.allclose(compiled(IDS)[0], wanted, atol=1e-5)
         assert torch.equal(compiled(IDS)[0], plain)
 
 
