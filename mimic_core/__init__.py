@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import losses, ops
-from .adapters import AttentionAdapter, PathAdapter, adapter_for, register_adapter
+from .adapters import AttentionAdapter, GenericAdapter, PathAdapter, adapter_for, register_adapter
 from .build import build_shifts
 from .capture import Capture, capture
 from .checkpoint import load_shifts, save_shifts, shifts_from_reference
@@ -65,6 +65,7 @@ __all__ = [
     "Capture",
     "CheckpointError",
     "FunctionVectorConfig",
+    "GenericAdapter",
     "Handle",
     "HeadConfig",
     "HyperICLConfig",

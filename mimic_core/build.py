@@ -7,14 +7,18 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import locate
+from .adapters import Handed, locate
 from .errors import UnknownNameError, WrongTypeError
 from .heads import ComposedStack, HeadConfig, ShiftStack, head_class, head_for_config
 from .origins import origin_of
 
 
 def build_shifts(
-    model: nn.Module, head: str | HeadConfig | Sequence[str | HeadConfig] = "mimic", **options: Any
+    model: nn.Module,
+    head: str | HeadConfig | Sequence[str | HeadConfig] = "mimic",
+    *,
+    adapter: Handed = None,
+    **options: Any,
 ) -> ShiftStack:
     """Build shift heads for the decoder layers of a model, with the initial values of their paper.
 
@@ -22,6 +26,7 @@ def build_shifts(
         model: A supported model. It is not changed, so freeze it yourself.
         head: The name of a registered head, or its config. Or a list of these: they act together, at the same site in
             this order. The stack is then trained, saved and loaded as one, and has `parts`.
+        adapter: See `adapter_for`.
         options: Fields of the head's config, if `head` is a name: `layers=(0, 1)`, `gate=False`.
 
     Returns:
@@ -39,8 +44,8 @@ def build_shifts(
             raise UnknownNameError(
                 f"options were given together with a list: {', '.join(options)}; put them into the configs of its heads"
             )
-        return ComposedStack([build_shifts(model, one) for one in head])
-    found = locate(model)
+        return ComposedStack([build_shifts(model, one, adapter=adapter) for one in head])
+    found = locate(model, adapter)
     if isinstance(head, str):
         kind = head_class(head)
         unknown = set(options) - set(kind.config_class.option_names())
@@ -58,7 +63,7 @@ def build_shifts(
             raise UnknownNameError(
                 f"options were given together with a config: {', '.join(options)}; put them into the config"
             )
-    stack = place(ShiftStack(kind, config, found.spec, origin_of(found.model, found.spec)), found.model)
+    stack = place(ShiftStack(kind, config, found.spec, origin_of(found)), found.model)
     if found.parallel is not None:
         found.parallel.share(stack)
     return stack

@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .adapters import locate
+from .adapters import Handed, locate
 from .edits import Installation, SiteEdit
 from .errors import PatchStateError, ShapeError, UnknownNameError
 from .patch import choose_layers
@@ -38,6 +38,8 @@ class Capture:
         where: Bool[Tensor, "b t"] | Positions | None = None,
         layers: Iterable[int] | None = None,
         grad: bool = True,
+        *,
+        adapter: Handed = None,
     ) -> None:
         names: list[Site] = [check_site(s) for s in ([sites] if isinstance(sites, str) else sites)]
         if not names or len(set(names)) < len(names):
@@ -51,7 +53,7 @@ class Capture:
             )
         self._grad = grad
         self._taken: dict[Site, dict[int, Tensor]] = {name: {} for name in names}
-        self._found = locate(model)
+        self._found = locate(model, adapter)
         chosen = choose_layers(self._found, names, layers)
         keeps = where is None  # A selection is a copy.
         self._edits = [
@@ -167,6 +169,8 @@ def capture(
     where: Bool[Tensor, "b t"] | Positions | None = None,
     layers: Iterable[int] | None = None,
     grad: bool = True,
+    *,
+    adapter: Handed = None,
 ) -> Capture:
     """Record the activations of one or more sites during one forward, as a context manager.
 
@@ -185,6 +189,7 @@ def capture(
             and `query` [n h d], `lse` [n h]. None keeps the whole tensor of the site.
         layers: Which decoder layers; None means all that have the sites.
         grad: False detaches the tensors. With True they carry gradient if the forward does.
+        adapter: See `adapter_for`.
 
     Raises:
         UnknownNameError: there is no such site, or no such positions.
@@ -196,4 +201,4 @@ def capture(
 
     A second forward inside the same capture raises PatchStateError.
     """
-    return Capture(model, sites, where, layers, grad)
+    return Capture(model, sites, where, layers, grad, adapter=adapter)

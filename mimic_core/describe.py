@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from torch import nn
 
-from .adapters import AttentionAdapter, locate, probe
+from .adapters import AttentionAdapter, Handed, locate, probe
 from .errors import UnsupportedModelError
 from .types import ATTENTION_SITES, SITES, LayerSpec, ModelSpec
 
 _HEADER = ("layer", "path", "hidden", "heads", "kv", "head_dim", "sites", "in the logits")
 
 
-def describe(model: nn.Module) -> None:
+def describe(model: nn.Module, *, adapter: Handed = None) -> None:
     """Print a table of a model's decoder layers: sizes, sites, what is in the attention logits, what is missing.
 
     To find what is in the logits, the text decoder runs once on four tokens.
 
+    Args:
+        adapter: See `adapter_for`.
+
     Raises:
         UnsupportedModelError: no adapter fits the model.
     """
-    print(description(model))
+    print(description(model, adapter))
 
 
-def description(model: nn.Module) -> str:
+def description(model: nn.Module, handed: Handed = None) -> str:
     """The text that `describe` prints."""
-    inner, adapter, spec, _ = locate(model)
+    inner, adapter, spec, *_ = locate(model, handed)
     try:
         logits, note = _logits(inner, adapter, spec), ""
     except UnsupportedModelError as error:
@@ -58,7 +61,7 @@ def _row(layer: LayerSpec, logits: dict[int, tuple[str, ...]]) -> tuple[str, ...
 
 
 def _logits(model: nn.Module, adapter: AttentionAdapter, spec: ModelSpec) -> dict[int, tuple[str, ...]]:
-    seen = probe(model, adapter.decoder(model))
+    seen = probe(model, adapter.decoder(model), getattr(adapter, "example", None))
     names = {module: name for name, module in model.named_modules()}
     found = {}
     for layer in spec.layers:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .adapters import locate
+from .adapters.base import is_of_transformers
 from .adapters.probe import run_on_text
 from .edits import installed
 from .errors import PatchStateError, UnsupportedModelError
@@ -67,6 +68,8 @@ def merge(model: nn.Module, shifts: ShiftStack, strength: float | Float[Tensor, 
     found = locate(model)
     if found.model is not model or any(type(m).__module__.startswith("peft.") for m in model.modules()):
         raise _cannot("the model is wrapped, or has adapters of PEFT: merge or unload these, and give the model itself")
+    if not is_of_transformers(model):
+        raise _cannot(f"{type(model).__name__} is no transformers model, so it is not known how it would be saved")
     if isinstance(factor, Tensor) and factor.requires_grad:
         raise _cannot("the strength is trained, but a merged model has none: give `strength.detach()`")
     if found.parallel is not None or is_sharded(model) or any(x.is_meta for x in model.parameters()):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .types import ModelSpec
+from .types import Located, ModelSpec
 
 # Of how many tensors, and of how many numbers of each, a fingerprint is made: milliseconds for any model.
 _TENSORS, _NUMBERS = 16, 1024
@@ -20,27 +20,31 @@ class Origin:
     """The model that a stack was made for.
 
     Attributes:
-        model_type: `config.model_type`.
+        model_type: `config.model_type`, or the class of a model that has none.
         name_or_path: What it was loaded from; empty: unknown.
         fingerprint: Of the weights of its decoder layers. None if some were not in memory.
+        adapter: The class of the adapter that found its sites, if the model has no `config.model_type`.
     """
 
     model_type: str
     name_or_path: str
     fingerprint: str | None
+    adapter: str = ""
 
     def misfit(self, other: Origin) -> str | None:
         """How another model differs, in words. None means that it is the same one, as far as is known."""
         if self.model_type != other.model_type:
             return f"model type {self.model_type!r}, not {other.model_type!r}"
+        if self.adapter != other.adapter:
+            return f"its sites were those of {self.adapter or 'no adapter'}, not of {other.adapter or 'no adapter'}"
         known = self.fingerprint is not None and other.fingerprint is not None
         if known and self.fingerprint != other.fingerprint:
             return f"the weights of {self.name_or_path or 'a model without a name'!r}, and this model's weights differ"
         return None
 
 
-def origin_of(model: nn.Module, spec: ModelSpec, read: Callable[[Tensor], Tensor | None] | None = None) -> Origin:
-    """The origin of a model without wrappers, whether it has a head on or not.
+def origin_of(found: Located, read: Callable[[Tensor], Tensor | None] | None = None) -> Origin:
+    """The origin of a located model, whether it has a head on or not.
 
     Its fingerprint is the same for fp32 and bf16 copies of the same weights, and on every device. Parameters that PEFT
     has added are left out. So are those that are sharded or quantised by a class of their own.
@@ -48,7 +52,11 @@ def origin_of(model: nn.Module, spec: ModelSpec, read: Callable[[Tensor], Tensor
     Args:
         read: Gives the numbers of a parameter that are somewhere else than in the model; None: nowhere.
     """
-    return Origin(spec.model_type, str(getattr(model, "name_or_path", "") or ""), _fingerprint(model, spec, read))
+    model, spec = found.model, found.spec
+    typed = isinstance(getattr(getattr(model, "config", None), "model_type", None), str)
+    name = str(getattr(model, "name_or_path", "") or "")
+    adapter = "" if typed else type(found.adapter).__name__
+    return Origin(spec.model_type, name, _fingerprint(model, spec, read), adapter)
 
 
 def _fingerprint(model: nn.Module, spec: ModelSpec, read: Callable[[Tensor], Tensor | None] | None) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import optimizers
-from .adapters import locate, unwrap
+from .adapters import Handed, locate, unwrap
 from .averaging import Averaging
 from .edits import Installation, SiteEdit, installed
 from .errors import UnsupportedModelError, WrongTypeError
@@ -22,7 +22,11 @@ from .types import At, Located, check_site
 
 
 def patch(
-    model: nn.Module, shifts: ShiftStack | StackSet | DistributedDataParallel, strength: float | Float[Tensor, ""] = 1.0
+    model: nn.Module,
+    shifts: ShiftStack | StackSet | DistributedDataParallel,
+    strength: float | Float[Tensor, ""] = 1.0,
+    *,
+    adapter: Handed = None,
 ) -> Handle:
     """Put a stack of shift heads into a model, or a set of stacks of which each sample gets its own.
 
@@ -49,6 +53,7 @@ def patch(
     Args:
         shifts: The stack, or a `StackSet`. With a set, run the model inside `handle.using(...)`.
         strength: See `Handle.strength`.
+        adapter: See `adapter_for`.
 
     Raises:
         WrongTypeError: `shifts` is neither.
@@ -61,7 +66,7 @@ def patch(
     """
     inner = shifts if isinstance(shifts, StackSet) else check_stack(shifts)
     averaging = Averaging(inner, shifts if isinstance(shifts, DistributedDataParallel) else None)
-    found, stacks = locate(model), stacks_of(inner)
+    found, stacks = locate(model, adapter), stacks_of(inner)
     check_new(found, stacks)
     strength = check_strength(strength)
     handle = Handle(Installation(found, edits_of(found, inner), inner, stacks, begins=averaging))
@@ -88,6 +93,8 @@ def hook(
     fn: Callable[[Tensor, At], Tensor | None],
     layers: Iterable[int] | None = None,
     positions: Positions | Bool[Tensor, "b t"] = "all",
+    *,
+    adapter: Handed = None,
 ) -> Handle:
     """Edit or read a site with a function.
 
@@ -101,6 +108,7 @@ def hook(
         layers: Which decoder layers; None means all that have the site.
         positions: The tokens on which the function acts; see `mimic_core.positions.Positions`. It gets the value of
             all tokens, and what it returns is used at these. A mask [b t] is for forwards of this shape only.
+        adapter: See `adapter_for`.
 
     Raises:
         WrongTypeError: `fn` is not callable.
@@ -116,7 +124,7 @@ def hook(
     if not callable(fn):
         raise WrongTypeError(f"a function (value, at) is needed, found {type(fn).__name__}")
     name = check_site(site)
-    found = locate(model)
+    found = locate(model, adapter)
     chosen = choose_layers(found, (name,), layers)
     where = positions_at(name, positions)
     if found.parallel is not None and any(found.parallel.splits(layer, name) for layer in chosen):

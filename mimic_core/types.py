@@ -159,12 +159,16 @@ class AttentionAdapter(Protocol):
 
 
 class Located(NamedTuple):
-    """A model without its wrappers, its adapter, the spec that the adapter found, and how it is split."""
+    """A model without its wrappers, its adapter, the spec that the adapter found, and how it is split.
+
+    `own` has the layers whose attention does not ask transformers' interface: it calls torch's SDPA.
+    """
 
     model: nn.Module
     adapter: AttentionAdapter
     spec: ModelSpec
     parallel: Parallel | None = None
+    own: frozenset[int] = frozenset()
 
     def module(self, layer: int, site: Site) -> nn.Module:
         """The module a site belongs to.

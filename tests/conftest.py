@@ -142,7 +142,10 @@ def let_go_of_patched_models() -> Callable[[], None]:
     def collect() -> None:
         interface = sys.modules.get("mimic_core.edits.interface")
         prompts = sys.modules.get("mimic_core.edits.prompts")
-        if interface is not None and (interface.wrapper.holders or prompts.watched_generate.holders):
+        if interface is None:
+            return
+        wrapped = (interface.wrapper, interface.watched_sdpa, prompts.watched_generate)
+        if any(one.holders for one in wrapped):
             gc.collect()
 
     collect()

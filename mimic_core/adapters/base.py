@@ -11,25 +11,59 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..registry import Registry
 from ..types import ATTENTION_SITES, SITES, AttentionAdapter, LayerSpec, ModelSpec, Site
-from .probe import Probe, probe
+from .probe import Example, Probe, probe
 
 ADAPTERS: Registry[type[AttentionAdapter]] = Registry("adapter", group="mimic_core.adapters")
 A = TypeVar("A", bound="type[AttentionAdapter]")
 
 
-def register_adapter(*model_types: str) -> Callable[[A], A]:
-    """Class decorator that registers an adapter for one or more `config.model_type`s.
+def register_adapter(*model_types: str, for_class: str | type[nn.Module] | None = None) -> Callable[[A], A]:
+    """Class decorator that registers an adapter for one or more `config.model_type`s, or for a class of models.
 
-    A package can also declare an entry point in the group `mimic_core.adapters`, with the model type as its name.
+        @register_adapter(for_class="litgpt.model.GPT")
+
+    Of several classes, the nearest one among the bases of the model's class counts, before its model type. A package
+    can also declare an entry point in the group `mimic_core.adapters`, with the model type or the class as its name.
+
+    Args:
+        for_class: The class or its dotted name. The name does not import its module.
 
     Raises:
-        ValueError: no model type is given, or one already has another adapter.
+        ValueError: neither a model type nor a class is given, or one already has another adapter.
     """
-    return ADAPTERS.register(*model_types)  # pyright: ignore[reportReturnType]
+    of_class = () if for_class is None else (for_class if isinstance(for_class, str) else dotted(for_class),)
+    return ADAPTERS.register(*model_types, *of_class)  # pyright: ignore[reportReturnType]
+
+
+def dotted(kind: type) -> str:
+    """The name of a class with its module."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def class_of(model: nn.Module) -> type:
+    """The class of a model: `fully_shard` puts one of its own on top."""
+    return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))
+
+
+def name_of(model: nn.Module) -> str:
+    """What a spec and a file call a model: by `config.model_type`, or else by its class."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return model_type if isinstance(model_type, str) else dotted(class_of(model))
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether a model is a `PreTrainedModel`, also one whose code came with its weights."""
+    return any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of a transformers model's text decoder. None for others."""
+    get: Any = getattr(getattr(model, "config", None), "get_text_config", None)
+    return get(decoder=True) if callable(get) else None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT, DistributedDataParallel and `torch.compile` wrappers."""
+    """The model inside PEFT, DistributedDataParallel and `torch.compile` wrappers."""
     while True:
         if callable(get_base_model := getattr(model, "get_base_model", None)):
             model = cast(nn.Module, get_base_model())
@@ -50,6 +84,13 @@ class PathAdapter:
         class MyVLM(PathAdapter):
             layers, attention, mlp = "model.language_model.layers", "self_attn", "mlp"
 
+    With fewer `sites`, it is enough for any model:
+
+        @register_adapter(for_class="litgpt.model.GPT")
+        class LitGPT(PathAdapter):
+            layers, attention, mlp = "transformer.h", "attn", "mlp"
+            sites = ("attn_out", "mlp_out", "layer_out")
+
     Attributes:
         layers: Path of the decoder's list of layers in the model with its language-model head. It is also found in the
             base model without the head.
@@ -58,6 +99,7 @@ class PathAdapter:
         down: Path of the last linear layer in the MLP, whose output is the MLP's. Layers without it lack `mlp_hidden`.
         sites: The sites of the family: fewer than all if its attention does not go through the interface.
         config: Path of the decoder's config in the model's config, if `config.get_text_config` gives another one.
+        example: As in `GenericAdapter`, where the sizes are in no config and the model does not run on ids alone.
     """
 
     layers: ClassVar[str]
@@ -66,31 +108,36 @@ class PathAdapter:
     down: ClassVar[str] = "down_proj"
     sites: ClassVar[tuple[Site, ...]] = SITES
     config: ClassVar[str] = ""
+    example: Example | None = None
 
     def spec(self, model: nn.Module) -> ModelSpec:
         model = unwrap(model)
-        of_model: Any = model.config
-        config = attrgetter(self.config)(of_model) if self.config else of_model.get_text_config(decoder=True)
+        config: Any = attrgetter(f"config.{self.config}")(model) if self.config else text_config(model)
         path = self._layers_path(model)
         layers = self._resolve(model, path)
-        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        if not isinstance(layers, nn.ModuleList | nn.Sequential) or len(layers) == 0:
             raise UnsupportedModelError(
-                f"{type(self).__name__} expects a non-empty ModuleList at {path!r} of {type(model).__name__}, found "
-                f"{type(layers).__name__}"
+                f"{type(self).__name__} expects a non-empty ModuleList or Sequential at {path!r} of "
+                f"{type(model).__name__}, found {type(layers).__name__}"
             )
         named = all(hasattr(config, name) for name in ("hidden_size", "num_attention_heads"))
-        seen = None if named else probe(model, self.decoder(model))
+        seen = None if named else probe(model, self.decoder(model), self.example)
         specs = []
         for index, layer in enumerate(layers):
             where = f"{path}.{index}"
             attention = self._attention_of(layer, where)
             sizes = _sizes_in(config, attention) if seen is None else self._sizes_seen(seen, where)
             specs.append(LayerSpec(index, where, *sizes, *self._hidden_of(layer)))
-        return ModelSpec(str(of_model.model_type), specs[0].hidden_size, tuple(specs))
+        return ModelSpec(name_of(model), specs[0].hidden_size, tuple(specs))
 
     def decoder(self, model: nn.Module) -> nn.Module:
         model = unwrap(model)
-        return self._resolve(model, self._layers_path(model).rpartition(".")[0])
+        path = self._layers_path(model)
+        found = None
+        while found is None or isinstance(found, nn.ModuleList | nn.ModuleDict):  # these have no forward
+            path = path.rpartition(".")[0]
+            found = self._resolve(model, path)
+        return found
 
     def module(self, model: nn.Module, layer: int, site: Site) -> nn.Module:
         model = unwrap(model)
@@ -132,6 +179,8 @@ class PathAdapter:
         shape = shapes[0] if shapes else None
         if shape is None:
             raise UnsupportedModelError(f"{path} returned no tensor in a forward on text, so its size is unknown")
+        if len(shape) != 3 or shape[0] != seen.tokens[0]:
+            raise UnsupportedModelError(f"{path} returned {list(shape)} for b t = {list(seen.tokens)}, not [b t c]")
         calls = seen.attention.get(f"{path}.{self.attention}", [])
         if not calls and set(self.sites) & set(ATTENTION_SITES):
             raise UnsupportedModelError(

@@ -1,24 +1,26 @@
-"""The generic adapter: it finds the sites of any text decoder of transformers by one small forward."""
+"""The generic adapter: it finds the sites of any text decoder by one small forward."""
 
 from __future__ import annotations
 
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..types import ATTENTION_SITES, SITES, LayerSpec, ModelSpec, Site
-from .base import unwrap
-from .probe import TOKENS, AttentionSeen, Passed, Probe, probe
+from .base import is_of_transformers, name_of, text_config, unwrap
+from .probe import AttentionSeen, Example, Passed, Probe, probe
+from .residual import adds_its_input
 
 # Paths of the MLP in a layer, the most likely first. If none fits, the names of MLP classes are searched.
-_MLP_PATHS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "ff", "fc2", "output.dense")
+_MLP_PATHS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "ff", "fc2", "output.dense", "linear2")
 _MLP_CLASS = re.compile(r"MLP|Mlp|FeedForward|FFN|MoE|Moe|MOE|Dense\w*ActDense")
 _ATTENTION_CLASS = re.compile(r"(?<!Linear)(?<!Cross)Attention$")
 # Classes that are not named as the reason why a layer has no attention: they do not mix tokens.
@@ -35,18 +37,36 @@ class GenericAdapter:
     An attention site is a module that calls transformers' attention interface exactly once; the sizes are those of the
     tensors in this call. An output site is a module that runs exactly once and returns hidden states. If a layer lacks
     sites, `LayerSpec.missing` says why. The result is kept as long as the model's modules are the same.
+
+    Args:
+        example: The arguments of the model's forward, by name or as a tuple in their order, if it does not run on token
+            ids alone. Its tokens [b t ...] come first, or are called as in transformers, and b is not t.
     """
 
+    def __init__(self, example: Example | None = None) -> None:
+        if isinstance(example, Mapping):
+            self.example: Example | None = {name: _detached(x) for name, x in example.items()}
+        else:
+            self.example = None if example is None else tuple(map(_detached, example))
+
     def spec(self, model: nn.Module) -> ModelSpec:
-        return _layout(unwrap(model)).spec
+        return _layout(unwrap(model), self.example).spec
 
     def decoder(self, model: nn.Module) -> nn.Module:
         model = unwrap(model)
-        return model.get_submodule(_known(model).decoder)
+        return model.get_submodule(self._known(model).decoder)
 
     def module(self, model: nn.Module, layer: int, site: Site) -> nn.Module:
         model = unwrap(model)
-        return model.get_submodule(_known(model).paths[layer][site])
+        return model.get_submodule(self._known(model).paths[layer][site])
+
+    def _known(self, model: nn.Module) -> _Layout:
+        """The layout that `spec` found last. Only `spec`, once a patch, checks whether modules have changed."""
+        return _layouts[model][1] if model in _layouts else _layout(model, self.example)
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 @dataclass(frozen=True)
@@ -59,31 +79,33 @@ class _Layout:
 _layouts: WeakKeyDictionary[nn.Module, tuple[Probe, _Layout]] = WeakKeyDictionary()
 
 
-def _layout(model: nn.Module) -> _Layout:
+def _layout(model: nn.Module, example: Example | None) -> _Layout:
     decoder = text_decoder(model)
-    seen = probe(model, decoder)
+    if torch.backends.mha.get_fastpath_enabled():
+        fused = next((m for m in decoder.modules() if isinstance(m, nn.TransformerEncoderLayer)), None)
+        if fused is not None:
+            raise UnsupportedModelError(
+                f"in eval mode, torch runs a {type(fused).__name__} as one kernel, on nested tensors if there is "
+                f"padding, so its sites do not run: call torch.backends.mha.set_fastpath_enabled(False) first"
+            )
+    seen = probe(model, decoder, example)
     before, layout = _layouts.get(model, (None, None))
     if layout is None or before is not seen:
-        layout = _find(model, decoder, seen)
+        layout = _find(model, decoder, seen, example)
         _layouts[model] = seen, layout
     return layout
 
 
-def _known(model: nn.Module) -> _Layout:
-    """The layout that `spec` found last. Only `spec`, once a patch, checks whether modules have changed."""
-    return _layouts[model][1] if model in _layouts else _layout(model)
-
-
-def _find(model: nn.Module, decoder: nn.Module, seen: Probe) -> _Layout:
+def _find(model: nn.Module, decoder: nn.Module, seen: Probe, example: Example | None) -> _Layout:
     names = {module: name for name, module in model.named_modules()}
     path, layers = _layer_list(model, decoder, seen, names)
-    config: Any = model.config
-    hidden_size = int(getattr(config.get_text_config(decoder=True), "hidden_size", 0))
+    hidden_size = int(getattr(text_config(model), "hidden_size", 0))
     holders = Counter(module for layer in layers for module in layer.modules())
+    adds = {} if is_of_transformers(model) else adds_its_input(model, decoder, _whose_output_counts(layers), example)
     found = [
         part
         for index, layer in enumerate(layers)
-        for part in _Layer(layer, f"{path}.{index}", hidden_size, seen, names, holders).parts()
+        for part in _Layer(layer, f"{path}.{index}", hidden_size, seen, names, holders, adds).parts()
     ]
     if not any(sites for _, sites in found):
         raise UnsupportedModelError(f"no layer of {path} has a site: {found[0][0]['missing']}")
@@ -92,7 +114,7 @@ def _find(model: nn.Module, decoder: nn.Module, seen: Probe) -> _Layout:
         for index, (sizes, sites) in enumerate(found)
     )
     widths = Counter(spec.hidden_size for spec in layer_specs if spec.sites)
-    spec = ModelSpec(str(config.model_type), widths.most_common(1)[0][0], layer_specs)
+    spec = ModelSpec(name_of(model), widths.most_common(1)[0][0], layer_specs)
     return _Layout(_runs_layers(path, names[decoder], seen), spec, tuple(sites for _, sites in found))
 
 
@@ -115,23 +137,48 @@ def text_decoder(model: nn.Module) -> nn.Module:
 
 def _layer_list(
     model: nn.Module, decoder: nn.Module, seen: Probe, names: dict[nn.Module, str]
-) -> tuple[str, nn.ModuleList]:
-    """The list with the most attention modules inside. Without attention, the list of which most members ran."""
-    best: tuple[tuple[int, int, int, int], str, nn.ModuleList] | None = None
+) -> tuple[str, nn.ModuleList | nn.Sequential]:
+    """The list with the most attention modules inside. Without attention, the list of which most members ran.
+
+    Attention is seen at the interface. If nothing calls it, a list counts by its name, or as members of one class that
+    have an attention module by its class.
+    """
+    best: tuple[tuple[int, int, int, int, int], str, nn.ModuleList | nn.Sequential] | None = None
     for module in decoder.modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0 or module not in names:
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) == 0 or module not in names:
+            continue
+        like = len(module) if len({type(m) for m in module}) == 1 and _has_attention(module[0], names, seen) else 0
+        if isinstance(module, nn.Sequential) and not like:
             continue
         path = names[module]
         inside = (name.removeprefix(f"{path}.") for name in seen.attention if name.startswith(f"{path}."))
         attended = sum("." in name for name in inside)
         ran = sum(1 for member in module if names.get(member) in seen.outputs)
         named = path.rpartition(".")[2] in _LAYER_LISTS
-        key = (attended, int(named), ran, -path.count("."))
-        if ran and (attended or named) and (best is None or key > best[0]):
+        key = (attended, int(named), like, ran, -path.count("."))
+        if ran and (attended or named or like) and (best is None or key > best[0]):
             best = key, path, module
     if best is None:
         raise UnsupportedModelError(f"{type(decoder).__name__} has no list of layers that run")
     return best[1], best[2]
+
+
+def _has_attention(layer: nn.Module, names: dict[nn.Module, str], seen: Probe) -> bool:
+    inside = (m for m in layer.modules() if m is not layer and _ATTENTION_CLASS.search(type(m).__name__))
+    return any(names.get(m) in seen.outputs for m in inside)
+
+
+def _whose_output_counts(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """The layers, and the modules inside that may be an attention or an MLP."""
+    return [
+        m
+        for layer in layers
+        for path, m in layer.named_modules()
+        if not path
+        or path in _MLP_PATHS
+        or _MLP_CLASS.search(type(m).__name__)
+        or _ATTENTION_CLASS.search(type(m).__name__)
+    ]
 
 
 class _Layer:
@@ -143,17 +190,19 @@ class _Layer:
         seen: Probe,
         names: dict[nn.Module, str],
         holders: Counter[nn.Module],
+        adds: dict[nn.Module, bool | None],
     ) -> None:
-        self.layer, self.path, self.seen, self.names, self.holders = layer, path, seen, names, holders
+        self.layer, self.path, self.seen, self.names, self.holders, self.adds = layer, path, seen, names, holders, adds
         runs = seen.outputs.get(names[layer], [])
         self.runs, returned = len(runs), (runs or [None])[0]
         # Not always hidden states: some layers return several streams or a list. Their attention and MLP do not.
         self.returned = returned
         # Some models put learned tokens before the text.
-        tokens = returned[1] if returned is not None and len(returned) == 3 else TOKENS
+        b, t = seen.tokens
+        tokens = returned[1] if returned is not None and len(returned) == 3 else t
         width = hidden_size or (returned[-1] if returned else 0)
-        self.states = (1, tokens, width)
-        self.returns_states = returned == self.states
+        self.states = (b, tokens, width)
+        self.returns_states = returned == self.states and bool(adds.get(layer, True))
 
     def parts(self) -> Iterator[tuple[dict[str, Any], dict[Site, str]]]:
         """Sizes and sites of the layer. If it has several attention modules, each with an MLP: those of each pair."""
@@ -192,7 +241,8 @@ class _Layer:
         if not down and mlp is not None:
             missing.append(f"no linear layer was seen to give the output of {mlp} alone, as with experts")
         if not self.returns_states:
-            missing.append(f"{type(self.layer).__name__} returns {self.returned or 'no tensor'}, not [b t c]")
+            odd = "what does not hold its input" if self.returned == self.states else self.returned or "no tensor"
+            missing.append(f"{type(self.layer).__name__} returns {odd}, not [b t c] of a residual stream")
         sizes = self._sizes(attention, "; ".join(missing))
         return (sizes | {"mlp_width": (self._passed(down)[0].shape or (0,))[-1]} if down else sizes), sites
 
@@ -208,7 +258,7 @@ class _Layer:
                 sites["mlp_hidden"] = f"{self.path}.{down}"
         if last and self.returns_states:
             sites["layer_out"] = self.path
-        if first and [call.shape for call in self._passed("")] == [self.states]:
+        if first and self.returns_states and [call.shape for call in self._passed("")] == [self.states]:
             sites["layer_in"] = self.path
         return sites
 
@@ -235,7 +285,9 @@ class _Layer:
         if self.names[module] in self.seen.crossed or getattr(module, "is_cross_attention", False):
             return False
         # Some models also use the interface for other states, such as the states of a token in earlier layers.
-        return all(call.tokens == self.states[:2] for call in self._calls(path))
+        # And a call of SDPA with other keys than the tokens attends to other states.
+        b, t, _ = self.states
+        return all(call.tokens == (b, t) and not (call.own and call.keys != t) for call in self._calls(path))
 
     def _why_no_attention(self, mlp: str | None) -> str:
         crossed = next((path for path in self._inside() if self._calls(path)), None)
@@ -263,9 +315,10 @@ class _Layer:
             module = self.module(path)
         except AttributeError:
             return False
-        if "residual" in inspect.signature(module.forward).parameters:
+        if "residual" in inspect.signature(module.forward).parameters or self.adds.get(module, False) is not False:
             return False
-        shapes = {self.states, self.states[1:]}
+        b, t, c = self.states
+        shapes = {self.states, (b * t, c)}
         found = self.seen.outputs.get(self.names[module], [])
         return len(found) == self.holders[module] and set(found) <= shapes
 

@@ -16,6 +16,7 @@ from ..edits import Installation, SiteEdit
 from ..errors import UnsupportedModelError
 from ..parallel import Parallel
 from ..types import ATTENTION_SITES, At, LayerSpec, Located, ModelSpec, Site
+from .base import text_config
 from .probe import Probe, probe, run_on_text, unedited
 
 _STATES: tuple[Site, ...] = ("attn_out", "mlp_out", "layer_out", "layer_in")
@@ -37,7 +38,7 @@ def in_processes(found: Located) -> Located:
     if (getattr(model, "_tp_size", None) or 1) == 1:
         _check_whole(model)
         return found
-    seen = probe(model, found.adapter.decoder(model))
+    seen = probe(model, found.adapter.decoder(model), getattr(found.adapter, "example", None))
     before, spec, parallel = _kept.get(model, (None, found.spec, None))
     if before is not seen:
         mesh = model._device_mesh["tp"] if model._device_mesh.ndim > 1 else model._device_mesh
@@ -106,7 +107,7 @@ def _split(found: Located, seen: Probe, parallel: Parallel) -> tuple[ModelSpec, 
             layers.append(layer)
             continue
         own, own_kv = calls[0].heads, calls[0].kv_heads
-        config = getattr(module, "config", None) or model.config.get_text_config(decoder=True)
+        config = getattr(module, "config", None) or text_config(model)
         heads = getattr(config, "num_attention_heads", None)
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         if (heads, kv_heads) == (own, own_kv):

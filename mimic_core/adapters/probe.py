@@ -3,38 +3,48 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from operator import is_not
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from ..edits import installed
 from ..edits.entry import Bystander, Entry, SiteEdit
+from ..edits.frames import by_name
 from ..edits.interface import SLOT, AttentionSlot
+from ..edits.sdpa import frames, watched_sdpa
+from ..edits.watch import shape_of_tokens
 from ..errors import PatchStateError, UnsupportedModelError
 from ..types import At
 
 TOKENS = 4
 """Number of tokens of a probe. With one token it would be a decoding step."""
 
+Example = Mapping[str, Any] | tuple[Any, ...]
+"""Arguments of a model's forward: by name, or in their order."""
+
 _OF_OTHERS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 
 
 @dataclass(frozen=True)
 class AttentionSeen:
-    """One call of the attention interface. `tokens` is b and t of the queries, `logits` as in `At`."""
+    """One call of the attention interface, or of torch's SDPA (`own`).
+
+    `tokens` is b and t of the queries, `keys` the number of keys, `logits` as in `At`.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     value_dim: int
     tokens: tuple[int, int]
-    logits: tuple[str, ...]
+    keys: int
+    logits: tuple[str, ...] = ()
+    own: bool = False
 
 
 class Value(NamedTuple):
@@ -61,74 +71,110 @@ class Probe:
         outputs: The shape of each call's output (of the first element of a tuple), in the order of calls. None if that
             is not a tensor.
         passed: What each call got and gave; the modules in the order in which they first ended.
-        attention: The calls of the attention interface.
+        attention: The calls of the attention interface, and those of torch's SDPA by modules that don't ask it.
         crossed: Modules that got the states of an encoder or of images as an argument.
+        tokens: b and t of what the model got.
     """
 
     outputs: dict[str, list[tuple[int, ...] | None]] = field(default_factory=dict)
     passed: dict[str, list[Passed]] = field(default_factory=dict)
     attention: dict[str, list[AttentionSeen]] = field(default_factory=dict)
     crossed: set[str] = field(default_factory=set)
+    tokens: tuple[int, int] = (1, TOKENS)
 
 
-_kept: WeakKeyDictionary[nn.Module, tuple[list[nn.Module], Probe]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, tuple[list[ref[nn.Module]], Example | None, Probe]] = WeakKeyDictionary()
 
 
-def probe(model: nn.Module, decoder: nn.Module) -> Probe:
+def probe(model: nn.Module, decoder: nn.Module, example: Example | None = None) -> Probe:
     """Run `decoder`, or else `model`, on four tokens in eval mode without gradients, and record what runs.
 
-    Modules, their modes and torch's random state do not change. Edits that the model already has are off meanwhile. The
-    result is kept as long as the model's modules are the same.
+    With an example, the model runs on that. Modules, their modes and torch's random state do not change. Edits that the
+    model already has are off meanwhile. The result is kept as long as the model's modules and the example are the same.
 
     Raises:
-        UnsupportedModelError: neither runs on text without other inputs.
+        UnsupportedModelError: neither runs on text without other inputs, or the model not on the example.
         PatchStateError: the model has edits, and they refuse the forward, or another thread is inside one of it.
     """
-    modules = list(model.modules())[1:]  # without the model: a reference from the cached value would keep it alive
-    before, seen = _kept.get(model, ([], None))
-    if seen is None or len(before) != len(modules) or any(map(is_not, before, modules)):
+    modules = list(model.modules())
+    before, of, seen = _kept.get(model, ([], None, None))
+    if (
+        seen is None
+        or of is not example
+        or len(before) != len(modules)
+        or any(old() is not m for old, m in zip(before, modules, strict=True))
+    ):
         with unedited(model):
-            seen = _probe(model, decoder)
-        _kept[model] = modules, seen
+            seen = _probe(model, decoder, example)
+        # Weakly: modules with edits hold the model, so it would never be collected.
+        _kept[model] = [ref(m) for m in modules], example, seen
     return seen
 
 
-def _probe(model: nn.Module, decoder: nn.Module) -> Probe:
+def _probe(model: nn.Module, decoder: nn.Module, example: Example | None) -> Probe:
+    tokens = (1, TOKENS) if example is None else _tokens_in(model, example)
     names = {module: name for name, module in model.named_modules(remove_duplicate=True)}
     inside = [m for m in decoder.modules() if m in names]
     found: list[Probe] = []
 
     def watch() -> AbstractContextManager[None]:
-        found.append(Probe())
-        return _watched(inside, names, found[-1])
+        found.append(Probe(tokens=tokens))
+        return _watched(inside, names, found[-1], may_attend_alone(model))
 
-    run_on_text(model, decoder, watch)
+    run_on_text(model, decoder, watch, example)
     return found[-1]
 
 
-def run_on_text(model: nn.Module, decoder: nn.Module, watch: Callable[[], AbstractContextManager[None]]) -> None:
-    """Run `decoder`, or else `model`, on four tokens inside `watch()`.
+def run_on_text(
+    model: nn.Module,
+    decoder: nn.Module,
+    watch: Callable[[], AbstractContextManager[None]],
+    example: Example | None = None,
+) -> None:
+    """Run `decoder`, or else `model`, on four tokens inside `watch()`. With an example, run `model` on that.
 
     Raises:
-        UnsupportedModelError: neither runs on text without other inputs.
+        UnsupportedModelError: neither runs on text without other inputs, or the model not on the example.
         PatchStateError: edits that the model already has refuse the forward.
     """
-    vocabulary = _vocabulary(model, decoder)
     errors = []
-    for runner in dict.fromkeys((decoder, model)):
+    for runner, args, kwargs in _texts(model, decoder) if example is None else [(model, *_like(model, example))]:
         try:
             # Not in inference mode, where tensors do not know whether they were written to.
             with watch(), _calm(model), torch.inference_mode(False), torch.no_grad():
-                runner(**_text_for(runner, vocabulary))
+                runner(*args, **kwargs)
         except PatchStateError:  # edits that are in it already refuse the forward: the model is not to blame
             raise
         except Exception as error:  # a model can raise anything on an input that it does not support
             errors.append(f"{type(runner).__name__}: {type(error).__name__}: {error}")
         else:
             return
-    raise UnsupportedModelError(
-        f"{type(model).__name__} does not run on {TOKENS} tokens of text alone ({'; '.join(errors)})"
-    )
+    what = f"{TOKENS} tokens of text alone" if example is None else "the example"
+    raise UnsupportedModelError(f"{type(model).__name__} does not run on {what} ({'; '.join(errors)})")
+
+
+def _tokens_in(model: nn.Module, example: Example) -> tuple[int, int]:
+    """b and t of an example."""
+    args, kwargs = _like(model, example)
+    shape = shape_of_tokens(by_name(type(model).forward, args, kwargs))
+    if shape is None or shape[0] == shape[1]:
+        found = "no tensor of tokens [b t ...] comes first" if shape is None else f"[b t] is {list(shape[:2])}"
+        raise UnsupportedModelError(f"the example must tell samples from tokens by their numbers, but {found}")
+    return shape[0], shape[1]
+
+
+def _like(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An example on the device and in the dtype that the model has now."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+
+    def moved(x: Any) -> Any:
+        if not isinstance(x, Tensor) or weight is None:
+            return x
+        return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
+
+    if isinstance(example, Mapping):
+        return (), {name: moved(x) for name, x in example.items()}
+    return tuple(map(moved, example)), {}
 
 
 def _vocabulary(model: nn.Module, decoder: nn.Module) -> tuple[int, torch.device]:
@@ -143,12 +189,23 @@ def _vocabulary(model: nn.Module, decoder: nn.Module) -> tuple[int, torch.device
     return 8, next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _text_for(runner: nn.Module, vocabulary: tuple[int, torch.device]) -> dict[str, Any]:
-    size, device = vocabulary
+def _texts(model: nn.Module, decoder: nn.Module) -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """What may run on text, with its arguments."""
+    size, device = _vocabulary(model, decoder)
     # Ids after the usual special ones: padding tokens would be masked.
-    ids = torch.arange(5, 5 + TOKENS, device=device) % size
+    ids = torch.arange(5, 5 + TOKENS, device=device)[None] % size
+    for runner in dict.fromkeys((decoder, model)):
+        text = _text_for(runner, ids)
+        if any(x is ids for x in text.values()):
+            yield runner, (), text
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        yield model, (ids,), {}
+
+
+def _text_for(runner: nn.Module, ids: Tensor) -> dict[str, Any]:
+    device = ids.device
     text: dict[str, Any] = {
-        "input_ids": ids[None],
+        "input_ids": ids,
         "attention_mask": torch.ones(1, TOKENS, dtype=torch.long, device=device),
     }
     taken = inspect.signature(runner.forward).parameters
@@ -159,7 +216,7 @@ def _text_for(runner: nn.Module, vocabulary: tuple[int, torch.device]) -> dict[s
     elif "use_cache" in taken:
         text["use_cache"] = False
     if "decoder_input_ids" in taken:
-        text["decoder_input_ids"] = ids[None]
+        text["decoder_input_ids"] = ids
     everything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     return {name: x for name, x in text.items() if name in taken or everything}
 
@@ -188,8 +245,30 @@ def _calm(model: nn.Module) -> Iterator[None]:
             m.training = True
 
 
+def may_attend_alone(model: nn.Module) -> bool:
+    """Whether calls of torch's SDPA are looked for: not in the files of transformers, which has its interface."""
+    return not type(model).__module__.startswith("transformers.")
+
+
+class _Attends:
+    """A module that runs: its calls of torch's SDPA are recorded."""
+
+    is_on = True
+
+    def __init__(self, calls: list[AttentionSeen]) -> None:
+        self._calls = calls
+
+    def attend(self, original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        out = original(*args, **kwargs)
+        q, k = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key")))
+        if q.ndim == 4:
+            (b, h, t, d), (_, g, s, _) = q.shape, k.shape
+            self._calls.append(AttentionSeen(h, g, d, out.shape[-1], (b, t), s, own=True))
+        return out
+
+
 @contextmanager
-def _watched(modules: list[nn.Module], names: dict[nn.Module, str], seen: Probe) -> Iterator[None]:
+def _watched(modules: list[nn.Module], names: dict[nn.Module, str], seen: Probe, alone: bool) -> Iterator[None]:
     alive: list[Any] = []  # a tensor that is gone could leave its memory to another
 
     def value(x: Any) -> Value | None:
@@ -205,16 +284,23 @@ def _watched(modules: list[nn.Module], names: dict[nn.Module, str], seen: Probe)
         given = args[0] if args else kwargs.get(next(iter(inspect.signature(module.forward).parameters), ""))
         of_given = tuple(given.shape) if isinstance(given, Tensor) else None
         seen.passed.setdefault(names[module], []).append(Passed(of_given, value(given), value(first)))
+        if alone:
+            frames().pop()
 
     def enters(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if any(kwargs.get(name) is not None for name in _OF_OTHERS):
             seen.crossed.add(names[module])
+        if alone:
+            frames().append(_Attends(own.setdefault(names[module], [])))
 
     def attended(out: Tensor, at: At) -> None:
         b, h, t, d = at.query.shape
-        call = AttentionSeen(h, at.key.shape[1], d, out.shape[-1], (b, t), at.logits)
+        call = AttentionSeen(h, at.key.shape[1], d, out.shape[-1], (b, t), at.key.shape[2], at.logits)
         seen.attention.setdefault(names[at.module], []).append(call)
 
+    own: dict[str, list[AttentionSeen]] = {}
+    depth = len(frames())
+    release = watched_sdpa.retain(seen) if alone else lambda: None
     watch = Entry(SiteEdit(0, "attn_heads", attended), Bystander(), bit=1)
     hooks = [m.register_forward_hook(ran, with_kwargs=True) for m in modules]
     hooks += [m.register_forward_pre_hook(enters, with_kwargs=True) for m in modules]
@@ -222,11 +308,17 @@ def _watched(modules: list[nn.Module], names: dict[nn.Module, str], seen: Probe)
     try:
         for m in modules:
             slot = m.__dict__.get(SLOT) or AttentionSlot()
+            if slot.own:
+                continue  # its edits are off, so its calls come here
             m.__dict__[SLOT] = slot
             slots.append((m, slot))
             slot.hold((*slot.entries, watch))
         yield
+        # Transformers' functions call SDPA too.
+        seen.attention.update({name: calls for name, calls in own.items() if calls and name not in seen.attention})
     finally:
+        release()
+        del frames()[depth:]
         for hook in hooks:
             hook.remove()
         for m, slot in slots:

@@ -19,7 +19,7 @@ from safetensors.torch import save as in_bytes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..adapters import locate
+from ..adapters import Handed, locate
 from ..build import place
 from ..errors import CheckpointError, MimicError
 from ..heads import ComposedStack, ShiftStack, head_class
@@ -80,7 +80,7 @@ def save_shifts(
         "head": head,
         "config": config,
         "model": _described(shifts.spec),
-        "origin": None if shifts.origin is None else asdict(shifts.origin),
+        "origin": None if shifts.origin is None else _without_empty(asdict(shifts.origin)),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     if shared:
@@ -103,6 +103,7 @@ def load_shifts(
     *,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    adapter: Handed = None,
 ) -> ShiftStack:
     """Load a stack that `save_shifts` wrote, for a model that it fits.
 
@@ -112,6 +113,7 @@ def load_shifts(
         strict: Refuse another model than the one the shifts were made for. If False, it only warns, because a
             fine-tuned or quantised model of the same family may be what you want.
         token, cache_dir: As in `from_pretrained` of transformers, for a hub repository.
+        adapter: See `adapter_for`.
 
     Returns:
         The stack, not yet patched into the model, in the dtypes it was saved in. Each head is on the device of its
@@ -122,7 +124,8 @@ def load_shifts(
             head that is not registered; it was made for a model of other sizes; or `strict` and for another model.
         UnsupportedModelError: no adapter fits the model.
     """
-    inner, _, spec, _ = locate(model)
+    found = locate(model, adapter)
+    spec = found.spec
     folder = hub.folder_of(source, revision, token, cache_dir)
     description = _read_description(folder / _DESCRIPTION)
     try:
@@ -155,12 +158,12 @@ def load_shifts(
     for name, x in stack.state_dict(keep_vars=True).items():
         x.data = x.data.to(tensors[name].dtype)
     stack.load_state_dict(tensors)
-    if origin is not None and (misfit := origin.misfit(origin_of(inner, spec))):
+    if origin is not None and (misfit := origin.misfit(origin_of(found))):
         problem = f"shifts at {source} were made for another model: {misfit}"
         if strict:
             raise CheckpointError(f"{problem}; load them with strict=False if that is what you want")
         warnings.warn(problem, stacklevel=2)
-    return place(stack, inner)
+    return place(stack, found.model)
 
 
 def _stack_of(head: Any, config: Any, spec: ModelSpec, origin: Origin | None) -> ShiftStack:
@@ -260,6 +263,11 @@ def _described(spec: ModelSpec) -> dict[str, Any]:
     for layer in data["layers"]:
         del layer["missing"]
     return data
+
+
+def _without_empty(origin: dict[str, Any]) -> dict[str, Any]:
+    """Without the adapter, where the model says by its type where its sites are."""
+    return {key: x for key, x in origin.items() if key != "adapter" or x}
 
 
 def _spec_from_dict(data: Mapping[str, Any]) -> ModelSpec:

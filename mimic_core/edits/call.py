@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations import sdpa_attention
@@ -18,6 +17,7 @@ from ..ops import like_sdpa
 from ..types import At, AttentionView
 from .entry import Entry
 from .flash import flash_lse, why_not
+from .sdpa import is_sdpa_of_torch
 
 # Arguments that change the logits. The LSE includes the first group, if the attention implementation does. The second
 # group is not supported.
@@ -156,7 +156,7 @@ class AttentionCall(AttentionView):
             self._check_lse()  # before the expensive part
         out = weights = None
         heads = plan.heads
-        if plan.reads_lse and self.implementation == "sdpa" and self.base is sdpa_attention_forward:
+        if plan.reads_lse and self._is_torchs:
             out = self._fused(plan.fused) if plan.fused is not None else None
             if out is not None:
                 heads = heads[1:]
@@ -169,6 +169,11 @@ class AttentionCall(AttentionView):
         for entry in heads:
             out = entry.apply(out, self.module, self)
         return out, weights
+
+    @property
+    def _is_torchs(self) -> bool:
+        """Whether the model's attention is a call of torch's SDPA."""
+        return self.implementation == "sdpa" and self.base is sdpa_attention_forward
 
     def _fused(self, entry: Entry) -> Tensor | None:
         """Attention and one edit in one call, if this gives the same bits as two calls."""
@@ -201,9 +206,64 @@ class AttentionCall(AttentionView):
         return ops.follows_sdpa(q, k, self.value, self.mask, self.scale, self.is_causal)
 
 
-def is_sdpa_of_torch() -> bool:
-    """Whether transformers' sdpa function reaches torch's. Edits that call `ops` in its place need that."""
-    return functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention  # pyright: ignore
+class SDPACall(AttentionCall):
+    """A call of torch's SDPA by a module with edits, without transformers' interface."""
+
+    def __init__(
+        self,
+        original: Callable[..., Tensor],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> None:
+        more: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
+
+        def base(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+            out = original(query, key, value, mask, dropout_p, is_causal, scale=scale, **more)
+            return out.transpose(1, 2), None
+
+        if attn_mask is not None:
+            attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+        options = {"scaling": scale, "is_causal": is_causal, "dropout": dropout_p}
+        super().__init__(base, "sdpa", module, query, key, value, attn_mask, options)
+
+    @property
+    def is_causal(self) -> bool:
+        return bool(self.options["is_causal"])
+
+    @property
+    def _is_torchs(self) -> bool:
+        return True
+
+    def _fused(self, entry: Entry) -> Tensor | None:
+        edit = entry.edit
+        if edit.shift is None:
+            return super()._fused(entry)
+        if not self._kernel_is_ours():
+            return None
+        q, k, v, shift = self.query, self.key, self.value, edit.shift(self.query)
+        out = ops.shifted_attention(q, k, v, *shift, mask=self.mask, scale=self.scale, is_causal=self.is_causal)
+        entry.owner.reached(entry.bit)
+        return out
+
+    def _with_lse(self) -> Tensor | None:
+        if not self._kernel_is_ours():
+            return None
+        q, k, v = self.query, self.key, self.value
+        out, self._lse = ops.attention_with_lse(q, k, v, mask=self.mask, scale=self.scale, is_causal=self.is_causal)
+        return out
+
+    def _kernel_is_ours(self) -> bool:
+        q, k = self.query, self.key
+        if self.options["dropout"] or q.shape[1] != k.shape[1]:
+            return False
+        return ops.follows_sdpa(q, k, self.value, self.mask, self.scale, self.is_causal)
 
 
 _PACKS_GROUPS = hasattr(sdpa_attention, "pack_gqa")

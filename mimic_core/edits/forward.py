@@ -36,6 +36,7 @@ class Forward(ForwardView):
         generation: The call of `generate` that it is a part of.
         given: What the caller says.
         decoder: The decoder, to find out whether a model around it was given labels.
+        foreign: See `ForwardWatch`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Forward(ForwardView):
         generation: Generation | None = None,
         given: Given | None = None,
         decoder: nn.Module | None = None,
+        foreign: str = "",
     ) -> None:
         self._b, self._t = b, t
         self._given = given or Given()
@@ -57,6 +59,12 @@ class Forward(ForwardView):
         self._is_alone = self._given.prompt is None and generation is None
         # It is found now, because the decoder adds the new tokens to its cache.
         try:
+            if foreign and generation is None:
+                raise PatchStateError(
+                    f"{foreign} is none of transformers' models, so it is not known which of its arguments say what is "
+                    f"padding, prompt or cache: say which tokens are meant with a bool mask [b t], in "
+                    f"`handle.at(positions=mask)` or as `where=mask` of a capture"
+                )
             self._start = self._held(generation, key)
             self._begins = self._begin_samples()
             self._prompt = self._find_prompt(generation, key, decoder)

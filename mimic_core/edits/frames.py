@@ -59,9 +59,13 @@ def _calls(frame: FrameType | None) -> Iterator[tuple[nn.Module, tuple[Any, ...]
         frame = frame.f_back
 
 
-def by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a method of a module, without `self`."""
     return {**dict(zip(_names(forward), args, strict=False)), **kwargs} if args else kwargs
+
+
+# As above: torch 2.6 fails in what follows the cache of names.
+by_name: Any = torch.compiler.disable(_by_name)
 
 
 @cache

@@ -20,12 +20,12 @@ from ..types import ATTENTION_SITES, ForwardView, Located
 from .compiled import asked_about, runs_compiled
 from .entry import Bystander, Entry, SiteEdit
 from .frames import by_name, is_called, is_called_anywhere
-from .interface import SLOT, AttentionSlot
+from .interface import SLOT, Attending, AttentionSlot
 from .outputs import EditedForward
 from .places import Places
 from .prompts import Given, current_generation
 from .scope import LayerScope, shared_modules
-from .watch import ForwardWatch, State
+from .watch import ForwardWatch, State, foreign_class
 
 _orders = itertools.count()
 
@@ -73,6 +73,7 @@ class Installation:
         self.watch = ForwardWatch(
             looks=any(edit.looks for edit in edits),
             wants_sizes=any(edit.site not in ATTENTION_SITES for edit in edits),
+            foreign=foreign_class(found),
         )
         self._hooks: list[RemovableHandle] = []
         self._edited: list[nn.Module] = []
@@ -91,7 +92,7 @@ class Installation:
                     self._forwards.append(EditedForward.claim(layer, around=scope))
                 entry = Entry(edit, self, 1 << i, scope)
                 self._entries.append(entry)
-                self._attach(entry, module)
+                self._attach(entry, module, edit.layer in found.own)
             self._decoder = found.adapter.decoder(model)
             self._came_inside = is_called_anywhere(self._decoder)
             self._standing = Places(model, (self._decoder, *self._edited))
@@ -118,14 +119,15 @@ class Installation:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "is_plain": self._is_full}  # a copy is outside of any `at`
 
-    def _attach(self, entry: Entry, module: nn.Module) -> None:
+    def _attach(self, entry: Entry, module: nn.Module, own: bool) -> None:
         self._edited.append(module)
         if entry.edit.site not in ATTENTION_SITES:
             self._forwards.append(EditedForward.claim(module, entry))
             return
-        slot = module.__dict__.get(SLOT) or AttentionSlot()
-        module.__dict__[SLOT] = slot
+        slot = module.__dict__[SLOT] = module.__dict__.get(SLOT) or AttentionSlot(own)
         slot.hold((*slot.entries, entry))
+        if own:
+            self._forwards.append(EditedForward.claim(module, around=Attending(self, slot, module)))
         for asked in asked_about(module):
             self._forwards.append(EditedForward.claim(asked))
 

@@ -11,14 +11,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 from ..errors import UnsupportedModelError
-from .call import UNUSUAL, AttentionCall, Plan, is_sdpa_of_torch, shifted
+from .call import UNUSUAL, AttentionCall, Plan, SDPACall, shifted
 from .entry import Entry
 from .replaced import ReplacedMethod
+from .sdpa import by_nobody, frames, is_sdpa_of_torch, watched_sdpa
 
 SLOT = "_mimic_core_sites"
 """Key of a module's slot in its `__dict__`. So deepcopy and pickle include the slot, and state_dict does not."""
@@ -27,6 +29,9 @@ SLOT = "_mimic_core_sites"
 class AttentionSlot:
     """The edits inside the attention of one module, in order. The wrapper stays while any slot exists.
 
+    Args:
+        own: The module does not ask the interface, it calls torch's SDPA by itself.
+
     Attributes:
         plan: The edits of a call. It is made when edits change, because making it at each decoded token is too slow.
             None if no edit is active.
@@ -34,9 +39,13 @@ class AttentionSlot:
 
     plan: Plan | None
 
-    def __init__(self) -> None:
+    def __init__(self, own: bool = False) -> None:
+        self.own = own
         self.hold(())
-        self._release = wrapper.retain(self)
+        self._retain()
+
+    def _retain(self) -> None:
+        self._release = (watched_sdpa if self.own else wrapper).retain(self)
 
     def hold(self, entries: tuple[Entry, ...]) -> None:
         self.entries = entries
@@ -61,14 +70,73 @@ class AttentionSlot:
         self._release()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"entries": self.entries}
+        return {"entries": self.entries, "own": self.own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy or a loaded pickle of a patched model is patched too, so it also needs the wrapper. The owners of its
         # entries may not be complete yet, so the first call makes the plan.
-        self.entries = state["entries"]
+        self.entries, self.own = state["entries"], state["own"]
         self.plan, self.asks = Plan(()), True
-        self._release = wrapper.retain(self)
+        self._retain()
+
+
+class Attending:
+    """Stands around the forward of a module that calls torch's SDPA by itself.
+
+    Attributes:
+        owner: Whose edits it serves.
+        runs_uncompiled: See `EditedForward.run`.
+    """
+
+    runs_uncompiled = True
+
+    def __init__(self, owner: object, slot: AttentionSlot, module: nn.Module) -> None:
+        self.owner, self._slot, self._module = owner, slot, module
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        frames().append(_Frame(self._slot, self._module))
+
+    def leave(self, raised: bool) -> None:
+        frames().pop()
+
+    def traced(self) -> None: ...
+
+
+class _Frame:
+    """One forward of such a module."""
+
+    __slots__ = ("_has_grad", "_module", "_ran", "_slot")
+
+    def __init__(self, slot: AttentionSlot, module: nn.Module) -> None:
+        self._slot, self._module, self._ran = slot, module, False
+        self._has_grad = torch.is_grad_enabled()
+
+    @property
+    def is_on(self) -> bool:
+        return self._slot.plan is not None
+
+    def attend(self, original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        slot = self._slot
+        plan = slot.asked() if slot.asks else slot.plan
+        if plan is None:
+            return original(*args, **kwargs)
+        call = SDPACall(original, self._module, *args, **kwargs)
+        odd = ""
+        if self._ran:
+            odd = "is called several times in one forward of it, and it is not known which call is its attention"
+        elif call.query.ndim != 4:
+            odd = f"got queries {list(call.query.shape)}, but [b h t d] is needed"
+        elif self._has_grad and not torch.is_grad_enabled():
+            odd = "runs in reentrant gradient checkpointing inside of it, which would run it again without the edits"
+        if odd:
+            raise UnsupportedModelError(
+                f"the edits inside the attention of {type(self._module).__name__} can't be made: "
+                f"scaled_dot_product_attention {odd}"
+            )
+        self._ran = True
+        with by_nobody():
+            out, _ = call.run(plan)
+        return out.transpose(1, 2)
 
 
 def _attention(

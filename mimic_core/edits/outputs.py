@@ -103,6 +103,8 @@ class EditedForward:
         if not around:
             return self._edited(args, kwargs)
         if torch.compiler.is_compiling():
+            if any(getattr(one, "runs_uncompiled", False) for one in around):
+                return _uncompiled(self, args, kwargs)  # pyright: ignore[reportCallIssue]
             for one in around:
                 one.traced()
             return self._edited(args, kwargs)
@@ -201,6 +203,17 @@ class EditedForward:
 
 def _at_input(entry: Entry) -> bool:
     return entry.edit.site in INPUT_SITES
+
+
+@torch.compiler.disable
+def _uncompiled(forward: EditedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward whose edits see the calls inside it. Code made by torch.compile would not show them."""
+    if torch.compiler.is_compiling():
+        raise PatchStateError(
+            f"{type(forward.module).__name__} has edits at calls of scaled_dot_product_attention, which can't be "
+            f"exported"
+        )
+    return forward.run(*args, **kwargs)
 
 
 @cache

@@ -12,10 +12,11 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
 
 from ..errors import PatchStateError
 from ..samples import Samples
-from ..types import ForwardView
+from ..types import ForwardView, Located
 from .batches import WATCHED
 from .forward import Again, Forward
 from .prompts import Generation, Given, current_generation, watched_generate
@@ -111,10 +112,11 @@ class ForwardWatch:
     Args:
         looks: Whether an edit acts at some positions, or may ask for them.
         wants_sizes: Whether an edit may be handed tokens without their batch.
+        foreign: The class of a model that is none of transformers, so its arguments can mean anything.
     """
 
-    def __init__(self, looks: bool, wants_sizes: bool) -> None:
-        self._looks, self._wants_sizes = looks, wants_sizes
+    def __init__(self, looks: bool, wants_sizes: bool, foreign: str = "") -> None:
+        self._looks, self._wants_sizes, self._foreign = looks, wants_sizes, foreign
         self._start_outside()
 
     def _start_outside(self) -> None:
@@ -153,7 +155,7 @@ class ForwardWatch:
         return next((given for watch, given in reversed(_given.get()) if watch is self), None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_looks": self._looks, "_wants_sizes": self._wants_sizes}
+        return {"_looks": self._looks, "_wants_sizes": self._wants_sizes, "_foreign": self._foreign}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -168,7 +170,7 @@ class ForwardWatch:
         here, changes = self.state.here, self.changes
         # The mask is the decoder's own, which comes last: an encoder has another one.
         looks = self._looks or self.callers > 0
-        shape = _shape_of_tokens(arguments) if self._wants_sizes or looks else None
+        shape = shape_of_tokens(arguments) if self._wants_sizes or looks else None
         given = self.given if looks else None
         forward = self._look(arguments, shape, decoder, given) if looks else None
         has_grad = torch.is_grad_enabled()
@@ -201,7 +203,7 @@ class ForwardWatch:
             )
         # A hook may run the model inside `generate`: these tokens are another text.
         generation = None if self.in_forward else current_generation()
-        return Forward(shape[0], shape[1], arguments, id(self), generation, given, decoder)
+        return Forward(shape[0], shape[1], arguments, id(self), generation, given, decoder, self._foreign)
 
     def end(self) -> Run:
         """It ends, however."""
@@ -289,7 +291,13 @@ class ForwardWatch:
         return here.shape if here.run is None else here.run.shape
 
 
-def _shape_of_tokens(arguments: Mapping[str, Any]) -> Sequence[int] | None:
+def foreign_class(found: Located) -> str:
+    """The class of a model that is none of transformers, and whose decoder is none. Empty otherwise."""
+    both = (found.model, found.adapter.decoder(found.model))
+    return "" if any(isinstance(m, PreTrainedModel) for m in both) else type(found.model).__name__
+
+
+def shape_of_tokens(arguments: Mapping[str, Any]) -> Sequence[int] | None:
     """The shape of a decoder's tokens, [b t ...]."""
     for name in _TOKENS:
         if isinstance(x := arguments.get(name), Tensor):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.base import is_of_transformers, text_config
+
 _SPECIAL = re.compile(r"_ids?$|_index$|_token$")
 _TO_IMAGES = re.compile(r"^(cross|image)_attention_mask$")
 _WINDOW = re.compile(r"window|chunk_size|topk$")
@@ -25,11 +27,15 @@ class Batches:
 
     def __init__(self, model: nn.Module, given: Mapping[str, Any] | None) -> None:
         self._model = model
-        self._config = config = model.config.to_dict()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        described: Any = getattr(getattr(model, "config", None), "to_dict", dict)
+        self._config = config = described()
         self.special = sorted({i for key, x in _entries(config) if _SPECIAL.search(key) for i in _ids(x)})
         parameters = inspect.signature(model.forward).parameters
         self._names = set(parameters)
         self._anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        own = "input_ids" in parameters or is_of_transformers(model)
+        self.tokens = "input_ids" if own else next(iter(parameters), "input_ids")
+        """The name of the argument with the token ids."""
         self.given = self.text() if given is None else {k: x for k, x in given.items() if k != "labels"}
 
     def accepts(self, name: str) -> bool:
@@ -42,8 +48,7 @@ class Batches:
         except (AttributeError, NotImplementedError):
             weight = None
         found = [weight.shape[0]] if isinstance(weight, Tensor) else []
-        text = self._model.config.get_text_config(decoder=True)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        size = getattr(text, "vocab_size", None)
+        size = getattr(text_config(self._model), "vocab_size", None)
         return min(found + ([size] if isinstance(size, int) else [])) if found or isinstance(size, int) else 8
 
     def text(self) -> dict[str, Any]:
@@ -57,7 +62,9 @@ class Batches:
         mask = torch.ones_like(ids)
         mask[1, -3:] = 0
         ids[1, -3:] = self.padding
-        text = {"input_ids": ids, "attention_mask": mask}
+        if not self.accepts("attention_mask"):
+            ids[1, -3:] = ids[0, -3:]  # nothing would say that this is padding
+        text = {self.tokens: ids, "attention_mask": mask}
         return {name: x for name, x in text.items() if self.accepts(name)}
 
     def reworded(self, ids: Tensor) -> Tensor:
@@ -83,7 +90,7 @@ class Batches:
 
     def samples(self, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Each sample alone, without padding. If no sample is padded, the last one is shortened by three tokens."""
-        ids = inputs["input_ids"]
+        ids = inputs[self.tokens]
         real = self.real(inputs)
         real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.clone()
         if real.all():
@@ -95,25 +102,25 @@ class Batches:
         return found
 
     def _sample(self, name: str, x: Any, i: int, keep: Tensor, inputs: Mapping[str, Any]) -> Any:
-        if not _by_sample(x, inputs):
+        if not self._by_sample(x, inputs):
             return x
         row = x[i : i + 1]
-        return row[:, keep] if _by_token(name, x, inputs) else row
+        return row[:, keep] if self._by_token(name, x, inputs) else row
 
     def together(self, samples: list[dict[str, Any]], side: str, positions: bool) -> dict[str, Any]:
         """The samples in one batch, padded on one side. With `positions`, it has position ids without padding."""
         first = samples[0]
-        longest = max(s["input_ids"].shape[1] for s in samples)
+        longest = max(s[self.tokens].shape[1] for s in samples)
         batch: dict[str, Any] = {}
         for name, x in first.items():
-            if not _by_sample(x, first):
+            if not self._by_sample(x, first):
                 batch[name] = x
-            elif _by_token(name, x, first):
-                fill = self.padding if name == "input_ids" else 0
+            elif self._by_token(name, x, first):
+                fill = self.padding if name == self.tokens else 0
                 batch[name] = torch.cat([_pad(s[name], longest, side, fill) for s in samples])
             else:
                 batch[name] = torch.cat([s[name] for s in samples])
-        ones = [torch.ones_like(s["input_ids"]) for s in samples]
+        ones = [torch.ones_like(s[self.tokens]) for s in samples]
         batch["attention_mask"] = torch.cat([_pad(x, longest, side, 0) for x in ones])
         if positions:
             batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -125,15 +132,28 @@ class Batches:
         for name, x in inputs.items():
             if name == "position_ids":
                 continue
-            if name == "input_ids":
+            if name == self.tokens:
                 batch[name] = torch.cat([x, new], dim=1)
             elif name == "attention_mask" and isinstance(x, Tensor) and x.ndim == 2:
                 batch[name] = torch.cat([x, torch.ones_like(new, dtype=x.dtype)], dim=1)
-            elif _by_token(name, x, inputs):
+            elif self._by_token(name, x, inputs):
                 batch[name] = torch.cat([x, x[:, -1:].expand(-1, new.shape[1], *x.shape[2:])], dim=1)
             else:
                 batch[name] = x
         return batch
+
+    def has_ids(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether there are token ids [b t] among the inputs."""
+        ids = inputs.get(self.tokens)
+        return isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point()
+
+    def _by_sample(self, x: Any, inputs: Mapping[str, Any]) -> bool:
+        return isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == inputs[self.tokens].shape[0]
+
+    def _by_token(self, name: str, x: Any, inputs: Mapping[str, Any]) -> bool:
+        """Whether x is [b t ...]. Of four axes only masks from text to images: other tensors of four are the images."""
+        most = 4 if _TO_IMAGES.search(name) else 3
+        return self._by_sample(x, inputs) and 1 < x.ndim <= most and x.shape[1] == inputs[self.tokens].shape[1]
 
 
 def copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,16 +162,6 @@ def copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
     XGLM of transformers 5.1 adds 2 to `position_ids` in place, so a second forward on the same tensor has other logits.
     """
     return {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
-
-
-def _by_sample(x: Any, inputs: Mapping[str, Any]) -> bool:
-    return isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == inputs["input_ids"].shape[0]
-
-
-def _by_token(name: str, x: Any, inputs: Mapping[str, Any]) -> bool:
-    """Whether x is [b t ...]. Of four axes only masks from text to images: other tensors of four are the images."""
-    most = 4 if _TO_IMAGES.search(name) else 3
-    return _by_sample(x, inputs) and 1 < x.ndim <= most and x.shape[1] == inputs["input_ids"].shape[1]
 
 
 def _pad(x: Tensor, length: int, side: str, fill: int) -> Tensor:

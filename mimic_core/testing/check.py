@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import laws_decoding, laws_patch, laws_sites, laws_values
+from ..adapters import Handed, handed_over
+from . import laws_decoding, laws_patch, laws_sites, laws_training, laws_values
 from .report import Report, Row, Verdict
 from .state import as_it_was
-from .subject import EDITED_SITES, Subject
+from .subject import EDITED_SITES, Decode, Forward, Inputs, Pad, Subject
 from .verdicts import DeviceEnded, NotApplicable, Raised, attempt
-
-Inputs = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,22 @@ LAWS: tuple[Law, ...] = (
     Law("saved and loaded", laws_patch.saved_and_loaded),
     Law("cached decoding", laws_decoding.cached_decoding),
     Law("padding", laws_decoding.padding),
-    Law("checkpointing", laws_decoding.checkpointing_non_reentrant),
-    Law("checkpointing reentrant", laws_decoding.checkpointing_reentrant),
+    Law("checkpointing", laws_training.checkpointing_non_reentrant),
+    Law("checkpointing reentrant", laws_training.checkpointing_reentrant),
 )
 """All laws, in the order in which they run."""
 
 
-def check_adapter(model: nn.Module, inputs: Inputs | None = None, *, name: str | None = None) -> Report:
+def check_adapter(
+    model: nn.Module,
+    inputs: Inputs | None = None,
+    *,
+    name: str | None = None,
+    adapter: Handed = None,
+    forward: Forward | None = None,
+    decode: Decode | None = None,
+    pad: Pad | None = None,
+) -> Report:
     """Run every law of patching on one model.
 
         report = mimic_core.testing.check_adapter(model, inputs)
@@ -85,16 +93,25 @@ def check_adapter(model: nn.Module, inputs: Inputs | None = None, *, name: str |
         model: The model, as for `mimic_core.patch`.
         inputs: The arguments of its forward, with two samples or more. None means random text.
         name: The name of the model in the report; None means its class.
+        adapter: The adapter to check; see `mimic_core.adapter_for`. The model does not keep it.
+        forward: Gives the logits of the model on inputs, if its forward does not return them in a usual way.
+        decode: Decoding with a cache, if the model has no `generate` of transformers. It gets the model, the inputs of
+            a prompt and the tokens [b n] that follow, which it runs one by one. It returns the logits [b n+1 c] after
+            the prompt and after each token.
+        pad: How samples of different lengths are put into one batch, if not with an `attention_mask`. It gets the
+            inputs of each sample and a side, "left" or "right". It returns the inputs of the batch and a bool mask
+            [b t] of the tokens that are not padding, or None if there is no such padding.
 
     Returns:
         A report with a row for each law: passed, failed (with the findings) or not applicable (with the reason). If the
         model or its adapter raises an exception, the law fails.
     """
-    subject = Subject(model, inputs)
-    return _report(subject, tuple(_row(law, subject) for law in LAWS), name)
+    subject = Subject(model, inputs, adapter, forward, decode, pad)
+    with handed_over(model, adapter):
+        return _report(subject, tuple(_row(law, subject) for law in LAWS), name)
 
 
-def pytest_cases(make: Callable[[], nn.Module | tuple[nn.Module, Inputs | None]]) -> Callable[..., None]:
+def pytest_cases(make: Callable[[], nn.Module | tuple[nn.Module, Inputs | None]], **how: Any) -> Callable[..., None]:
     """Make a pytest test function with one test for each law.
 
         test_my_vlm = mimic_core.testing.pytest_cases(lambda: (tiny_model(), inputs()))
@@ -103,17 +120,19 @@ def pytest_cases(make: Callable[[], nn.Module | tuple[nn.Module, Inputs | None]]
 
     Args:
         make: Returns the model, or the model and its inputs. Called once, when the first test runs.
+        how: `adapter`, `forward`, `decode` and `pad` of `check_adapter`.
     """
     import pytest
 
     @lru_cache(maxsize=1)
     def subject() -> Subject:
         made = make()
-        return Subject(made, None) if isinstance(made, nn.Module) else Subject(*made)
+        return Subject(made, None, **how) if isinstance(made, nn.Module) else Subject(*made, **how)
 
     @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name.replace(" ", "-"))
     def test(law: Law) -> None:
-        row = _row(law, subject())
+        with handed_over(subject().model, subject().handed):
+            row = _row(law, subject())
         if row.verdict == "not applicable":
             pytest.skip(row.detail)
         if row.verdict == "failed":

@@ -1,10 +1,8 @@
-"""Laws about using a patched model: cached decoding, padding, gradient checkpointing."""
+"""Laws about using a patched model: cached decoding and padding."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,11 +35,13 @@ class Generated:
 
 @dataclass(frozen=True)
 class Padded:
-    """Samples alone, and together with padding on either side. `own` is its effect on the unpatched model."""
+    """Samples alone, and together with padding on either side. `own` is its effect on the unpatched model.
+
+    `together` has the inputs by side, and which of their tokens [b t] are not padding.
+    """
 
     alone: list[dict[str, Any]]
-    left: dict[str, Any]
-    right: dict[str, Any]
+    together: dict[str, tuple[dict[str, Any], Tensor]]
     own: Agreement
 
 
@@ -57,13 +57,15 @@ def generated(s: Subject, fresh: bool = False) -> Generated:
 
 def _first_that_generates(s: Subject) -> Generated | str:
     can = getattr(s.inner, "can_generate", None)
-    if not callable(can) or not can():
-        return "the model has no generate"
-    if "input_ids" not in s.inputs:
-        return "there are no input_ids to continue"
+    if s.decode is None and (not callable(can) or not can()):
+        return "the model has no generate of transformers, and no `decode` was given"
+    if not s.batches.has_ids(s.inputs):
+        return f"there are no {s.batches.tokens} to continue"
     errors = []
     padded = _padded(s)
-    prompts = [] if isinstance(padded, str) else [padded.left]
+    # What a decode of the caller does with padding is not known.
+    left = None if isinstance(padded, str) or s.decode is not None else padded.together.get("left")
+    prompts = [] if left is None else [left[0]]
     prompts += [s.batches.samples(inputs)[0] for inputs in (s.inputs, s.batches.text())]
     for prompt in prompts:
         asked = {name: x for name, x in prompt.items() if name != "position_ids"}
@@ -77,6 +79,12 @@ def _first_that_generates(s: Subject) -> Generated | str:
 def _generate(s: Subject, prompt: Mapping[str, Any]) -> Generated:
     torch.manual_seed(0)
     batches = s.batches
+    if s.decode is not None:
+        ids = prompt[batches.tokens]
+        tokens = batches.reworded(ids[:, :1]).repeat(1, _STEPS)
+        with torch.no_grad():
+            logits = s.decode(s.model, copied(prompt), tokens[:, 1:])
+        return Generated(dict(prompt), tokens, logits.unbind(1))
     # Special tokens in the answer, such as image placeholders and padding, would change the later full forward.
     barred = sorted({i for i in (*batches.special, batches.padding) if i < batches.vocabulary})
     model: Any = s.model
@@ -181,11 +189,12 @@ def _queries_apart(s: Subject, decoding: list[Seen], full: list[Seen]) -> float:
     for module, query in prompt.items():
         last = query.shape[2] - 1
         if module in whole and whole[module].shape[2] == last + _STEPS:
-            apart.append(_relative(query[:, :, last], whole[module][:, :, last]))
+            apart.append(relative(query[:, :, last], whole[module][:, :, last]))
     return max(apart)
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
+def relative(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest number of `b`. 0 for other shapes."""
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) if a.shape == b.shape else 0.0
 
 
@@ -214,19 +223,23 @@ def padding(s: Subject) -> str:
     tolerance = s.tolerance(padded.own.logits)
     stacks, words = _stacks_for(s, padded.own)
     with s.patched(stacks):
-        error = _padding_agreement(s, padded.alone, padded.left, padded.right).logits
+        error = _padding_agreement(s, padded.alone, padded.together).logits
     if not error <= tolerance:
         with oracle_of(s, stacks):
-            other = _padding_agreement(s, padded.alone, padded.left, padded.right).logits
+            other = _padding_agreement(s, padded.alone, padded.together).logits
         _not_the_models_doing(other, tolerance)
         raise BrokenLaw(f"{error:.1e} apart (tolerance {tolerance:.0e}; unpatched {padded.own.logits:.1e})")
-    return f"difference {error:.1e} (tolerance {tolerance:.0e}){words}"
+    only = f", on the {next(iter(padded.together))} only" if len(padded.together) == 1 else ""
+    return f"difference {error:.1e} (tolerance {tolerance:.0e}){only}{words}"
 
 
 def variants(s: Subject) -> dict[str, dict[str, Any]]:
     """Other inputs of the unpatched model: a sample alone, and all samples padded on the left."""
     padded = _padded(s)
-    return {} if isinstance(padded, str) else {"of one sample": padded.alone[0], "padded on the left": padded.left}
+    if isinstance(padded, str):
+        return {}
+    side, (inputs, _) = next(iter(padded.together.items()))
+    return {"of one sample": padded.alone[0], f"padded on the {side}": inputs}
 
 
 def _padded(s: Subject) -> Padded | str:
@@ -236,9 +249,9 @@ def _padded(s: Subject) -> Padded | str:
 
 
 def _find_padded(s: Subject) -> Padded | str:
-    if "input_ids" not in s.inputs or not s.batches.accepts("attention_mask"):
-        return "the model takes no input_ids with an attention_mask"
-    if s.inputs["input_ids"].shape[0] < 2:
+    if not s.batches.has_ids(s.inputs) or not (s.pad or s.batches.accepts("attention_mask")):
+        return f"the model takes no {s.batches.tokens} with an attention_mask, and no `pad` was given"
+    if s.inputs[s.batches.tokens].shape[0] < 2:
         return "a single sample needs no padding; give two"
     best: Padded | None = None
     error = ""
@@ -257,15 +270,27 @@ def _find_padded(s: Subject) -> Padded | str:
 
 def _pad(s: Subject, inputs: Mapping[str, Any], positions: bool) -> Padded:
     alone = s.batches.samples(inputs)
-    left, right = (s.batches.together(alone, side, positions) for side in ("left", "right"))
-    rehearse(s, *alone, left, right)
-    return Padded(alone, left, right, _padding_agreement(s, alone, left, right))
+    together: dict[str, tuple[dict[str, Any], Tensor]] = {}
+    for side in ("left", "right"):
+        if s.pad is not None:
+            padded = s.pad(alone, side)
+        else:
+            batch = s.batches.together(alone, side, positions)
+            padded = batch, batch["attention_mask"].bool()
+        if padded is not None:
+            together[side] = dict(padded[0]), padded[1]
+    if not together:
+        raise NotApplicable("`pad` pads on neither side")
+    rehearse(s, *alone, *(batch for batch, _ in together.values()))
+    return Padded(alone, together, _padding_agreement(s, alone, together))
 
 
-def _padding_agreement(s: Subject, alone: list[dict[str, Any]], *batches: dict[str, Any]) -> Agreement:
+def _padding_agreement(
+    s: Subject, alone: list[dict[str, Any]], batches: Mapping[str, tuple[dict[str, Any], Tensor]]
+) -> Agreement:
     logits, queries = [], [0.0]
     with torch.no_grad():
-        together = [(batch["attention_mask"].bool(), *_watched(s, batch)) for batch in batches]
+        together = [(real, *_watched(s, batch)) for batch, real in batches.values()]
         for i, sample in enumerate(alone):
             wanted, seen = _watched(s, sample)
             for masks, rows, calls in together:
@@ -273,7 +298,7 @@ def _padding_agreement(s: Subject, alone: list[dict[str, Any]], *batches: dict[s
                 logits.append(s.gap(rows[i][real][None], wanted, wanted, {}).error)
                 for module, query in calls.items():
                     if module in seen and query.shape[2] == len(real):
-                        queries.append(_relative(query[i][:, real], seen[module][0]))
+                        queries.append(relative(query[i][:, real], seen[module][0]))
     return Agreement(max(logits) if all(e == e for e in logits) else float("inf"), max(queries))
 
 
@@ -281,107 +306,3 @@ def _watched(s: Subject, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[nn.Mod
     with Oracle() as oracle:
         logits = s.run(inputs)
     return logits, {call.module: call.query for call in oracle.seen}
-
-
-def checkpointing(s: Subject, reentrant: bool) -> str:
-    """Gradient checkpointing changes neither logits nor gradients."""
-    model: Any = s.inner
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise NotApplicable(f"{type(model).__name__} does not support gradient checkpointing")
-    stacks = s.stacks()
-    modules = [s.inner.get_submodule(layer.path) for layer in s.spec.layers]
-    _switch_training(s.inner, modules)
-    model.enable_input_require_grads()  # with reentrant checkpointing, gradients need an input that requires grad
-    plain = attempt(partial(_gradient_of_embeddings, s))
-    if isinstance(plain, Raised):
-        raise NotApplicable(f"the unpatched model does not train: {plain}")
-    with _counting(modules) as plain_calls:
-        wanted_logits, wanted = _gradients(s, stacks)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    _switch_training(s.inner, modules)
-    own = attempt(partial(_gradient_of_embeddings, s))
-    if isinstance(own, Raised):
-        raise NotApplicable(f"the unpatched model does not train with checkpointing: {own}")
-    if (apart := _relative(own, plain)) > 10 * s.tolerance(0.0):
-        raise NotApplicable(f"with checkpointing, the unpatched model's own gradients are {apart:.1e} apart")
-    with _counting(modules) as calls:
-        logits, found = _gradients(s, stacks)
-    again = sum(calls.values()) - sum(plain_calls.values())
-    if again <= 0:
-        raise NotApplicable("the model did not run any layer again")
-    if (gap := s.gap(logits, wanted_logits, s.logits)).error > s.tolerance(0.0):
-        raise BrokenLaw(f"logits are {gap.error:.1e} apart")
-    worst, where = 0.0, ""
-    largest = max(float(grad.abs().max()) for grad in wanted.values())
-    for name, grad in wanted.items():
-        if name not in found:
-            raise BrokenLaw(f"{name} has a gradient without checkpointing and none with it")
-        # Relative to its largest entry, unless that is a rounding error compared with other gradients.
-        scale = max(float(grad.abs().max()), 1e-2 * largest, 1e-30)
-        worst, where = max((worst, where), (float((found[name] - grad).abs().max()) / scale, name))
-    # If a part of the graph is missing, the difference is a tenth or more. Another order of summation gives 5e-4 at
-    # most (Dory, which loops over its layers, in fp32; in fp64 it is 0).
-    tolerance = 100 * s.tolerance(0.0)
-    if not worst <= tolerance:
-        raise BrokenLaw(f"the gradient of {where} is {worst:.1e} apart (tolerance {tolerance:.0e})")
-    return f"gradients {worst:.1e} apart, {again} modules of layers ran again"
-
-
-def checkpointing_non_reentrant(s: Subject) -> str:
-    """Gradient checkpointing (non-reentrant) changes neither logits nor gradients."""
-    return checkpointing(s, reentrant=False)
-
-
-def checkpointing_reentrant(s: Subject) -> str:
-    """Gradient checkpointing (reentrant) changes neither logits nor gradients."""
-    return checkpointing(s, reentrant=True)
-
-
-def _gradient_of_embeddings(s: Subject) -> Tensor:
-    """The gradient of the unpatched model's embeddings, or zero if they have none."""
-    kept: list[Tensor] = []
-    model: Any = s.inner
-    handle = model.get_input_embeddings().register_forward_hook(lambda m, args, out: kept.append(out))
-    try:
-        logits = s.run()
-    finally:
-        handle.remove()
-    _loss(logits).backward()
-    grads = [x.grad for x in kept if x.grad is not None]
-    return torch.cat([grad.flatten() for grad in grads]) if grads else logits.new_zeros(1)
-
-
-def _loss(logits: Tensor) -> Tensor:
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
-    return (logits.where(logits.abs() < 1e9, 0) * weights).mean()
-
-
-def _switch_training(model: nn.Module, layers: list[nn.Module]) -> None:
-    """Training mode only for modules that decide about checkpointing, to have no dropout and no running statistics."""
-    for m in model.modules():
-        m.training = m in layers or hasattr(m, "gradient_checkpointing")
-
-
-def _gradients(s: Subject, stacks: Mapping[str, ShiftStack]) -> tuple[Tensor, dict[str, Tensor]]:
-    for stack in stacks.values():
-        stack.zero_grad()
-    with s.patched(stacks):
-        logits = s.run()
-        _loss(logits).backward()
-    parameters = [(f"{key} {n}", p) for key, stack in stacks.items() for n, p in stack.named_parameters()]
-    return logits.detach(), {name: p.grad.clone() for name, p in parameters if p.grad is not None}
-
-
-@contextmanager
-def _counting(layers: list[nn.Module]) -> Iterator[Counter[nn.Module]]:
-    calls: Counter[nn.Module] = Counter()
-
-    def count(module: nn.Module, args: Any) -> None:
-        calls[module] += 1
-
-    hooks = [m.register_forward_pre_hook(count) for layer in layers for m in layer.modules() if m is not layer]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -7,13 +7,16 @@ its output or its first argument.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
+from torch.nn import functional
 
 # Arguments that change the logits and that this attention does not support.
 _UNKNOWN = ("position_bias", "indices", "block_indices")
@@ -21,7 +24,7 @@ _UNKNOWN = ("position_bias", "indices", "block_indices")
 
 @dataclass(frozen=True)
 class Seen:
-    """One call of the attention interface.
+    """One call of the attention interface, or of torch's SDPA outside it (`own`).
 
     Attributes:
         query, key, value: [b h t d], [b g s d], [b g s e].
@@ -38,6 +41,7 @@ class Seen:
     lse: Tensor | None
     out: Tensor
     plain: bool
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Oracle:
         self._wraps = [(m, functools.partial(kinds[s], e)) for (m, s), e in (edits or {}).items() if s in kinds]
         self._plain = {id(module) for module in plain}
         self._reading = reading
+        self._is_inside = False
         self.seen: list[Seen] = []
 
     def __enter__(self) -> Oracle:
@@ -96,6 +101,13 @@ class Oracle:
             return functools.partial(attention, below(self, attn_implementation, default))
 
         AttentionInterface.get_interface = get_interface
+        self._sdpa = functional.scaled_dot_product_attention
+
+        def sdpa(*args: Any, **kwargs: Any) -> Tensor:
+            return self._own_attention(*args, **kwargs)
+
+        sdpa.original = self._sdpa  # pyright: ignore[reportFunctionMemberAccess]
+        functional.scaled_dot_product_attention = sdpa
         # A module can have edits of several sites. Each one wraps the forward that is there.
         self._forwards: list[tuple[nn.Module, Any]] = []
         for module, wrap in self._wraps:
@@ -105,6 +117,7 @@ class Oracle:
 
     def __exit__(self, *exception: object) -> None:
         self._interface.get_interface = self._below
+        functional.scaled_dot_product_attention = self._sdpa
         for module, forward in reversed(self._forwards):
             if forward is None:
                 del module.forward
@@ -114,6 +127,44 @@ class Oracle:
     def _edit(self, module: nn.Module, site: str, value: Tensor, seen: Seen | None = None) -> Tensor:
         edit = self._edits.get((id(module), site))
         return value if edit is None else edit(value, seen)
+
+    def _own_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Torch's SDPA. Outside the interface, it is the attention of the innermost module that runs."""
+        more: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
+        module = None if self._is_inside or query.ndim != 4 else _running()
+        if module is None:
+            return self._sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more)
+        query = self._edit(module, "query", query)
+        key = self._edit(module, "key", key)
+        value = self._edit(module, "value", value)
+        plain, lse = id(module) in self._plain, None
+        if plain:
+            mask = attn_mask
+            if is_causal:  # aligned at the upper left, also for a single query
+                mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+            wide = None if mask is None else mask[(None,) * (4 - mask.ndim)]
+            options = {"scaling": scale, "is_causal": False}
+            out, lse = plain_attention(module, query, key, value, wide, options, self._reading)
+        else:
+            self._is_inside = True
+            try:
+                out = self._sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more)
+            finally:
+                self._is_inside = False
+            out = out.transpose(1, 2)
+        seen = Seen(module, query, key, value, lse, out, plain, own=True)
+        self.seen.append(seen)
+        return self._edit(module, "attn_heads", out, seen).transpose(1, 2)
 
     def _attention(
         self,
@@ -134,11 +185,26 @@ class Oracle:
             out, lse = plain_attention(module, query, key, value, attention_mask, kwargs, self._reading)
             rest: tuple[Any, ...] = (None,)
         else:
-            out, *others = base(module, query, key, value, attention_mask, *args, **kwargs)
+            self._is_inside = True
+            try:
+                out, *others = base(module, query, key, value, attention_mask, *args, **kwargs)
+            finally:
+                self._is_inside = False
             lse, rest = None, tuple(others)
         seen = Seen(module, query, key, value, lse, out, plain)
         self.seen.append(seen)
         return (self._edit(module, "attn_heads", out, seen), *rest)
+
+
+def _running() -> nn.Module | None:
+    """The innermost module whose call this code runs in, read from the stack."""
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None:
+        module = frame.f_locals.get("self") if frame.f_code.co_name == "_call_impl" else None
+        if isinstance(module, nn.Module):
+            return module
+        frame = frame.f_back
+    return None
 
 
 def plain_attention(

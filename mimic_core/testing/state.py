@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from ..edits import interface
 from ..edits.interface import SLOT
@@ -26,6 +27,7 @@ class Snapshot:
 
         self._interface = AttentionInterface
         self._get_interface = AttentionInterface.get_interface
+        self._sdpa = functional.scaled_dot_product_attention
         self._implementations = dict(AttentionInterface._global_mapping)
         self._model = model
         self._modules = [(name, m, type(m), _contents(m)) for name, m in model.named_modules()]
@@ -57,6 +59,8 @@ class Snapshot:
         # The wrap of another patched model may go meanwhile, when that model is collected.
         if self._interface.get_interface is not self._get_interface and not _wraps(self._get_interface):
             found.append("AttentionInterface.get_interface is another function")
+        if functional.scaled_dot_product_attention is not self._sdpa:
+            found.append("torch.nn.functional.scaled_dot_product_attention is another function")
         if self._interface._global_mapping != self._implementations:
             found.append("the attention implementations registered with AttentionInterface changed")
         return found

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import AttentionAdapter, adapter_for, unwrap
+from ..adapters import AttentionAdapter, Handed, adapter_for, unwrap
 from ..build import build_shifts
 from ..errors import UnsupportedModelError
 from ..heads import LIVEConfig, MimICConfig, ShiftStack
@@ -64,12 +64,30 @@ class Baseline:
     sizes: Mapping[tuple[int, Site], float]
 
 
-class Subject:
-    """A frozen model in eval mode, with inputs (None means random text). Nothing here changes the model."""
+Inputs = Mapping[str, Any]
+Forward = Callable[[nn.Module, Inputs], Tensor]
+Decode = Callable[[nn.Module, Inputs, Tensor], Tensor]
+Pad = Callable[[list[dict[str, Any]], str], "tuple[Inputs, Tensor] | None"]
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Any] | None) -> None:
+
+class Subject:
+    """A frozen model in eval mode, with inputs (None means random text). Nothing here changes the model.
+
+    The other arguments are those of `check_adapter`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs | None,
+        adapter: Handed = None,
+        forward: Forward | None = None,
+        decode: Decode | None = None,
+        pad: Pad | None = None,
+    ) -> None:
         self.model = model
         self.given = inputs
+        self.handed, self.forward, self.decode, self.pad = adapter, forward, decode, pad
         self.kept: dict[str, Any] = {}
         """Results of laws that other laws use."""
 
@@ -95,8 +113,18 @@ class Subject:
     def names(self) -> dict[nn.Module, str]:
         return {m: name for name, m in self.inner.named_modules()}
 
+    @cached_property
+    def embedding(self) -> nn.Module | None:
+        """The token embedding, as far as it is known."""
+        found = attempt(lambda: cast(Any, self.inner).get_input_embeddings())
+        if isinstance(found, nn.Module):
+            return found
+        return next((m for m in self.inner.modules() if isinstance(m, nn.Embedding)), None)
+
     def is_cross(self, module: nn.Module) -> bool:
-        """Whether a module is cross-attention, by its attribute, its class name or its path."""
+        """Whether a module is cross-attention, by its attribute, its class name or its path, or by its keys."""
+        if any(seen.module is module and seen.own and seen.key.shape[2] != seen.query.shape[2] for seen in self.calls):
+            return True
         words = " ".join((type(module).__name__, *self.names.get(module, "").split(".")[-2:])).lower()
         named = any(word in words for word in ("cross", "encdec", "encoder_decoder", "encoder_attn", "enc_attn"))
         return bool(getattr(module, "is_cross_attention", False)) or named
@@ -119,6 +147,8 @@ class Subject:
         torch.manual_seed(0)
         options = {"use_cache": False} if self.batches.accepts("use_cache") else {}
         given = copied(self.inputs if inputs is None else inputs)
+        if self.forward is not None:
+            return self.forward(self.model if model is None else model, given)
         output = (self.model if model is None else model)(**given, **options)
         for name in ("logits", "last_hidden_state"):
             if isinstance(found := getattr(output, name, None), Tensor):
@@ -169,10 +199,10 @@ class Subject:
     @cached_property
     def textual(self) -> set[nn.Module]:
         """The modules that attend to text: their queries change when the text changes."""
-        ids = self.inputs.get("input_ids")
-        if not isinstance(ids, Tensor):
+        name = self.batches.tokens
+        if not self.batches.has_ids(self.inputs):
             return {seen.module for seen in self.calls}
-        reworded = {**self.inputs, "input_ids": self.batches.reworded(ids)}
+        reworded = {**self.inputs, name: self.batches.reworded(self.inputs[name])}
         with Oracle() as oracle, torch.no_grad():
             found = attempt(partial(self.run, reworded))
         if isinstance(found, Raised) or len(oracle.seen) != len(self.calls):

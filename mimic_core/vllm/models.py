@@ -76,7 +76,7 @@ def origin(model_config: Any, found: Located) -> Origin:
         with safe_open(files[name], "pt") as file:
             return file.get_tensor(name)
 
-    return origin_of(found.model, found.spec, read)
+    return origin_of(found, read)
 
 
 def _files(model_config: Any) -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mimic_core as mc
+from mimic_core.adapters import locate
 from mimic_core.origins import Origin, origin_of
 from tests.support.cases import TEXT, Case, fresh_model, over_cases, over_heads, random_shifts
 from tests.support.checkpoints import LLAMA
@@ -27,7 +28,7 @@ def other_llama(seed: int = 1, **changes: Any) -> nn.Module:
 
 
 def origin(model: nn.Module) -> Origin:
-    return origin_of(model, mc.adapter_for(model).spec(model))
+    return origin_of(locate(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

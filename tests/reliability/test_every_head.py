@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import mimic_core as mc
 from mimic_core.heads.base import _HEADS
-from mimic_core.testing import laws_decoding, laws_patch
+from mimic_core.testing import laws_patch, laws_training
 from mimic_core.testing.state import Snapshot, as_it_was
 from mimic_core.testing.subject import Subject, same_bits
 from mimic_core.testing.verdicts import NotApplicable
@@ -189,8 +189,8 @@ LAWS: dict[str, tuple[Callable[[Any], str], bool]] = {
     "all or nothing": (laws_patch.all_or_nothing, False),
     "exception in forward": (laws_patch.exception_in_forward, True),
     "saved and loaded": (laws_patch.saved_and_loaded, False),
-    "checkpointing": (laws_decoding.checkpointing_non_reentrant, False),
-    "checkpointing reentrant": (laws_decoding.checkpointing_reentrant, False),
+    "checkpointing": (laws_training.checkpointing_non_reentrant, False),
+    "checkpointing reentrant": (laws_training.checkpointing_reentrant, False),
 }
 CHECKS |= {name: partial(_law, law) for name, (law, _) in LAWS.items()}
 

@@ -61,7 +61,7 @@ def test_failures_are_raised() -> None:
     report = check_adapter(nn.Linear(2, 2))
     with pytest.raises(AssertionError, match=r"1 of 29 laws failed on Linear: none, none, float32 \(.*\):\nadapter"):
         report.raise_for_failures()
-    assert "config.model_type is needed" in report["adapter"].detail
+    assert "Linear does not run on 4 tokens of text alone" in report["adapter"].detail
     assert {row.verdict for row in report.rows[1:]} == {"not applicable"}
 
 
@@ -102,7 +102,7 @@ def test_two_layers_swapped() -> None:
     adapter("llama", Swapped)
     report = report_of(LLAMA)
     # Where an MLP is, only the adapter says; so those rows can't tell, and "own layer" does.
-    oracle_knows_better = {"query", "key", "value", "attn_heads", "layer_out", "lse", "MimIC", "LIVE"}
+    oracle_knows_better = {"query", "key", "value", "attn_heads", "layer_out", "layer_in", "lse", "MimIC", "LIVE"}
     assert failed(report) == {"own layer"} | oracle_knows_better
     assert "model.layers.1.self_attn, not in model.layers.0" in report["own layer"].detail
 
@@ -194,7 +194,7 @@ def test_output_sites_alone_are_enough() -> None:
     report = report_of(LLAMA)
     report.raise_for_failures()
     skipped = {row.law for row in report.rows if row.verdict == "not applicable"}
-    assert skipped == {"query", "key", "value", "attn_heads", "lse", "MimIC"}
+    assert skipped == {"query", "key", "value", "attn_heads", "lse", "MimIC", "layer_in", "mlp_hidden"}
     assert report["lse"].detail == "no layer has it: for a test"
 
 

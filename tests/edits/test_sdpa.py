@@ -1,0 +1,224 @@
+"""Edits inside attention that calls torch's SDPA by itself: who else sees them, and where they can't be exact."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import mimic_core as mc
+from mimic_core.edits.call import SDPACall
+from tests.support.plain_models import Block, CausalSelfAttention, NanoGPT
+
+TORCHS = torch._C._nn.scaled_dot_product_attention
+IDS = torch.arange(12).view(2, 6)
+
+
+def made(block: Any = Block) -> Any:
+    torch.manual_seed(0)
+    return NanoGPT(block).eval().requires_grad_(False)
+
+
+def random_mimic(model: nn.Module) -> mc.ShiftStack:
+    generator = torch.Generator().manual_seed(3)
+    shifts = mc.build_shifts(model, "mimic")
+    with torch.no_grad():
+        for p in shifts.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    return shifts
+
+
+def gradients(model: nn.Module, shifts: mc.ShiftStack) -> tuple[Tensor, list[Tensor]]:
+    shifts.zero_grad()
+    logits = model(IDS)[0]
+    logits.square().mean().backward()
+    return logits.detach(), [p.grad.clone() for p in shifts.parameters()]
+
+
+def test_torchs_function_is_back_when_the_last_patch_is_gone() -> None:
+    first, second = made(), made()
+    handles = [mc.patch(model, random_mimic(model)) for model in (first, second, first)]
+    for handle in handles:
+        assert F.scaled_dot_product_attention is not TORCHS
+        handle.remove()
+    assert F.scaled_dot_product_attention is TORCHS
+    handle = mc.patch(first, random_mimic(first))
+    del first, handle
+    twin = copy.deepcopy(second)
+    mc.patch(twin, random_mimic(twin))
+    del twin
+
+
+def test_only_the_modules_own_calls_are_edited() -> None:
+    model, other = made(), made()
+    plain = model(IDS)[0]
+    q = torch.randn(2, 4, 6, 8)
+    wanted = F.scaled_dot_product_attention(q, q, q)
+    found: list[Tensor] = []
+
+    def elsewhere(value: Tensor, at: mc.At) -> Tensor:
+        """While the module runs: a call of the hook, one of another thread, and another model."""
+        thread = threading.Thread(target=lambda: found.append(F.scaled_dot_product_attention(q, q, q)))
+        thread.start()
+        thread.join()
+        found.append(F.scaled_dot_product_attention(q, q, q))
+        assert torch.equal(other(IDS)[0], plain)
+        return value * 2
+
+    with mc.hook(model, "attn_heads", elsewhere, layers=[1]):
+        assert not torch.equal(model(IDS)[0], plain)
+    assert len(found) == 2
+    assert all(torch.equal(one, wanted) for one in found)
+    assert torch.equal(model(IDS)[0], plain)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_runs_the_edits_again(reentrant: bool) -> None:
+    class Checkpointed(Block):
+        on = False
+
+        def forward(self, x: Tensor, past: Any) -> Tensor:
+            run = super().forward
+            return checkpoint(run, x, past, use_reentrant=reentrant) if self.on else run(x, past)
+
+    model = made(Checkpointed)
+    model.transformer["wte"].weight.requires_grad_(True)  # reentrant checkpointing needs an input with gradient
+    shifts = random_mimic(model)
+    with mc.patch(model, shifts):
+        wanted = gradients(model, shifts)
+        Checkpointed.on = True
+        found = gradients(model, shifts)
+    assert torch.equal(found[0], wanted[0])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(found[1], wanted[1], strict=True))
+    assert all(grad.abs().max() > 0 for grad in wanted[1])
+
+
+def block_of(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Block]:
+    """A block whose attention is `attend`."""
+
+    class SelfAttention(CausalSelfAttention):
+        def forward(self, x: Tensor, past: Any) -> Tensor:
+            q, k, v = self.c_attn(x).unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+            return self.c_proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def make() -> Block:
+        block = Block()
+        block.attn = SelfAttention()
+        return block
+
+    return make
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def test_a_checkpoint_inside_attention_is_refused() -> None:
+    inside = made(block_of(lambda q, k, v: checkpoint(sdpa, q, k, v, use_reentrant=True)))
+    inside.transformer["wte"].weight.requires_grad_(True)
+    with mc.patch(inside, random_mimic(inside)):
+        with pytest.raises(mc.UnsupportedModelError, match="SelfAttention can't be made: .* reentrant gradient check"):
+            inside(IDS)
+    assert torch.equal(inside(IDS)[0], made(block_of(sdpa))(IDS)[0])
+
+
+def test_attention_that_is_called_twice_has_no_site() -> None:
+    twice = made(block_of(lambda q, k, v: sdpa(q, k, v) - 0.5 * sdpa(k, q, v)))
+    spec = mc.adapter_for(twice).spec(twice)
+    assert {layer.sites for layer in spec.layers} == {("attn_out", "mlp_out", "layer_out", "layer_in", "mlp_hidden")}
+    assert spec.layers[0].missing == "attn attends 2 times in a forward"
+    sometimes: list[int] = []
+    later = made(block_of(lambda q, k, v: sdpa(q, k, v) - sum(sdpa(k, q, v) for _ in sometimes)))
+    with mc.patch(later, random_mimic(later)):
+        sometimes.append(1)
+        with pytest.raises(mc.UnsupportedModelError, match="is called several times in one forward of it"):
+            later(IDS)
+
+
+@pytest.mark.slow
+def test_compiled_code_has_the_edits() -> None:
+    model = made()
+    shifts = random_mimic(model)
+    compiled: Any = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        plain = compiled(IDS)[0]
+        with mc.patch(model, shifts):
+            wanted = model(IDS)[0]
+            assert not torch.equal(wanted, plain)
+            if torch.__version__.startswith("2.6"):
+                with pytest.raises(mc.PatchStateError, match="run the model uncompiled"):
+                    compiled(IDS)
+            else:
+                assert torch.allclose(compiled(IDS)[0], wanted, atol=1e-5)
+        assert torch.equal(compiled(IDS)[0], plain)
+
+
+def test_copies_and_pickles_are_patched_too() -> None:
+    model = made()
+    with mc.patch(model, random_mimic(model)):
+        wanted = model(IDS)[0]
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert F.scaled_dot_product_attention is not TORCHS
+    for one in copies:
+        assert torch.equal(one(IDS)[0], wanted)
+        for handle in mc.handles(one):
+            handle.remove()
+        assert torch.equal(one(IDS)[0], model(IDS)[0])
+    assert F.scaled_dot_product_attention is TORCHS
+
+
+def test_a_patched_model_is_located_as_before() -> None:
+    """The forward that looks for sites runs through the edits, which are off."""
+    model = made()
+    with mc.patch(model, random_mimic(model)):
+        model.extra = nn.Identity()  # what was found before does not hold any more
+        assert mc.adapters.locate(model).own == {0, 1, 2}
+
+
+# --- what the kit says of a library that does it wrong
+
+
+def without_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SDPACall, "_kernel_is_ours", lambda self: False)
+    monkeypatch.setattr(SDPACall, "is_causal", False)
+
+
+def before_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    init = SDPACall.__init__
+
+    def wrong(self: SDPACall, original: Any, module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> None:
+        init(self, original, module, query, *args, **kwargs)
+        self.query = query.roll(1, -1)  # as if it was taken before a rotation
+        base = self.base
+        self.base = lambda module, q, *rest, **more: base(module, q.roll(-1, -1), *rest, **more)
+
+    monkeypatch.setattr(SDPACall, "_kernel_is_ours", lambda self: False)
+    monkeypatch.setattr(SDPACall, "__init__", wrong)
+
+
+@pytest.mark.usefixtures("no_shape_checks", "functions_made_in_functions_unchecked")
+@pytest.mark.parametrize(("wrong", "expected"), [(without_mask, {"lse", "MimIC"}), (before_scale, {"query", "MimIC"})])
+def test_the_kit_sees_a_wrong_call(wrong: Any, expected: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong(monkeypatch)
+    failed = {row.law for row in mc.testing.check_adapter(made()).failures}
+    assert failed >= expected
+
+
+@pytest.mark.usefixtures("no_shape_checks", "functions_made_in_functions_unchecked")
+def test_the_kit_sees_another_modules_call() -> None:
+    class Shifted(mc.PathAdapter):
+        layers, attention, mlp = "transformer.h", "attn", "mlp"
+
+        def module(self, model: nn.Module, layer: int, site: Any) -> nn.Module:
+            return super().module(model, (layer + 1) % 3 if site == "query" else layer, site)
+
+    failed = {row.law for row in mc.testing.check_adapter(made(), adapter=Shifted).failures}
+    assert {"own layer", "query"} <= failed
