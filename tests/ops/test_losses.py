@@ -19,7 +19,7 @@ from mimic_core import ShapeError, UnknownNameError, losses
 from tests.support import oracles
 from tests.support.op_cases import DRAWN
 
-LAYER_LOSSES = ("layer_mse", "layer_cosine")
+LAYER_LOSSES = ("layer_mse", "layer_cosine", "layer_lorentz")
 
 
 @dataclass
@@ -108,7 +108,7 @@ def test_layer_loss_takes_tokens_from_any_padding(
     torch.testing.assert_close(getattr(losses, loss)(*padded), want)
 
 
-@pytest.mark.parametrize("loss", LAYER_LOSSES)
+@pytest.mark.parametrize("loss", LAYER_LOSSES[:2])  # the third measures by all of the teacher's tokens
 def test_samples_weigh_equally(loss: str):
     """A long sample and a short one: the mean of the two losses, not the mean over tokens."""
     samples = [4, 4, 4, 4, 4, 4, 4, 9]
@@ -154,6 +154,83 @@ def test_layer_loss_of_equal_states_is_zero():
     student, _ = pair([0, 1, 1])
     assert losses.layer_mse(student, student) == 0
     assert losses.layer_cosine(student, student).abs() < 1e-12
+    assert losses.layer_lorentz(student, student) == 0
+
+
+@DRAWN
+@given(lengths=lengths_of_samples.filter(lambda x: sum(x) > 1), seed=st.integers(0, 99))
+def test_contrastive_loss_is_the_oracle(lengths: list[int], seed: int):
+    samples = [sample for sample, length in enumerate(lengths) for _ in range(length)]
+    student, teacher = pair(samples, seed=seed)
+    leaves = list(student.states.values())
+    got = losses.layer_contrastive(student, teacher)
+    want = oracles.layer_contrastive(student.states, teacher.states, samples)
+    torch.testing.assert_close(got, want)
+    for mine, exact in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True):
+        torch.testing.assert_close(mine, exact)
+
+
+def test_layers_can_have_weights():
+    samples = [0, 1, 1]
+    student, teacher = pair(samples)
+    alone = {
+        layer: {
+            loss: getattr(losses, loss)(
+                *(States({layer: side.states[layer]}, side.samples) for side in (student, teacher))
+            )
+            for loss in (*LAYER_LOSSES, "layer_contrastive")
+        }
+        for layer in (0, 3)
+    }
+    for loss in (*LAYER_LOSSES, "layer_contrastive"):
+        got = getattr(losses, loss)(student, teacher, weights={0: 1.0, 3: 3.0})
+        torch.testing.assert_close(got, 0.25 * alone[0][loss] + 0.75 * alone[3][loss])
+    scales = [teacher.states[layer].square().mean() for layer in (0, 3)]
+    by_teacher = (alone[0]["layer_mse"] / scales[0] + alone[3]["layer_mse"] / scales[1]) / 2
+    torch.testing.assert_close(losses.layer_mse(student, teacher, weights="teacher"), by_teacher)
+    # A layer whose numbers are all 100 times as large counts as before.
+    louder = (States({**side.states, 3: 100 * side.states[3]}, side.samples) for side in (student, teacher))
+    torch.testing.assert_close(losses.layer_mse(*louder, weights="teacher"), by_teacher)
+    for odd, words in (
+        ({0: 1.0}, r"layers \[0, 3\]; found \[0\]"),
+        ({0: 0.0, 3: 0.0}, "not all 0"),
+        ({0: -1.0, 3: 2.0}, "0 or more"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            plain(losses.layer_mse)(student, teacher, weights=odd)
+    zero = States({layer: x.detach() * 0 for layer, x in teacher.states.items()}, teacher.samples)
+    with pytest.raises(ValueError, match="nothing can be measured by it"):
+        losses.layer_mse(student, zero, weights="teacher")
+
+
+def test_hyperbolic_distance_near_and_far():
+    near = normal(4, 6)
+    student = States({0: near.clone().requires_grad_()}, torch.arange(4))
+    got = losses.layer_lorentz(student, States({0: near}, torch.arange(4)))
+    assert got == 0
+    (gradient,) = torch.autograd.grad(got, student.states[0])
+    assert torch.equal(gradient, torch.zeros_like(near))
+    other = normal(4, 6, seed=1)
+    flat = losses.layer_lorentz(*(States({0: x}, torch.arange(4)) for x in (near, other)), curvature=1e-8)
+    unit = other.square().sum(-1).mean()
+    torch.testing.assert_close(flat, (near - other).square().sum(-1).mean() / unit, rtol=1e-6, atol=0)
+    # Points on one ray: the distance is the difference of their lengths, here far beyond what fp32 could raise e to.
+    ray = torch.tensor([[1.0, 2.0, 2.0]])
+    lengths = [States({0: torch.cat([ray, k * ray])}, torch.arange(2)) for k in (1.0, 200.0)]
+    far = losses.layer_lorentz(lengths[1], lengths[0])
+    torch.testing.assert_close(far, torch.tensor(199.0**2 / 2))
+    with pytest.raises(ValueError, match="1000 times as long as the teacher's"):
+        losses.layer_lorentz(States({0: 1000 * ray}), States({0: ray}))
+
+
+def test_what_layer_losses_do_not_take():
+    one = States({0: normal(1, 3)}, torch.zeros(1).long())
+    with pytest.raises(ValueError, match="two tokens or more"):
+        losses.layer_contrastive(one, one)
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        losses.layer_contrastive(one, one, temperature=0.0)
+    with pytest.raises(ValueError, match="curvature should be positive"):
+        losses.layer_lorentz(one, one, curvature=-1.0)
 
 
 # --- KL
@@ -187,6 +264,30 @@ def test_logits_kl_is_the_oracle(
     (mine,), (exact,) = (torch.autograd.grad(y, student) for y in (got, want))
     torch.testing.assert_close(mine, exact)
     assert not mine[~student_where].any(), "only chosen positions get a gradient"
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 7, 50])
+def test_kl_of_the_likeliest_tokens(k: int):
+    case = kl_case([2, 0, 5], 3, (True, False), 0)
+    got = losses.logits_kl(*case, temperature=2.0, top_k=k)
+    whole = losses.logits_kl(*case, temperature=2.0)
+    if k >= 7:
+        assert torch.equal(got, whole)
+        return
+    student, teacher, student_where, teacher_where = case
+    terms = []
+    for ours, theirs in zip(student[student_where], teacher.detach()[teacher_where], strict=True):
+        q, p = ((x / 2).softmax(-1) for x in (ours, theirs))
+        kept = sorted(range(7), key=lambda i: -float(p[i]))[:k]
+        lumped = [torch.stack([*(x[i] for i in kept), 1 - sum(x[i] for i in kept)]) for x in (p, q)]
+        terms.append((lumped[0] * (lumped[0].log() - lumped[1].log())).sum())
+    want = torch.stack(terms).mean() * 4
+    torch.testing.assert_close(got, want)
+    assert 0 < got < whole
+    for mine, exact in zip(torch.autograd.grad(got, student), torch.autograd.grad(want, student), strict=True):
+        torch.testing.assert_close(mine, exact)
+    with pytest.raises(ValueError, match="top_k should be 1 or more"):
+        losses.logits_kl(*case, top_k=0)
 
 
 def test_kl_by_hand():

@@ -115,6 +115,12 @@ def norm_preserving_add(x: Tensor, vector: Tensor, scale: Tensor | float) -> Ten
     return torch.stack(rows).reshape(x.shape)
 
 
+def _on_hyperboloid(x: Tensor) -> Tensor:
+    """The exponential map at the origin (1, 0, ...) of the Lorentz model of curvature -1."""
+    length = (x @ x).sqrt()
+    return torch.cat([length.cosh()[None], length.sinh() * x / length])
+
+
 def _mean_over_samples(
     student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], samples: Sequence[int], per_token: str
 ) -> Tensor:
@@ -125,12 +131,20 @@ def _mean_over_samples(
         for layer in student:
             for i, owner in enumerate(samples):
                 if owner == sample:
-                    ours, theirs = student[layer][i].double(), teacher[layer][i].double().detach()
+                    ours, others = student[layer][i].double(), teacher[layer].double().detach()
+                    theirs = others[i]
                     if per_token == "mse":
                         terms.append(((ours - theirs) ** 2).mean())
-                    else:
+                    elif per_token == "cosine":
                         lengths = (ours @ ours).sqrt() * (theirs @ theirs).sqrt()
                         terms.append(1 - (ours @ theirs) / lengths)
+                    elif per_token == "lorentz":
+                        unit = others.square().sum(-1).mean().sqrt()
+                        x, y = _on_hyperboloid(ours / unit), _on_hyperboloid(theirs / unit)
+                        terms.append(torch.arccosh(x[0] * y[0] - x[1:] @ y[1:]) ** 2)
+                    else:
+                        cosines = torch.stack([ours @ x / (ours.norm() * x.norm()) for x in others])
+                        terms.append(torch.log((cosines / 0.1).exp().sum()) - cosines[i] / 0.1)
         means.append(torch.stack(terms).mean())
     return torch.stack(means).mean()
 
@@ -142,6 +156,14 @@ def layer_mse(student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], samp
 
 def layer_cosine(student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], samples: Sequence[int]) -> Tensor:
     return _mean_over_samples(student, teacher, samples, "cosine")
+
+
+def layer_lorentz(student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], samples: Sequence[int]) -> Tensor:
+    return _mean_over_samples(student, teacher, samples, "lorentz")
+
+
+def layer_contrastive(student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], samples: Sequence[int]) -> Tensor:
+    return _mean_over_samples(student, teacher, samples, "contrastive")
 
 
 def logits_kl(
