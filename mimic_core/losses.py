@@ -21,7 +21,6 @@ from .ops._precision import wide
 from .types import LayerStates
 
 __all__ = [
-    "LayerWeights",
     "Recipe",
     "layer_contrastive",
     "layer_cosine",
@@ -32,13 +31,10 @@ __all__ = [
     "recipe",
 ]
 
-LayerWeights = Mapping[int, float] | Literal["teacher"] | None
-"""How much each layer counts. None: all the same. Numbers by layer: the mean is weighted by them. "teacher": the
-distance is divided by the mean square of the teacher's states in this layer, so that no layer counts more because its
-numbers are larger. In a small Llava the last layer is 98% of the plain mean of squares."""
+_Weights = Mapping[int, float] | Literal["teacher"] | None
 
 
-def layer_mse(student: LayerStates, teacher: LayerStates, weights: LayerWeights = None) -> Float[Tensor, ""]:
+def layer_mse(student: LayerStates, teacher: LayerStates, weights: _Weights = None) -> Float[Tensor, ""]:
     """Mean squared difference of hidden states: the mean over layers, tokens and channels, then over samples.
 
     All samples have the same weight, whatever their length. The teacher gets no gradient.
@@ -46,7 +42,10 @@ def layer_mse(student: LayerStates, teacher: LayerStates, weights: LayerWeights 
     Args:
         student: A capture of one site, from the patched run without demonstrations.
         teacher: The same site and layers, from the unpatched run with demonstrations.
-        weights: See `LayerWeights`.
+        weights: How much each layer counts. None: all the same. Numbers by layer: the mean is weighted by them.
+            "teacher": the distance is divided by the mean square of the teacher's states in this layer, so that no
+            layer counts more because its numbers are larger. In a small Llava the last layer is 98% of the plain mean
+            of squares.
 
     Raises:
         ShapeError: the two differ in layers, samples, or in the number of tokens of a sample.
@@ -149,7 +148,7 @@ def _layer_wise(
     student: LayerStates,
     teacher: LayerStates,
     distance: Callable[[Tensor, Tensor], Tensor],
-    weights: LayerWeights,
+    weights: _Weights,
 ) -> Float[Tensor, ""]:
     layers = list(student.states)
     if layers != list(teacher.states) or not layers:
@@ -172,7 +171,7 @@ def _layer_wise(
     return per_sample.mean()
 
 
-def _factors(layers: list[int], weights: LayerWeights) -> list[float]:
+def _factors(layers: list[int], weights: _Weights) -> list[float]:
     """What the distance of each layer is multiplied by, before the sum over layers."""
     if weights is None or weights == "teacher":
         return [1 / len(layers)] * len(layers)
