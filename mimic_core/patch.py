@@ -18,7 +18,7 @@ from .heads import ShiftStack, StackSet
 from .heads.stack import check_stack
 from .positions import Positions
 from .samples import check_strength
-from .types import At, Located, check_site
+from .types import SITES, At, Located, check_site
 
 
 def patch(
@@ -138,8 +138,20 @@ def hook(
 
 
 def choose_layers(found: Located, sites: Iterable[str], layers: Iterable[int] | None) -> list[int]:
-    """The given layers, or else every layer that has all the sites."""
+    """The given layers, or else every layer that has all the sites.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
     if layers is not None:
         return list(layers)
     wanted = set(sites)
-    return [layer.index for layer in found.spec.layers if wanted <= set(layer.sites)]
+    chosen = [layer.index for layer in found.spec.layers if wanted <= set(layer.sites)]
+    if not chosen:
+        first = found.spec.layers[0]
+        asked = " and ".join(site for site in SITES if site in wanted)
+        raise UnsupportedModelError(
+            f"{asked} was asked for, which no layer of {type(found.model).__name__} has; layer {first.index} "
+            f"({first.path}) has {first.offer()}"
+        )
+    return chosen

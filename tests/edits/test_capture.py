@@ -130,6 +130,19 @@ def test_inside_generate_a_hook_reads_every_step() -> None:
     assert lengths == [11, 12, 13]
 
 
+class LayersAlone(mc.PathAdapter):
+    layers, sites = "model.layers", ("layer_out",)
+
+
+def test_a_site_that_no_layer_has_is_refused() -> None:
+    model = fresh_model(LLAMA)
+    said = r"query and layer_out was asked for, which no layer of \w+ has; layer 0 \(model.layers.0\) has layer_out"
+    with pytest.raises(mc.UnsupportedModelError, match=said):
+        mc.capture(model, ["layer_out", "query"], adapter=LayersAlone)
+    with pytest.raises(mc.UnsupportedModelError, match="query was asked for, which no layer"):
+        mc.hook(model, "query", lambda value, at: None)
+
+
 def test_what_is_refused(no_shape_checks: None) -> None:
     model, inputs = model_of(LLAMA), LLAMA.inputs()
     state = snapshot(model)
