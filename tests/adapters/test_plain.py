@@ -128,7 +128,7 @@ def test_every_law_holds_for_torchs_encoder(slow_path: None) -> None:
 @usual
 @pytest.mark.parametrize("style", ["llama", "gpt-neox", "phi"])
 def test_every_law_holds_for_litgpt(style: str) -> None:
-    litgpt = pytest.importorskip("litgpt", reason="litgpt is not installed")
+    litgpt = pytest.importorskip("litgpt", reason="litgpt is not installed; .ci/litgpt.txt has what it needs")
     options: dict[str, dict[str, Any]] = {
         "llama": {"n_query_groups": 2, "norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "bias": False},
         "gpt-neox": {"parallel_residual": True, "rotary_percentage": 0.5},
