@@ -84,12 +84,11 @@ class PathAdapter:
         class MyVLM(PathAdapter):
             layers, attention, mlp = "model.language_model.layers", "self_attn", "mlp"
 
-    With fewer `sites`, it is enough for any model:
+    It is enough for models that are not of transformers too, with fewer `sites` if their attention is not seen:
 
         @register_adapter(for_class="litgpt.model.GPT")
         class LitGPT(PathAdapter):
-            layers, attention, mlp = "transformer.h", "attn", "mlp"
-            sites = ("attn_out", "mlp_out", "layer_out")
+            layers, attention, mlp, down = "transformer.h", "attn", "mlp", "proj"
 
     Attributes:
         layers: Path of the decoder's list of layers in the model with its language-model head. It is also found in the

@@ -179,8 +179,8 @@ class ForwardWatch:
             self.had_callers |= given.limits and has_grad
             generation = None if outer is not None or given.samples is None else current_generation()
         run = Run(forward, shape or self._shape, has_grad, True, given, generation, changes, outer)
-        # Without a lock, which costs more at each decoded token. `switch_off` does the same two steps in the other
-        # order of things, so at least one of two threads sees the other.
+        # Without a lock, which costs more at each decoded token. `switch_off` too writes first what it does, and then
+        # looks at the other threads. So at least one of two threads sees the other.
         here.run = run
         if self._off:
             if outer is None and threading.get_ident() not in self._off:

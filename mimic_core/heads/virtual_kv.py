@@ -90,15 +90,13 @@ class VirtualKVHead(ShiftHead):
             self.register_buffer("weight", weight)
 
     def forward(self, value: Float[Tensor, "b t h e"], at: At) -> Float[Tensor, "b t h e"]:
-        query = at.query
+        lse = at.lse  # in the dtype of the computation
         with full_precision(value):
-            keys, values = self._pairs("key", query), self._pairs("value", query)
-        weight = self.own("weight").to(keys)
-        return ops.virtual_context(value, query, at.lse, keys, values, weight, at.scale)
+            keys, values = self._pairs("key", lse), self._pairs("value", lse)
+        return ops.virtual_context(value, at.query, lse, keys, values, self.own("weight").to(lse), at.scale)
 
     def _pairs(self, name: str, like: Tensor) -> Tensor:
-        """The keys or values [*b h n _], in the dtype and on the device of the computation."""
-        kind = torch.float64 if like.dtype == torch.float64 else torch.float32
+        """The keys or values [*b h n _], in the dtype and on the device of `like`."""
         if self.config.rank is None:
-            return self.own(name).to(like.device, kind)
-        return self.own(f"{name}_left").to(like.device, kind) @ self.own(f"{name}_right").to(like.device, kind)
+            return self.own(name).to(like)
+        return self.own(f"{name}_left").to(like) @ self.own(f"{name}_right").to(like)

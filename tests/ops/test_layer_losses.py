@@ -9,10 +9,8 @@ from hypothesis import strategies as st
 
 from mimic_core import losses
 from tests.support import oracles
-from tests.support.loss_cases import States, lengths_of_samples, normal, pair, plain, windows
+from tests.support.loss_cases import LAYER_LOSSES, States, lengths_of_samples, normal, pair, plain, windows
 from tests.support.op_cases import DRAWN
-
-LAYER_LOSSES = ("layer_mse", "layer_cosine", "layer_lorentz")
 
 
 @pytest.mark.parametrize("loss", LAYER_LOSSES)

@@ -15,11 +15,8 @@ from torch import Tensor
 
 from mimic_core import ShapeError, UnknownNameError, losses
 from tests.support import oracles
-from tests.support.loss_cases import States, lengths_of_samples, normal, pair, plain, windows
+from tests.support.loss_cases import LAYER_LOSSES, States, lengths_of_samples, normal, pair, plain, windows
 from tests.support.op_cases import DRAWN
-
-LAYER_LOSSES = ("layer_mse", "layer_cosine")
-
 
 # --- KL
 

@@ -11,6 +11,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+LAYER_LOSSES = ("layer_mse", "layer_cosine", "layer_lorentz")
+
 
 @dataclass
 class States:

