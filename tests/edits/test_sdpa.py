@@ -131,6 +131,38 @@ def test_a_checkpoint_inside_attention_is_refused() -> None:
     assert torch.equal(inside(IDS)[0], made(block_of(sdpa))(IDS)[0])
 
 
+@pytest.mark.parametrize("how", ["virtual_kv", "a hook"])
+def test_the_gradient_goes_through_the_lse_that_an_edit_reads(how: str) -> None:
+    keys, values = (torch.randn(4, 2, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+
+    def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if how == "virtual_kv":
+            k, v = (torch.cat([x.expand(2, -1, -1, -1), y], 2) for x, y in ((keys, k), (values, v)))
+        s = k.shape[2]
+        scores = (q @ k.mT * 8**-0.5).masked_fill(torch.ones(6, s).triu(1 + s - 6).bool(), -torch.inf)
+        out = scores.softmax(-1) @ v
+        return out if how == "virtual_kv" else out + scores.logsumexp(-1, keepdim=True).sigmoid()
+
+    model, wanted = made(), made(block_of(by_hand)).requires_grad_()
+    wanted.load_state_dict(model.state_dict())
+    if how == "virtual_kv":
+        shifts = mc.build_shifts(model, "virtual_kv", n=2).requires_grad_(False)
+        for head in shifts:
+            head.get_parameter("key").copy_(keys)
+            head.get_parameter("value").copy_(values)
+        handle = mc.patch(model, shifts)
+    else:
+        handle = mc.hook(model, "attn_heads", lambda value, at: value + at.lse.transpose(1, 2)[..., None].sigmoid())
+    with handle:
+        logits = model.requires_grad_()(IDS)[0]
+        logits.square().mean().backward()
+    expected = wanted(IDS)[0]
+    expected.square().mean().backward()
+    torch.testing.assert_close(logits, expected)
+    for (name, p), q in zip(model.named_parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_attention_that_is_called_twice_has_no_site() -> None:
     twice = made(block_of(lambda q, k, v: sdpa(q, k, v) - 0.5 * sdpa(k, q, v)))
     spec = mc.adapter_for(twice).spec(twice)
