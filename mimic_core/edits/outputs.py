@@ -43,6 +43,22 @@ class EditedForward:
         below: The function that had replaced the module's forward before, or None if it was that of the class.
     """
 
+    # No `__dict__`: a decoded token reads from the objects of all layers, so they should be small.
+    __slots__ = (
+        "_around_alone",
+        "_before",
+        "_claims",
+        "_covered",
+        "_entries",
+        "_first",
+        "_on",
+        "_only",
+        "_stands",
+        "around",
+        "below",
+        "module",
+    )
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.below: Callable[..., Any] | None = module.__dict__.get(_FORWARD)
@@ -66,9 +82,10 @@ class EditedForward:
         # Compared by ==: in a copy of the module they are two equal objects.
         return self.module.__dict__.get(_FORWARD) == self._stands
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
         # The owners in a copy are on, even if those copied were off. They may not be complete yet: `run` looks.
-        return {**self.__dict__, "_on": None, "_only": None}
+        state = {name: getattr(self, name) for name in self.__slots__}
+        return None, {**state, "_on": None, "_only": None, "_around_alone": None}
 
     @property
     def of_inputs(self) -> EditedForward | None:
@@ -97,6 +114,8 @@ class EditedForward:
         ):
             assert one.edit.addition is not None
             self._only = one.edit.addition, one.owner.state, one.bit
+        # And one for what stands around the decoder.
+        self._around_alone = self.around[0] if len(self.around) == 1 and not on and self.below is None else None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         around = self.around
@@ -224,10 +243,22 @@ def _run_as(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(self: EditedForward, *args: Any, **kwargs: Any) -> Any:
         only = self._only
         if only is None:
-            return self.run(*args, **kwargs)
+            around = None if torch.compiler.is_compiling() else self._around_alone
+            if around is None:
+                return self.run(*args, **kwargs)
+            module = self.module
+            around.enter(args, kwargs)
+            try:
+                output = type(module).forward(module, *args, **kwargs)
+            except BaseException:  # see `run`
+                around.leave(raised=True)
+                raise
+            around.leave(raised=False)
+            return output
         module = self.module
         output = type(module).forward(module, *args, **kwargs)
-        if output.__class__ is Tensor and output.ndim != 2 and (ops := ops_for(output)) is not None:
+        # Flattened tokens [b*t c] too: each row is on its own here.
+        if output.__class__ is Tensor and (ops := ops_for(output)) is not None:
             parameters, state, bit = only
             run = state.here.run
             if run is not None:

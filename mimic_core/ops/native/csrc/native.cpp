@@ -122,7 +122,9 @@ PyObject* norm_preserving_add(PyObject*, PyObject* const* x, Py_ssize_t n) {
   else number = maybe_number(x[2]).value_or(1);
   MaybeTensor found;
   {
-    pybind11::gil_scoped_release unlocked;
+    // For a decoded token, to release the GIL takes longer than the addition.
+    std::optional<pybind11::gil_scoped_release> unlocked;
+    if (states.numel() > 8192) unlocked.emplace();
     found = mimic_core::norm_preserving_add(states, vector, scale, number);
     if (!found && scale) found = mimic_core::norm_preserving_add_of_samples(states, vector, *scale);
   }
