@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import mimic_core as mc
 
-from . import bench_host, bench_patch, bench_shift, bench_stacks, plots, records, report
+from . import bench_heads, bench_host, bench_patch, bench_shift, bench_stacks, plots, records, report
 from .bench_shift import Task
 from .errors import BenchmarkError
 from .records import Machine, Row
@@ -24,6 +24,7 @@ from .records import Machine, Row
 BENCHES = {
     "host": bench_host.tasks,
     "shift": bench_shift.tasks,
+    "heads": bench_heads.tasks,
     "patch": bench_patch.tasks,
     "stacks": bench_stacks.tasks,
 }
@@ -50,7 +51,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only",
         choices=list(BENCHES),
-        help="host: calls with tiny tensors; shift: attention; patch: whole models; stacks: many in one batch",
+        help="host: tiny tensors; shift: attention; heads: all heads; patch: whole models; stacks: many in one batch",
     )
     parser.add_argument("--cases", default="*", help="only cases with names of this shell pattern, such as 'd64-*'")
     parser.add_argument(

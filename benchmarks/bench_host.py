@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .cases import DTYPES, Case, make_inputs
 from .check import error, refuse
 from .contestants import OURS, PUBLISHED, YARDSTICK, Contestant, contestants
 from .errors import BenchmarkError
-from .measure import Call, Effort, graphed, host_clock
+from .measure import Call, Copies, Effort, graphed, host_clock
 from .models import Subject, smollm2, tiny_llama, tiny_llava
 from .published import live_forwards, published, published_live
 from .records import Row
@@ -42,6 +43,7 @@ _QUICK = Effort(seconds=0.1, rounds=2, sample=0.0005)
 # torch 2.6 fails to compile the models of transformers, patched or not.
 CAN_COMPILE = TorchVersion(torch.__version__) >= "2.7"
 _TOKENS = 4
+_COPIES = 5
 # torch 2.6 has the older name alone.
 _GRAPHS = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
 _LIMIT = 1e-3
@@ -148,7 +150,7 @@ def measure_layers(
     refused: list[BenchmarkError],
     stages: tuple[str, ...] = ("forward", "decode step", "training step"),
 ) -> list[Row]:
-    """Microseconds a layer of a patched model over the unpatched one, each a model of its own that stays patched."""
+    """Microseconds a layer of a patched model over the unpatched one, with copies of the model that stay patched."""
     dtype = "bf16" if build is smollm2 and device.type == "cuda" else "fp32"
     torch.manual_seed(0)
     subject = build(device, DTYPES[dtype])
@@ -165,18 +167,20 @@ def measure_layers(
     sizes = {"h": spec.layers[0].heads, "g": spec.layers[0].kv_heads, "d": spec.layers[0].head_dim}
     rows = []
     with ExitStack() as patched:
-        models: dict[str, Subject] = {}
-        for name, patch in patches.items():
-            models[name] = replace(subject, model=copy.deepcopy(subject.model))
+        models: dict[str, list[tuple[Subject, mc.ShiftStack | None]]] = {name: [] for name in patches}
+        for name, _ in product(patches, range(_COPIES if way == "eager" else 1)):
+            twin, stack, patch = replace(subject, model=copy.deepcopy(subject.model)), None, patches[name]
             if patch is not None:
-                patched.enter_context(patch[0](models[name].model, patch[1]))
+                stack = copy.deepcopy(patch[1])
+                patched.enter_context(patch[0](twin.model, stack))
             if way == "compiled":
-                models[name].model.compile(dynamic=False)
+                twin.model.compile(dynamic=False)
+            models[name].append((twin, stack))
         # All of them run the same code, of which torch.compile makes 8 graphs and no more unless told otherwise.
         patched.enter_context(torch._dynamo.config.patch({_GRAPHS: 64}))
         for what in stages if way != "graphs" else stages[:2]:
             torch.compiler.reset()
-            calls = {name: _stage(what, m, patches[name]) for name, m in models.items()}
+            calls: dict[str, Call] = {name: Copies(_stage(what, *one) for one in models[name]) for name in models}
             case = f"host-{subject.name}-{what.replace(' ', '-')}"
             names = _right(case, calls, MIMIC, PUBLISHED, refused)
             names = [name for name in _right(case, calls, LIVE, PUBLISHED_LIVE, refused) if name in names]
@@ -192,11 +196,11 @@ def _add(x: Tensor, vector: Tensor, scale: Tensor) -> Tensor:
     return x + vector
 
 
-def _stage(what: str, subject: Subject, patch: tuple[object, mc.ShiftStack] | None) -> Call:
+def _stage(what: str, subject: Subject, stack: mc.ShiftStack | None) -> Call:
     model, inputs = subject.model, subject.inputs(_TOKENS)
     inputs.pop("attention_mask")  # transformers looks into it, for which a GPU has to be waited for
     if what == "training step":
-        parameters = list(patch[1].parameters()) if patch else []
+        parameters = [] if stack is None else list(stack.parameters())
 
         def train() -> tuple[Tensor, ...]:
             embedded = model.get_input_embeddings()(inputs["input_ids"]).requires_grad_()  # pyright: ignore

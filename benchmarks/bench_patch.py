@@ -52,15 +52,15 @@ def _stage(bench: Callable[[], Bench], stage: Callable[..., list[Row]], *sizes: 
     return lambda refused: stage(bench(), *sizes, refused)
 
 
-def shifts_that_show(model: nn.Module, name: str, device: torch.device) -> mc.ShiftStack:
+def shifts_that_show(model: nn.Module, head: str | mc.HeadConfig, device: torch.device) -> mc.ShiftStack:
     """Shifts that change the logits: fresh ones hardly do, and a wrong result would pass."""
-    shifts = mc.build_shifts(model, name)
+    shifts = mc.build_shifts(model, head)
     with torch.no_grad():
-        for key, p in shifts.named_parameters():
-            if key.endswith("vector"):
-                p.copy_(0.05 * torch.randn(p.shape))
-            elif key.endswith("gate_bias"):
+        for key, p in [*shifts.named_parameters(), *shifts.named_buffers()]:
+            if key.endswith("gate_bias"):
                 p.fill_(4.0)
+            else:
+                p.add_(0.05 * torch.randn(p.shape))
     return shifts.to(device)
 
 

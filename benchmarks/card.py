@@ -19,7 +19,7 @@ import torch
 
 import mimic_core as mc
 
-from . import bench_host, bench_patch, bench_shift, records, report
+from . import bench_heads, bench_host, bench_patch, bench_shift, records, report
 from .__main__ import measured
 from .bench_shift import Task
 from .errors import BenchmarkError
@@ -96,7 +96,9 @@ def _rows(device: torch.device, out: Path, end: float) -> list[BenchmarkError]:
 
 def _ordered(device: torch.device) -> Iterator[Task]:
     """Every task once, in the order of `CASES`."""
-    left = list(chain.from_iterable(bench.tasks(device, False) for bench in (bench_host, bench_shift, bench_patch)))
+    left = list(
+        chain.from_iterable(bench.tasks(device, False) for bench in (bench_host, bench_shift, bench_patch, bench_heads))
+    )
     for pattern in CASES:
         for task in [task for task in left if fnmatch(task.name, pattern)]:
             left.remove(task)

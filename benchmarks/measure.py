@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import median
 from typing import Any, NamedTuple, TypeAlias
 
@@ -147,10 +148,33 @@ def cpu_clock(call: Call, repeats: int) -> float:
     return time.perf_counter() - start
 
 
+class Copies:
+    """The same call of several copies of a model. `host_clock` takes the next copy for each sample.
+
+    Where a model lies in memory changes the time of its layers: the medians of five copies of a patched tiny Llama lie
+    within 3 microseconds a layer, as much as half of what the edit adds.
+    """
+
+    def __init__(self, calls: Iterable[Call]) -> None:
+        self._calls = cycle(calls)
+        self._call = next(self._calls)
+
+    def __call__(self) -> object:
+        return self._call()
+
+    def another(self) -> Call:
+        """The call of the next copy, which is called from now on."""
+        self._call = next(self._calls)
+        return self._call
+
+
 def host_clock(device: torch.device) -> Clock:
     """Seconds until so many calls are enqueued: on a GPU what they launch has not run by then."""
 
     def clock(call: Call, repeats: int) -> float:
+        if isinstance(call, Copies):
+            call = call.another()
+            call()  # what the other models have put into the caches is not a part of the sample
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return cpu_clock(call, repeats)

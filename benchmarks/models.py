@@ -53,6 +53,12 @@ def small_llava(device: torch.device, dtype: torch.dtype) -> Subject:
     return Subject("llava-qwen2-4layers-random", model, _VOCABULARY, {"pixel_values": pixels}, 16)
 
 
+def few_layers(device: torch.device, dtype: torch.dtype) -> Subject:
+    """A random Llama with layers of the sizes of SmolLM2-135M, but only four of them, and a small vocabulary."""
+    config = LlamaConfig(**_SMOLLM2.to_diff_dict() | {"num_hidden_layers": 4, "vocab_size": _TINY["vocab_size"]})
+    return Subject("smollm2-4layers-random", ready(LlamaForCausalLM(config), device, dtype), _TINY["vocab_size"])
+
+
 def tiny_llama(device: torch.device, dtype: torch.dtype) -> Subject:
     """A random Llama so small that the host is all its time: 8 layers of 8 heads of 64."""
     return Subject("tiny-llama", ready(LlamaForCausalLM(LlamaConfig(**_TINY)), device, dtype), _TINY["vocab_size"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from .bench_heads import CONFIGS, LONGER, PAIRS, of_pairs
 from .bench_host import ADD, PLAIN_ADD, PUBLISHED_LIVE
 from .bench_patch import LIVE, MIMIC, UNPATCHED, ZERO
 from .bench_stacks import HEADS, LORA, STACKS, of
@@ -90,6 +91,8 @@ def section(rows: Sequence[Row], name: str) -> str:
         "Attention shapes of models, causal": _shapes(rows),
         "Decoding one token, per attention call": _decode(rows),
         "LIVE's addition, against adding alone": _live(rows),
+        "Virtual keys and values, against attention without them": _pairs(rows),
+        "All heads, against the unpatched model": _heads(rows),
         "Whole models, against the unpatched one": _whole_models(rows),
         "A training step of MimIC": _training(rows),
         "Many stacks in one batch, against the unpatched model": _stacks(rows),
@@ -213,6 +216,28 @@ def _live(rows: Sequence[Row]) -> str:
             numbers = [_number(row.added_us, ".0f"), _spread(row), _spread(both) if both else ""]
             lines.append([str(row.d), row.dtype, str(row.t), *numbers])
     return table(["width", "", "tokens", "added us, forward", "forward", "forward+backward"], lines, left=2)
+
+
+def _pairs(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        if row.bench == "heads" and row.contestant == YARDSTICK:
+            others = [_find(rows, name, row.what, case=row.case) for name in (OURS, *map(of_pairs, PAIRS), LONGER)]
+            ratios = [_spread(other) if other else "refused" for other in others]
+            lines.append([row.what, row.dtype, str(row.s), _time(row.time_us), *ratios])
+    names = ["MimIC", *(of_pairs(n).removeprefix(f"{OURS}: ") for n in PAIRS), f"{LONGER}, {PAIRS[-1]}"]
+    return table(["", "", "keys", YARDSTICK, *names], lines, left=2)
+
+
+def _heads(rows: Sequence[Row]) -> str:
+    stages = [row for row in rows if row.bench == "heads" and row.contestant == UNPATCHED]
+    lines = []
+    for name in CONFIGS if stages else ():
+        found = [_find(rows, name, stage.what, case=stage.case) for stage in stages]
+        numbers = next((f"{row.count:,.0f}" for row in found if row is not None and row.count is not None), "")
+        lines.append([f"`{name}`", numbers, *(_spread(row) if row else "" for row in found)])
+    head = ["", "parameters", *(f"{stage.what}, {stage.t} tokens" for stage in stages)]
+    return table(head, lines)
 
 
 def _whole_models(rows: Sequence[Row]) -> str:

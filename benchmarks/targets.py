@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from .bench_heads import FORWARD, PAIRS, of_pairs
 from .bench_host import CALLS, STATIC_CACHE
 from .bench_patch import LIVE, MIMIC, UNPATCHED
 from .contestants import OURS, PUBLISHED, YARDSTICK
@@ -40,7 +41,11 @@ class Target:
 
 
 def _ours(what: str, read: Measure, accept: Callable[[Row], bool] = lambda row: True) -> Measure:
-    return lambda row: read(row) if row.what == what and row.contestant == OURS and accept(row) else None
+    def measure(row: Row) -> float | None:
+        wanted = (row.what, row.contestant) == (what, OURS) and row.bench != "heads"
+        return read(row) if wanted and accept(row) else None
+
+    return measure
 
 
 def _targets() -> list[Target]:
@@ -87,6 +92,7 @@ def _targets() -> list[Target]:
         Target(
             "LIVE's addition, 1024 tokens, time over adding", 1.5, _ours("live forward", lambda r: r.ratio, _long_row)
         ),
+        Target(f"virtual pairs, 1024 tokens, time over {YARDSTICK}", 1.1, _pairs),
         Target("gradients in fp32, error relative to fp64", 1e-5, _gradient("fp32", lambda r: r.error)),
         Target(f"gradients in bf16, error over that of {YARDSTICK}", 1.5, _gradient("bf16", _error_ratio)),
     ]
@@ -129,6 +135,11 @@ def _of_ours(row: Row, of: str) -> float | None:
 
 def _long_row(row: Row) -> bool:
     return (row.t or 0) >= 1024
+
+
+def _pairs(row: Row) -> float | None:
+    wanted = row.bench == "heads" and row.what == FORWARD and row.contestant in map(of_pairs, PAIRS)
+    return row.ratio if wanted else None
 
 
 def _gradient(dtype: str, read: Measure) -> Measure:

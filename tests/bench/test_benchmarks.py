@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import mimic_core as mc
 from benchmarks import (
+    bench_heads,
     bench_host,
     bench_patch,
     bench_shift,
@@ -30,10 +31,11 @@ from benchmarks.__main__ import main
 from benchmarks.errors import BenchmarkError
 from benchmarks.models import Subject
 from benchmarks.targets import TARGETS, Target
+from mimic_core.heads.base import _HEADS
 from tests.support import oracles
 from tests.support.cases import CASES, Case, fresh_model, logits_of, model_of, random_shifts
 
-CPU = torch.device("cpu")
+CPU, DOUBLE = torch.device("cpu"), torch.float64
 BRIEF = measure.Effort(seconds=0.0, rounds=3, sample=0.0)
 TINY = [cases.Case("d64", t, t, mask=mask) for t in (16, 32) for mask in ("causal", "padded")]
 
@@ -49,6 +51,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_shift, "decode_cases", lambda device, quick: [cases.Case("d64", 1, 24, mask="none")])
     monkeypatch.setattr(measure, "QUICK", BRIEF)
     monkeypatch.setattr(bench_host, "_QUICK", BRIEF)
+    monkeypatch.setattr(bench_heads, "QUICK", BRIEF)
     monkeypatch.setattr(bench_patch, "smollm2", tiny_model)
     monkeypatch.setattr(bench_patch, "small_llava", tiny_model)
 
@@ -80,8 +83,12 @@ def test_quick_run_writes_rows_and_pictures(tmp_path: Path, capsys: pytest.Captu
         else:
             assert None not in (row.ratio, row.ratio_p20, row.ratio_p80, row.time_us, row.added_us)
             assert row.rounds == BRIEF.rounds
-            assert row.what == "decode step" or row.bench in ("host", "stacks") or row.peak_bytes
-        if row.contestant == contestants.OURS and not row.what.startswith("live") and row.bench != "host":
+            assert row.what == "decode step" or row.bench in ("host", "stacks", "heads") or row.peak_bytes
+        if (
+            row.contestant == contestants.OURS
+            and not row.what.startswith("live")
+            and row.bench not in ("host", "heads")
+        ):
             assert row.backend
             assert row.why
     forward = [row for row in rows if row.case == TINY[0].name and row.what == "forward"]
@@ -168,6 +175,31 @@ def test_what_is_wrong_is_refused(wrong, said: str, dtype: str, monkeypatch: pyt
     rows = bench_shift.measure_case(case, CPU, BRIEF, refused)
     assert [str(error).split()[0] for error in refused] == ["cheat"]
     assert {row.contestant for row in rows} == {c.name for c in honest}
+
+
+def test_every_head_is_measured() -> None:
+    assert {name: mc.heads.head_for_config(config).name for name, config in bench_heads.CONFIGS.items()} == {
+        name: name for name in _HEADS
+    }
+
+
+def test_heads_that_are_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[BenchmarkError] = []
+    monkeypatch.setattr(bench_heads, "CONFIGS", {"mimic": mc.MimICConfig(), "live": mc.LIVEConfig()})
+    forward = mc.heads.LIVEHead.forward
+    monkeypatch.setattr(
+        mc.heads.LIVEHead, "forward", lambda self, x, at: forward(self, x, at) * (1 + 0.1 * (x.dtype != DOUBLE))
+    )
+    rows = bench_heads.measure_heads(bench_heads.FORWARD, 16, CPU, BRIEF, refused)
+    assert [row.contestant for row in rows] == [bench_patch.UNPATCHED, "mimic"]
+    right = mc.ops.virtual_context
+    monkeypatch.setattr(
+        mc.ops, "virtual_context", lambda *x: right(*x) if x[3].shape[1] > 1 else right(*x[:5], 0.9 * x[5], x[6])
+    )
+    rows = bench_heads.measure_pairs(cases.Case("d64", 16, 16), CPU, BRIEF, refused)
+    assert [str(error).split(" is wrong")[0] for error in refused] == ["live", bench_heads.of_pairs(1)]
+    assert [row.contestant for row in rows][:2] == ["sdpa", "mimic_core"]
+    assert len(rows) == 5
 
 
 def test_nan_is_refused() -> None:
