@@ -18,9 +18,9 @@ from ..heads import HyperICLHead, MimICHead, ShiftHead, ShiftStack, VirtualKVHea
 from ..heads.stack_set import Kind, kind_of
 from ..types import Site
 from . import paged
-from .batch import Heads, Tokens
+from .batch import Heads, Step, Tokens
 from .models import edit_output, known_to_transformers, layers_of, origin
-from .requests import FOUND
+from .places import FOUND
 from .sources import SHIFTS, digest_of
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,6 @@ class Served:
         reads = head.needs_at and not isinstance(head, _READ_ATTENTION)
         all_keys = getattr(head.config, "log_z2", "") == "all_keys"
         problems = {
-            f"acts at {head.config.positions}: heads with positions='all' can be": head.config.positions != "all",
             "reads more than its site, or than query, LSE and scale": reads or head.needs_prompt_end,
             "has no takes_samples, or modules of its own": not head.takes_samples or bool(head._modules),
             "has log_z2='all_keys', and masked keys are not there: pass log_z2='attended'": all_keys,
@@ -109,7 +108,8 @@ class Served:
         for digest, stack in self._stacks.items():
             kinds.setdefault(kind_of(stack), []).append(digest)
         self._rows = {digest: (kind, row) for kind, some in kinds.items() for row, digest in enumerate(some)}
-        self._tokens = {kind: self._tokens.get(kind) or Tokens(self._most) for kind in kinds}
+        for kind, (one, *_) in kinds.items():
+            self._tokens.setdefault(kind, Tokens(self._most, self._stacks[one].config.positions))
         self._heads = {key: [] for key in self._edited}
         for kind, some in kinds.items():
             stacks = [self._stacks[digest] for digest in some]
@@ -173,11 +173,13 @@ class Served:
 
     def _prepare(self, inner: Callable[..., Any], scheduled: Any, counts: np.ndarray) -> Any:
         """vLLM has chosen the requests of a step: say which tokens have which stack."""
-        ids = self._runner.input_batch.req_ids
+        batch = self._runner.input_batch
+        ids = batch.req_ids
         if ids != self._ids or scheduled.scheduled_new_reqs:
             self._look_up(ids)
+        step = Step(counts, batch.num_computed_tokens_cpu[: len(ids)], batch.num_prompt_tokens[: len(ids)])
         for kind, tokens in self._tokens.items():
-            tokens.begin(*self._of_ids[kind], counts)
+            tokens.begin(*self._of_ids[kind], step)
         self._pending = sum(heads.is_active for some in self._heads.values() for heads in some)
         return inner(scheduled, counts)
 
@@ -196,7 +198,7 @@ class Served:
             raise PatchStateError("a request for a stack came past vLLM's input processor, so nothing has checked it")
         if FOUND not in extra:
             return None, -1, 0.0
-        digest, strength = extra[FOUND]
+        digest, strength, _ = extra[FOUND]
         if digest not in self._rows:
             raise PatchStateError(f"a request asks for a stack with the digest {digest}, which was not loaded here")
         return *self._rows[digest], strength
