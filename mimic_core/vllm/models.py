@@ -31,11 +31,17 @@ TRIED = (
     "LlamaForCausalLM",
     "LlavaForConditionalGeneration",
     "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "OPTForCausalLM",
     "Phi3ForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
 )
+
+
+# Modules of a layer that vLLM calls otherwise than transformers.
+_OTHER_NAMES = {"mlp": "block_sparse_moe"}
 
 
 class VLLMLayer(NamedTuple):
@@ -120,8 +126,17 @@ def layers_of(model: nn.Module, found: Located) -> list[VLLMLayer]:
                 f"layer {spec.index} has {wanted} heads, key heads, head and value widths in transformers, and {sizes} "
                 f"in vLLM's {name}"
             )
+        if name == "OPTForCausalLM":
+            _scale_before(attn)
         layers.append(mine)
     return layers
+
+
+def _scale_before(attn: Any) -> None:
+    """Scale the query before attention, as transformers does in OPT, and not in it: heads read the scaled query."""
+    inner, scale = attn.forward, attn.impl.scale
+    attn.impl.scale = 1.0
+    attn.forward = lambda query, *args, **kwargs: inner(query * scale, *args, **kwargs)
 
 
 def _layer(model: nn.Module, found: Located, index: int) -> VLLMLayer:
@@ -146,7 +161,8 @@ def _layer(model: nn.Module, found: Located, index: int) -> VLLMLayer:
     theirs = found.model.get_submodule(found.spec.layers[index].path)
     names = {id(module): name for name, module in theirs.named_modules()}
     if "mlp_out" in found.spec.layers[index].sites:
-        mlp = layer._modules.get(names.get(id(found.module(index, "mlp_out")), ""))
+        name = names.get(id(found.module(index, "mlp_out")), "")
+        mlp = layer._modules.get(name) or layer._modules.get(_OTHER_NAMES.get(name, ""))
         if mlp is not None:
             sites["mlp_out"] = mlp
     return VLLMLayer(attn, sites)

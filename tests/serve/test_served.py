@@ -359,7 +359,7 @@ def assert_shifted(head: Any, before: list[Any], after: list[torch.Tensor], stre
 
 
 MORE = [name for name in serving.MODELS if name != "llama"]
-LONG = ("gemma2", "gpt2", "qwen3_moe")
+LONG = ("gemma2", "gpt2", "mixtral", "qwen2", "qwen3_moe")
 
 
 @pytest.mark.parametrize(
