@@ -28,15 +28,21 @@ TRIED = (
     "Gemma3ForCausalLM",
     "GPT2LMHeadModel",
     "GraniteForCausalLM",
+    "Idefics3ForConditionalGeneration",
     "LlamaForCausalLM",
     "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
     "MistralForCausalLM",
     "MixtralForCausalLM",
     "OPTForCausalLM",
     "Phi3ForCausalLM",
     "Qwen2ForCausalLM",
+    "Qwen2_5_VLForConditionalGeneration",
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
+    "Qwen3VLForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
 )
 
 
