@@ -127,7 +127,7 @@ class Heads:
         self._heads = found
         self._tokens = tokens
         self._site: Site = site
-        self._heads_first = site == "query"  # a head gets it as [b h t d], and vLLM has [t h d]
+        self._heads_first = site in ("query", "key", "value")  # a head gets them as [b h t d], and vLLM has [t h d]
         self._layer = layer
         self._module = module
         self._some = next(head for head in found if head is not None)

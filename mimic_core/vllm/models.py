@@ -164,6 +164,8 @@ def _layer(model: nn.Module, found: Located, index: int) -> VLLMLayer:
     layer = model.get_submodule(".".join(path[:at]))
     attention = model.get_submodule(".".join(path[:-1]))
     sites: dict[Site, nn.Module] = {"query": attn, "attn_heads": attn, "attn_out": attention, "layer_out": layer}
+    if attn.kv_sharing_target_layer_name is None and hasattr(attn.impl, "do_kv_cache_update"):
+        sites |= {"key": attn, "value": attn}
     theirs = found.model.get_submodule(found.spec.layers[index].path)
     names = {id(module): name for name, module in theirs.named_modules()}
     if "mlp_out" in found.spec.layers[index].sites:
@@ -171,12 +173,19 @@ def _layer(model: nn.Module, found: Located, index: int) -> VLLMLayer:
         mlp = layer._modules.get(name) or layer._modules.get(_OTHER_NAMES.get(name, ""))
         if mlp is not None:
             sites["mlp_out"] = mlp
+    if "mlp_hidden" in found.spec.layers[index].sites:
+        down = dict(layer.named_modules()).get(names.get(id(found.module(index, "mlp_hidden")), ""))
+        if down is not None:
+            sites["mlp_hidden"] = down
     return VLLMLayer(attn, sites)
 
 
-def edit_output(module: nn.Module, site: Site, edit: Callable[[Tensor], Tensor]) -> None:
-    """Let the output of a module go through `edit`, which gets the value of the site [n c]."""
+def edit_module(module: nn.Module, site: Site, edit: Callable[[Tensor], Tensor]) -> None:
+    """Let the output of a module, or its input, go through `edit`, which gets the value of the site [n c]."""
     inner = module.forward
+    if site == "mlp_hidden":
+        module.forward = lambda x, *args, **kwargs: inner(edit(x), *args, **kwargs)
+        return
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         out = inner(*args, **kwargs)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..checkpoint import load_shifts
 from ..errors import CheckpointError, PatchStateError, UnsupportedModelError
-from ..heads import HyperICLHead, MimICHead, ShiftHead, ShiftStack, VirtualKVHead
+from ..heads import HyperICLHead, IA3Head, MimICHead, ShiftHead, ShiftStack, VirtualKVHead
 from ..heads.stack_set import Kind, kind_of
 from ..types import Site
 from . import paged
 from .batch import Heads, Step, Tokens
-from .models import edit_output, known_to_transformers, layers_of, origin
+from .models import edit_module, known_to_transformers, layers_of, origin
 from .places import FOUND
 from .sources import SHIFTS, digest_of
 
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 # Of their `At`, these read what there is here: the query, the LSE and the scale.
 _READ_ATTENTION = (HyperICLHead, MimICHead, VirtualKVHead)
 _IN_ATTENTION: tuple[Site, ...] = ("query", "attn_heads")
+_IN_CACHE: tuple[Site, ...] = ("key", "value")
 
 
 class Served:
@@ -93,6 +94,9 @@ class Served:
             "has log_z2='all_keys', and masked keys are not there: pass log_z2='attended'": all_keys,
         }
         sites = self._layers[index].sites
+        if not isinstance(head, IA3Head) or head.config.positions != "all":
+            for site in _IN_CACHE:
+                problems[f"edits {site} by another formula than IA3's, or not of all tokens"] = site in head.edits()
         problems |= {f"edits {site}, and vLLM has only {', '.join(sites)}": site not in sites for site in head.edits()}
         found = [problem for problem, is_so in problems.items() if is_so]
         if found:
@@ -123,12 +127,15 @@ class Served:
     def _edit(self, layer: int, site: Site) -> None:
         if (layer, site) in self._edited:
             return
-        mine = self._layers[layer]
+        mine, impl = self._layers[layer], self._layers[layer].attn.impl
         if site in _IN_ATTENTION:
             if not any((layer, other) in self._edited for other in _IN_ATTENTION):
-                mine.attn.impl.forward = partial(self._attend, layer, mine.attn.impl, mine.attn.impl.forward)
+                impl.forward = partial(self._attend, layer, impl, impl.forward)
+        elif site in _IN_CACHE:
+            if not any((layer, other) in self._edited for other in _IN_CACHE):
+                impl.do_kv_cache_update = partial(self._cache, layer, impl.do_kv_cache_update)
         else:
-            edit_output(mine.sites[site], site, partial(self._output, layer, site))
+            edit_module(mine.sites[site], site, partial(self._output, layer, site))
         self._edited.add((layer, site))
 
     def _output(self, layer: int, site: Site, value: Tensor) -> Tensor:
@@ -140,6 +147,12 @@ class Served:
                 value = heads(value, attention)
                 self._pending -= 1
         return value
+
+    def _cache(self, layer: int, inner: Callable[..., Any], module: Any, key: Tensor, value: Tensor, *args: Any) -> Any:
+        edited = (
+            self._run(self._heads.get((layer, site), ()), x) for site, x in zip(_IN_CACHE, (key, value), strict=True)
+        )
+        return inner(module, *edited, *args)
 
     def _attend(
         self,

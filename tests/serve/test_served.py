@@ -263,6 +263,7 @@ def broken_stacks(folder: Path, model: PreTrainedModel) -> Iterator[tuple[Path, 
     yield folder / "gone", "no shifts at"
     for name, config, why in [
         ("keys", mc.MimICConfig(log_z2="all_keys"), "masked keys are not there: pass log_z2='attended'"),
+        ("ia3", mc.IA3Config(positions="prompt"), "edits key by another formula than IA3's, or not of all tokens"),
     ]:
         mc.save_shifts(mc.build_shifts(model, config), folder / name)
         yield folder / name, why
@@ -366,7 +367,7 @@ LONG = ("gemma2", "gpt2", "mixtral", "qwen2", "qwen3_moe")
     "name", [pytest.param(name, marks=[pytest.mark.exhaustive] if name in LONG else []) for name in MORE]
 )
 def test_models(name: str, tmp_path: Path) -> None:
-    stacks = ["mimic", "live", "layer", "out"]
+    stacks = ["mimic", "live", "layer", "out", *([] if name in ("mixtral", "qwen3_moe") else ["ia3"])]
     if name == "gemma2":  # it has a softcap of the logits
         stacks.remove("mimic")
     for one in served(tmp_path, name, stacks, max_num_batched_tokens=48):

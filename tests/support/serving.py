@@ -77,6 +77,7 @@ STACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "alive": ("live", {"sigmoid": True}),
     "layer": ("live", {"site": "layer_out", "sigmoid": True}),
     "out": ("live", {"site": "attn_out", "sigmoid": True}),
+    "ia3": ("ia3", {}),
     "end": ("function_vector", {}),
     "ends": ("loreft", {"rank": 2, "positions": ("first", 3, "last", 7)}),
 }
