@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,56 +11,95 @@ from torch import Tensor, nn
 
 from ..heads import ShiftHead, ShiftStack
 from ..heads.base import Edit, reading
+from ..positions import Positions
 from ..samples import by_row, partly
 from ..types import At, Site
+from .places import acts
 
 # The most tokens of a step whose parameters are kept for the next one.
 _KEPT = 128
+
+
+class Step(NamedTuple):
+    """What a step runs of its requests [r].
+
+    Attributes:
+        counts: How many tokens.
+        starts: The place of the first of them.
+        prompts: The length of the prompt.
+    """
+
+    counts: np.ndarray
+    starts: np.ndarray
+    prompts: np.ndarray
+
+    def reaches(self, positions: Positions) -> np.ndarray | bool:
+        """Whether it may run tokens of a request on which a stack with these positions acts [r]."""
+        if positions == "all":
+            return True
+        return self.starts + self.counts > self.prompts if positions == "generated" else self.starts < self.prompts
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each token, its place and the length of its prompt."""
+        ends = self.counts.cumsum()
+        of_tokens = np.arange(ends[-1]) + np.repeat(self.starts - ends + self.counts, self.counts)
+        return of_tokens, np.repeat(self.prompts, self.counts)
 
 
 class Tokens:
     """For the stacks of one kind: the row of each token of the running step, and its strength.
 
     Attributes:
-        is_active: Whether any token of the step has such a stack.
-        only: The row, if all tokens have the same one at strength 1.
-        is_whole: All tokens have one, at strength 1.
+        at: The tokens that have such a stack, and on which it acts. None: all.
+        is_active: Whether there are any.
+        only: Their row, if all of these have the same one at strength 1.
+        is_whole: All of these have strength 1.
         version: Another number whenever tokens have other rows than in the step before.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, positions: Positions) -> None:
+        self._positions: Positions = positions
         self._rows = torch.zeros(most, dtype=torch.int64)
         self._strengths = torch.zeros(most)
+        self.at: Tensor | None = None
         self.is_active = False
         self.only: int | None = None
         self.is_whole = False
         self.version = 0
         self._last = np.zeros(0, dtype=np.int64)
+        self._chosen: tuple[Tensor, Tensor] | None = None
 
-    def begin(self, rows: np.ndarray, strengths: np.ndarray, counts: np.ndarray) -> None:
+    def begin(self, rows: np.ndarray, strengths: np.ndarray, step: Step) -> None:
         """Say what the next step runs.
 
         Args:
             rows: The row of each request's stack [r]; -1: it has none of this kind.
             strengths: [r].
-            counts: How many tokens of each request the step runs [r].
         """
-        has = rows >= 0
+        has = (rows >= 0) & (strengths != 0) & step.reaches(self._positions)
         self.is_active = bool(has.any())
-        self.only = None
         if not self.is_active:
             return
-        self.is_whole = bool(has.all() and (strengths == 1).all())
-        if self.is_whole and (rows == rows[0]).all():
-            self.only = int(rows[0])
-        n = int(counts.sum())
-        of_tokens = np.repeat(np.where(has, rows, 0), counts)
+        of_tokens = np.repeat(np.where(has, rows, -1), step.counts)
+        if self._positions != "all":
+            of_tokens[~acts(self._positions, *step.places())] = -1
+        here = np.flatnonzero(of_tokens >= 0)
+        self.is_active = len(here) > 0
+        if not self.is_active:
+            return
+        n = len(of_tokens)
         if not np.array_equal(of_tokens, self._last):
             self.version += 1
             self._last = of_tokens
-            self._rows[:n] = torch.from_numpy(of_tokens)
-        self._strengths[:n] = torch.from_numpy(np.repeat(np.where(has, strengths, 0.0), counts))
+            self._rows[:n] = torch.from_numpy(np.maximum(of_tokens, 0))
+            self.at = None if len(here) == n else torch.from_numpy(here)
+        of_strengths = np.where(of_tokens >= 0, np.repeat(strengths, step.counts), 0)
+        self._strengths[:n] = torch.from_numpy(of_strengths)
         self._strengths[n:] = 0
+        self._chosen = None if self.at is None else (self._rows[self.at], self._strengths[self.at])
+        self.is_whole = bool((of_strengths[here] == 1).all())
+        first = int(of_tokens[here[0]])
+        self.only = first if self.is_whole and bool((of_tokens[here] == first).all()) else None
 
     def end(self) -> None:
         """The step is over: what runs outside a step, such as a warm-up, has no stack."""
@@ -69,6 +108,10 @@ class Tokens:
     def of(self, n: int) -> tuple[Tensor, Tensor]:
         """The rows and strengths of the first n tokens."""
         return self._rows[:n], self._strengths[:n]
+
+    def chosen(self, n: int) -> tuple[Tensor, Tensor]:
+        """Those of the first n tokens that have such a stack."""
+        return self.of(n) if self._chosen is None else self._chosen
 
 
 class Heads:
@@ -84,7 +127,7 @@ class Heads:
         self._heads = found
         self._tokens = tokens
         self._site: Site = site
-        self._heads_first = site == "query"  # a head gets it as [b h t d], and vLLM has [t h d]
+        self._heads_first = site in ("query", "key", "value")  # a head gets them as [b h t d], and vLLM has [t h d]
         self._layer = layer
         self._module = module
         self._some = next(head for head in found if head is not None)
@@ -106,6 +149,11 @@ class Heads:
         """The edited value of a step's tokens [n ...]; it may be `value` itself, changed."""
         if self._shift is not None and attention.gated_shift(value, self._shift, *self._tokens.of(len(value))):
             return value
+        at = self._tokens.at
+        edited = self._edited(value if at is None else value[at], attention)
+        return edited if at is None else value.index_copy(0, at, edited)
+
+    def _edited(self, value: Tensor, attention: Any) -> Tensor:
         only = self._tokens.only
         if only is not None:
             head = self._heads[only]
@@ -113,15 +161,14 @@ class Heads:
             as_one = value.transpose(0, 1) if self._heads_first else value
             edited = head.edits()[self._site](as_one[None], self._at(attention, at_once=True))[0]
             return edited.transpose(0, 1) if self._heads_first else edited
-        rows, strengths = self._tokens.of(len(value))
+        rows, strengths = self._tokens.chosen(len(value))
         token = 2 if self._heads_first else 1
         edited = self._edit(rows)(value.unsqueeze(token), self._at(attention, at_once=False)).squeeze(token)
         if self._has is not None:
+            # What a head makes of a token that does not have it may be infinite.
             strengths = strengths * self._has[rows]
-        elif self._tokens.is_whole:
-            return edited
-        # What a head makes of a token that does not have it may be infinite.
-        return torch.where(by_row(strengths == 0, value), value, partly(value, edited, strengths))
+            return torch.where(by_row(strengths == 0, value), value, partly(value, edited, strengths))
+        return edited if self._tokens.is_whole else partly(value, edited, strengths)
 
     def _edit(self, rows: Tensor) -> Edit:
         """The edit of heads with these rows of the parameters: to it, each token is a sample of its own."""
@@ -134,7 +181,12 @@ class Heads:
         return edit
 
     def _at(self, attention: Any, at_once: bool) -> At:
-        return At(self._layer, self._site, self._module, None if attention is None else attention.view(at_once))
+        return At(
+            self._layer,
+            self._site,
+            self._module,
+            None if attention is None else attention.view(at_once, self._tokens.at),
+        )
 
 
 def _gated_shift(heads: Sequence[ShiftHead | None]) -> list[Tensor]:

@@ -10,8 +10,8 @@ from typing import Any
 PUT: set[str] = set()
 
 
-def around(owner: type, name: str, hook: Callable[..., Any]) -> None:
-    """Let a method be called by `hook(method, self, ...)`, unless it is already."""
+def around(owner: Any, name: str, hook: Callable[..., Any]) -> None:
+    """Let a method, or a function of a module, be called by `hook(method, self, ...)`, unless it is already."""
     inner = getattr(owner, name)
     if getattr(inner, "hook", None) is hook:
         return

@@ -45,7 +45,7 @@ async def _add(request: Any) -> Any:
         name, source = check_name(asked["name"]), asked["source"]
         stacks = stacks_of(engine)
         found = await asyncio.to_thread(resolve, source)
-        failed(await engine.collective_rpc(ADD, args=(name, *found)))
+        failed(await engine.collective_rpc(ADD, args=(name, *found[:2])))
         stacks[name] = found
     except (ValueError, KeyError, TypeError, MimicError) as error:
         return _answer(engine, error)

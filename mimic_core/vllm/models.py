@@ -28,14 +28,26 @@ TRIED = (
     "Gemma3ForCausalLM",
     "GPT2LMHeadModel",
     "GraniteForCausalLM",
+    "Idefics3ForConditionalGeneration",
     "LlamaForCausalLM",
     "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
     "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "OPTForCausalLM",
     "Phi3ForCausalLM",
     "Qwen2ForCausalLM",
+    "Qwen2_5_VLForConditionalGeneration",
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
+    "Qwen3VLForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
 )
+
+
+# Modules of a layer that vLLM calls otherwise than transformers.
+_OTHER_NAMES = {"mlp": "block_sparse_moe"}
 
 
 class VLLMLayer(NamedTuple):
@@ -120,8 +132,17 @@ def layers_of(model: nn.Module, found: Located) -> list[VLLMLayer]:
                 f"layer {spec.index} has {wanted} heads, key heads, head and value widths in transformers, and {sizes} "
                 f"in vLLM's {name}"
             )
+        if name == "OPTForCausalLM":
+            _scale_before(attn)
         layers.append(mine)
     return layers
+
+
+def _scale_before(attn: Any) -> None:
+    """Scale the query before attention, as transformers does in OPT, and not in it: heads read the scaled query."""
+    inner, scale = attn.forward, attn.impl.scale
+    attn.impl.scale = 1.0
+    attn.forward = lambda query, *args, **kwargs: inner(query * scale, *args, **kwargs)
 
 
 def _layer(model: nn.Module, found: Located, index: int) -> VLLMLayer:
@@ -143,18 +164,28 @@ def _layer(model: nn.Module, found: Located, index: int) -> VLLMLayer:
     layer = model.get_submodule(".".join(path[:at]))
     attention = model.get_submodule(".".join(path[:-1]))
     sites: dict[Site, nn.Module] = {"query": attn, "attn_heads": attn, "attn_out": attention, "layer_out": layer}
+    if attn.kv_sharing_target_layer_name is None and hasattr(attn.impl, "do_kv_cache_update"):
+        sites |= {"key": attn, "value": attn}
     theirs = found.model.get_submodule(found.spec.layers[index].path)
     names = {id(module): name for name, module in theirs.named_modules()}
     if "mlp_out" in found.spec.layers[index].sites:
-        mlp = layer._modules.get(names.get(id(found.module(index, "mlp_out")), ""))
+        name = names.get(id(found.module(index, "mlp_out")), "")
+        mlp = layer._modules.get(name) or layer._modules.get(_OTHER_NAMES.get(name, ""))
         if mlp is not None:
             sites["mlp_out"] = mlp
+    if "mlp_hidden" in found.spec.layers[index].sites:
+        down = dict(layer.named_modules()).get(names.get(id(found.module(index, "mlp_hidden")), ""))
+        if down is not None:
+            sites["mlp_hidden"] = down
     return VLLMLayer(attn, sites)
 
 
-def edit_output(module: nn.Module, site: Site, edit: Callable[[Tensor], Tensor]) -> None:
-    """Let the output of a module go through `edit`, which gets the value of the site [n c]."""
+def edit_module(module: nn.Module, site: Site, edit: Callable[[Tensor], Tensor]) -> None:
+    """Let the output of a module, or its input, go through `edit`, which gets the value of the site [n c]."""
     inner = module.forward
+    if site == "mlp_hidden":
+        module.forward = lambda x, *args, **kwargs: inner(edit(x), *args, **kwargs)
+        return
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         out = inner(*args, **kwargs)

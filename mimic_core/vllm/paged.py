@@ -36,9 +36,9 @@ class Attention:
             self._lse = lse(self._impl, self._query, self._cache, self._meta)
         return self._lse
 
-    def view(self, at_once: bool) -> AttentionView:
-        """What a head reads: all tokens as one sample, or each token as a sample of its own."""
-        return _View(self, at_once)
+    def view(self, at_once: bool, at: Tensor | None) -> AttentionView:
+        """What a head reads of the tokens `at`, or of all: as one sample, or each token as a sample of its own."""
+        return _View(self, at_once, at)
 
     def gated_shift(self, value: Tensor, parameters: Sequence[Tensor], rows: Tensor, strengths: Tensor) -> bool:
         """Shift the heads' output [n h e] in place, if the ops in C++ can: return whether they did.
@@ -58,16 +58,17 @@ class Attention:
 
 
 class _View(AttentionView):
-    def __init__(self, attention: Attention, at_once: bool) -> None:
+    def __init__(self, attention: Attention, at_once: bool, at: Tensor | None) -> None:
         self._attention = attention
         self._at_once = at_once
-        query = attention.queries()
+        self._at = slice(None) if at is None else at
+        query = attention.queries()[self._at]
         self.query = query.transpose(0, 1)[None] if at_once else query[:, :, None]
         self.scale = attention._impl.scale
 
     @property
     def lse(self) -> Tensor:
-        lse = self._attention.lse
+        lse = self._attention.lse[self._at]
         return lse.T[None] if self._at_once else lse[:, :, None]
 
     @property

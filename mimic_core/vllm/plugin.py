@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import BackendUnavailableError, MimicError
-from . import requests
+from . import places, requests
 from .hooks import around
 from .running import ADD
 from .sources import sources_of
@@ -27,11 +27,13 @@ def register() -> None:
     if not is_supported(vllm.__version__):
         around(EngineArgs, "create_engine_config", _refuse_version)
         return
+    from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     around(InputProcessor, "__init__", requests.begin)
     around(InputProcessor, "process_inputs", requests.process)
+    around(kv_cache_utils, "generate_block_hash_extra_keys", places.mark)
     around(WorkerWrapperBase, "initialize_from_config", _serve)
     setattr(WorkerWrapperBase, ADD, _add)
 
@@ -62,7 +64,7 @@ def _serve(inner: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) ->
 
         worker.mimic_core_served = Served(worker.vllm_config, worker.worker.model_runner)
         for name, source in sources.items():
-            worker.mimic_core_served.add(name, *source)
+            worker.mimic_core_served.add(name, *source[:2])
     return result
 
 

@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from ..positions import Positions
 from . import limits
+from .places import FOUND
 from .sources import SHIFTS, Source, resolve, sources_of
 
 STRENGTH = "strength"
-# What the front end found, in the `extra_args` of a request: a digest and a strength.
-FOUND = "mimic_core"
 
 
 def begin(inner: Callable[..., None], processor: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -36,6 +36,8 @@ def process(
     inner: Callable[..., Any], processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Check what a request asks for, and write what was found into it."""
+    from vllm.exceptions import VLLMValidationError
+
     stacks: dict[str, Source] | None = processor.mimic_core_stacks
     extra = getattr(params, "extra_args", None) or {}
     chosen = choice(stacks, extra)
@@ -45,13 +47,15 @@ def process(
     found = {key: value for key, value in extra.items() if key not in (SHIFTS, STRENGTH, FOUND)}
     if chosen is not None:
         found[FOUND] = list(chosen)
+        if request.resumable and chosen[2] != "all":
+            raise VLLMValidationError("the prompt of this request comes in parts, and its stack needs to know its end")
     request.sampling_params.extra_args = found or None
     request.cache_salt = salt(chosen, request.cache_salt)
     return request
 
 
-def choice(stacks: dict[str, Source] | None, extra: dict[str, Any]) -> tuple[str, float] | None:
-    """The digest of the stack that a request asks for, and the strength. None: it asks for none.
+def choice(stacks: dict[str, Source] | None, extra: dict[str, Any]) -> tuple[str, float, Positions] | None:
+    """The digest of the stack that a request asks for, the strength, and the positions. None: it asks for none.
 
     Raises:
         VLLMValidationError: there is no such stack, or the strength is no number.
@@ -74,10 +78,10 @@ def choice(stacks: dict[str, Source] | None, extra: dict[str, Any]) -> tuple[str
         )
     if not isinstance(strength, int | float) or isinstance(strength, bool) or not math.isfinite(strength):
         raise VLLMValidationError(f"a strength is a finite number; found {strength!r}")
-    return stacks[name].digest, float(strength)
+    return stacks[name].digest, float(strength), stacks[name].positions
 
 
-def salt(chosen: tuple[str, float] | None, given: str | None) -> str | None:
+def salt(chosen: tuple[str, float, Positions] | None, given: str | None) -> str | None:
     """The cache salt of a request: blocks are shared only by requests of the same stack, strength and given salt.
 
     What a client gives can't be the salt of another stack: it always stands behind a colon.

@@ -32,7 +32,7 @@ def add(llm: Any, name: str, source: str | os.PathLike[str]) -> None:
     """
     stacks = stacks_of(llm.llm_engine)
     found = resolve(os.fspath(source))
-    failed(llm.collective_rpc(ADD, args=(check_name(name), *found)))
+    failed(llm.collective_rpc(ADD, args=(check_name(name), *found[:2])))
     stacks[name] = found
 
 

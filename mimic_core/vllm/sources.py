@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoint import hub
-from ..errors import CheckpointError, PatchStateError, UnknownNameError, WrongTypeError
+from ..errors import CheckpointError, MimicError, PatchStateError, UnknownNameError, WrongTypeError
+from ..heads.base import head_class
+from ..positions import Positions
 from .hooks import PUT
 
 # The key of vLLM's `additional_config`, and that of a request's `extra_args`.
@@ -20,10 +23,14 @@ SHIFTS = "shifts"
 
 
 class Source(NamedTuple):
-    """A folder with a stack, and a digest of its two files. A request carries the digest, so it never gets another."""
+    """A folder with a stack, a digest of its two files, and the positions on which it acts.
+
+    A request carries the digest, so it never gets another stack.
+    """
 
     folder: str
     digest: str
+    positions: Positions
 
 
 def engine_args(shifts: Mapping[str, str | os.PathLike[str]] | None = None) -> dict[str, Any]:
@@ -80,15 +87,24 @@ def sources_of(vllm_config: Any) -> dict[str, Any] | None:
 
 
 def resolve(source: object) -> Source:
-    """The folder of a source, downloaded if need be, and the digest of what is in it now.
+    """The folder of a source, downloaded if need be, and what is in it now.
 
     Raises:
-        CheckpointError: there is no stack at `source`.
+        CheckpointError: there is no stack at `source`, or none of heads that are registered.
     """
     if not isinstance(source, str):
         raise CheckpointError(f"the source of a stack is a directory or a hub repository; found {source!r}")
     folder = str(hub.folder_of(source, None, None, None).resolve())
-    return Source(folder, digest_of(folder))
+    digest = digest_of(folder)
+    try:
+        described = json.loads(Path(folder, hub.FILES[1]).read_bytes())
+        head, config = described["head"], described["config"]
+        # Workers refuse a stack that is composed of several heads, whatever their positions.
+        composed = isinstance(head, list)
+        positions = "all" if composed else head_class(head).config_class.from_dict(config).positions
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, MimicError) as error:
+        raise CheckpointError(f"{hub.FILES[1]} at {folder} does not describe a stack: {error}") from error
+    return Source(folder, digest, positions)
 
 
 def digest_of(folder: str) -> str:

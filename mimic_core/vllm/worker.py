@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..checkpoint import load_shifts
 from ..errors import CheckpointError, PatchStateError, UnsupportedModelError
-from ..heads import HyperICLHead, MimICHead, ShiftHead, ShiftStack, VirtualKVHead
+from ..heads import HyperICLHead, IA3Head, MimICHead, ShiftHead, ShiftStack, VirtualKVHead
 from ..heads.stack_set import Kind, kind_of
 from ..types import Site
 from . import paged
-from .batch import Heads, Tokens
-from .models import edit_output, known_to_transformers, layers_of, origin
-from .requests import FOUND
+from .batch import Heads, Step, Tokens
+from .models import edit_module, known_to_transformers, layers_of, origin
+from .places import FOUND
 from .sources import SHIFTS, digest_of
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 # Of their `At`, these read what there is here: the query, the LSE and the scale.
 _READ_ATTENTION = (HyperICLHead, MimICHead, VirtualKVHead)
 _IN_ATTENTION: tuple[Site, ...] = ("query", "attn_heads")
+_IN_CACHE: tuple[Site, ...] = ("key", "value")
 
 
 class Served:
@@ -88,12 +89,14 @@ class Served:
         reads = head.needs_at and not isinstance(head, _READ_ATTENTION)
         all_keys = getattr(head.config, "log_z2", "") == "all_keys"
         problems = {
-            f"acts at {head.config.positions}: heads with positions='all' can be": head.config.positions != "all",
             "reads more than its site, or than query, LSE and scale": reads or head.needs_prompt_end,
             "has no takes_samples, or modules of its own": not head.takes_samples or bool(head._modules),
             "has log_z2='all_keys', and masked keys are not there: pass log_z2='attended'": all_keys,
         }
         sites = self._layers[index].sites
+        if not isinstance(head, IA3Head) or head.config.positions != "all":
+            for site in _IN_CACHE:
+                problems[f"edits {site} by another formula than IA3's, or not of all tokens"] = site in head.edits()
         problems |= {f"edits {site}, and vLLM has only {', '.join(sites)}": site not in sites for site in head.edits()}
         found = [problem for problem, is_so in problems.items() if is_so]
         if found:
@@ -109,7 +112,8 @@ class Served:
         for digest, stack in self._stacks.items():
             kinds.setdefault(kind_of(stack), []).append(digest)
         self._rows = {digest: (kind, row) for kind, some in kinds.items() for row, digest in enumerate(some)}
-        self._tokens = {kind: self._tokens.get(kind) or Tokens(self._most) for kind in kinds}
+        for kind, (one, *_) in kinds.items():
+            self._tokens.setdefault(kind, Tokens(self._most, self._stacks[one].config.positions))
         self._heads = {key: [] for key in self._edited}
         for kind, some in kinds.items():
             stacks = [self._stacks[digest] for digest in some]
@@ -123,12 +127,15 @@ class Served:
     def _edit(self, layer: int, site: Site) -> None:
         if (layer, site) in self._edited:
             return
-        mine = self._layers[layer]
+        mine, impl = self._layers[layer], self._layers[layer].attn.impl
         if site in _IN_ATTENTION:
             if not any((layer, other) in self._edited for other in _IN_ATTENTION):
-                mine.attn.impl.forward = partial(self._attend, layer, mine.attn.impl, mine.attn.impl.forward)
+                impl.forward = partial(self._attend, layer, impl, impl.forward)
+        elif site in _IN_CACHE:
+            if not any((layer, other) in self._edited for other in _IN_CACHE):
+                impl.do_kv_cache_update = partial(self._cache, layer, impl.do_kv_cache_update)
         else:
-            edit_output(mine.sites[site], site, partial(self._output, layer, site))
+            edit_module(mine.sites[site], site, partial(self._output, layer, site))
         self._edited.add((layer, site))
 
     def _output(self, layer: int, site: Site, value: Tensor) -> Tensor:
@@ -140,6 +147,12 @@ class Served:
                 value = heads(value, attention)
                 self._pending -= 1
         return value
+
+    def _cache(self, layer: int, inner: Callable[..., Any], module: Any, key: Tensor, value: Tensor, *args: Any) -> Any:
+        edited = (
+            self._run(self._heads.get((layer, site), ()), x) for site, x in zip(_IN_CACHE, (key, value), strict=True)
+        )
+        return inner(module, *edited, *args)
 
     def _attend(
         self,
@@ -173,11 +186,13 @@ class Served:
 
     def _prepare(self, inner: Callable[..., Any], scheduled: Any, counts: np.ndarray) -> Any:
         """vLLM has chosen the requests of a step: say which tokens have which stack."""
-        ids = self._runner.input_batch.req_ids
+        batch = self._runner.input_batch
+        ids = batch.req_ids
         if ids != self._ids or scheduled.scheduled_new_reqs:
             self._look_up(ids)
+        step = Step(counts, batch.num_computed_tokens_cpu[: len(ids)], batch.num_prompt_tokens[: len(ids)])
         for kind, tokens in self._tokens.items():
-            tokens.begin(*self._of_ids[kind], counts)
+            tokens.begin(*self._of_ids[kind], step)
         self._pending = sum(heads.is_active for some in self._heads.values() for heads in some)
         return inner(scheduled, counts)
 
@@ -196,7 +211,7 @@ class Served:
             raise PatchStateError("a request for a stack came past vLLM's input processor, so nothing has checked it")
         if FOUND not in extra:
             return None, -1, 0.0
-        digest, strength = extra[FOUND]
+        digest, strength, _ = extra[FOUND]
         if digest not in self._rows:
             raise PatchStateError(f"a request asks for a stack with the digest {digest}, which was not loaded here")
         return *self._rows[digest], strength

@@ -1,4 +1,4 @@
-"""Prompts with images: as the patched Llava of transformers."""
+"""Prompts with images: as the patched model of transformers."""
 
 # vLLM has an environment of its own.
 # pyright: reportMissingImports=false
@@ -17,28 +17,36 @@ pytest.importorskip("torchvision", reason="vLLM's Llava needs it")
 import mimic_core.vllm as mv
 
 LENGTH = 10
-TEXTS = ["w5 w6 <image> w7 w8", "<image> w30 w31 w32", "w9 w10 <image>", "w5 w6 <image> w7 w8"]
+TEXTS = ["w15 w16 IMAGE w17 w18", "IMAGE w30 w31 w32", "w19 w20 IMAGE", "w15 w16 IMAGE w17 w18", "w15 w16 w17"]
 
 
-def test_images_and_stacks_in_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.exhaustive] if x != "llava" else []) for x in serving_images.MODELS]
+)
+def test_images_and_stacks_in_one_batch(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "smolvlm":
+        pytest.importorskip("num2words", reason="the processor of SmolVLM needs it")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    model, processor = serving_images.llava_at(tmp_path / "model")
-    heads = ["mimic", "live", "layer"]
-    stacks = {head: serving.stack_at(tmp_path / head, model, head, seed) for seed, head in enumerate(heads)}
+    made = serving_images.made_at(tmp_path / "model", name)
+    heads = ["mimic", "live", "layer", "ends"]
+    stacks = {head: serving.stack_at(tmp_path / head, made.model, head, seed) for seed, head in enumerate(heads)}
     asked = [(text, seed, head) for seed, text in enumerate(TEXTS) for head in (None, *heads)]
     asked += [(TEXTS[0], 9, head) for head in (None, *heads)]  # another image behind the same words
     expected, prompts = [], []
-    for text, seed, head in asked:
-        picture = serving_images.image(seed)
-        inputs = processor(images=picture, text=text, return_tensors="pt")
+    for words, seed, head in asked:
+        text = words.replace("IMAGE", made.mark)
+        pictures = [made.image(seed)] if made.mark in text else []
+        inputs = made.processor(images=pictures or None, text=text, return_tensors="pt")
         ask = Ask(inputs.pop("input_ids")[0].tolist(), head)
         inputs.pop("attention_mask")
-        expected.append(serving.wanted(model, stacks, ask, LENGTH, **inputs))
-        prompts.append({"prompt": text, "multi_modal_data": {"image": picture}})
+        expected.append(serving.wanted(made.model, stacks, ask, LENGTH, **inputs))
+        prompts.append({"prompt": text, **({"multi_modal_data": {"image": pictures[0]}} if pictures else {})})
     assert len({tuple(answer.tokens) for answer in expected}) > len(asked) // 2
+    assert expected[0].tokens != expected[-5].tokens or expected[0].apart(expected[-5]) > 1e-2, "the image is seen"
     options = mv.engine_args({head: tmp_path / head for head in heads})
-    with serving.engine(tmp_path / "model", **options, skip_tokenizer_init=False, max_num_batched_tokens=64) as llm:
+    options |= {"max_num_batched_tokens": 96, "limit_mm_per_prompt": {"image": 1, "video": 0}}
+    with serving.engine(tmp_path / "model", **options, skip_tokenizer_init=False) as llm:
         parameters = [serving.params(Ask([], head), LENGTH) for _, _, head in asked]
         for _ in range(2):  # the second time, blocks are in the cache
             found: list[Answer] = [

@@ -124,7 +124,8 @@ def test_requests_are_cut_preempted_and_share_blocks(llama: Served, monkeypatch:
 def one_by_one(llama: Served, asks: list[Ask]) -> list[bool]:
     """Whether each answer is right, of requests that find the blocks of those before them."""
     llama.llm.reset_prefix_cache()
-    return [serving.answers(llama.llm, [ask], LENGTH)[0].tokens == llama.wanted(ask).tokens for ask in asks]
+    pairs = [(serving.answers(llama.llm, [ask], LENGTH)[0], llama.wanted(ask)) for ask in asks]
+    return [found.tokens == wanted.tokens and found.apart(wanted) < 1e-4 for found, wanted in pairs]
 
 
 def test_blocks_are_shared_by_the_same_stack_and_strength_only(llama: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +140,19 @@ def test_blocks_are_shared_by_the_same_stack_and_strength_only(llama: Served, mo
     assert one_by_one(llama, asks) == [True, False, False, False], "without the salt, blocks of another stack are used"
 
 
+@pytest.mark.parametrize("stack", ["end", "ends"])
+def test_blocks_know_where_a_prompt_ends(llama: Served, stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block may hold the end of one prompt and the middle of another, with the same stack."""
+    from vllm.v1.core import kv_cache_utils
+
+    whole = [*START, 111]
+    asks = [Ask(prompt, stack) for prompt in (whole[:64], whole, whole[:68], whole[:64])]
+    assert all(one_by_one(llama, asks))
+    hasher = kv_cache_utils.generate_block_hash_extra_keys
+    monkeypatch.setattr(kv_cache_utils, "generate_block_hash_extra_keys", hasher.__wrapped__)
+    assert not all(one_by_one(llama, asks))
+
+
 def test_no_salt_of_a_client_reaches_blocks_of_a_stack(llama: Served) -> None:
     from mimic_core.vllm.requests import salt
 
@@ -151,17 +165,31 @@ def test_no_salt_of_a_client_reaches_blocks_of_a_stack(llama: Served) -> None:
     serving.assert_same(serving.answer_of(found.outputs[0]), llama.wanted(second), "a forged salt")
 
 
-def test_several_answers_and_log_probabilities_of_the_prompt(llama: Served) -> None:
-    ask = Ask([*START, 113], "mimic")
+@pytest.mark.parametrize("name", ["mimic", "ends"])
+def test_several_answers_and_log_probabilities_of_the_prompt(llama: Served, name: str) -> None:
+    ask = Ask([*START, 113], name)
     options = {"n": 3, "temperature": 1.0, "top_k": 1, "prompt_logprobs": 0}
     prompt = {"prompt_token_ids": ask.prompt}
     (found,) = llama.llm.generate([prompt], serving.params(ask, LENGTH, **options), use_tqdm=False)
     assert [list(one.token_ids) for one in found.outputs] == [llama.wanted(ask).tokens] * 3
-    with mc.patch(llama.model, llama.stacks["mimic"]):
+    with mc.patch(llama.model, llama.stacks[name]):
         logprobs = llama.model(torch.tensor([ask.prompt])).logits[0].log_softmax(-1)
     for place, one in enumerate(found.prompt_logprobs[1:]):
         token = ask.prompt[place + 1]
         assert abs(one[token].logprob - float(logprobs[place, token])) < 1e-4
+
+
+def test_a_prompt_ends_where_it_ended_before_a_preemption(llama: Served) -> None:
+    """All are preempted after some tokens, and compute these again together with the prompt."""
+    asks = [Ask([*START[:40], 112 + i], name) for i, name in enumerate(["end", "ends", None])]
+    for i, ask in enumerate(asks):
+        llama.llm.llm_engine.add_request(str(i), {"prompt_token_ids": ask.prompt}, serving.params(ask, LENGTH))
+    for _ in range(8):
+        llama.llm.llm_engine.step()
+    assert llama.llm.reset_prefix_cache(reset_running_requests=True)
+    for one in finish(llama.llm):
+        ask = asks[int(one.request_id)]
+        serving.assert_same(serving.answer_of(one.outputs[0]), llama.wanted(ask), ask)
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -185,6 +213,10 @@ def test_a_wrong_request_is_refused_and_the_others_go_on(llama: Served) -> None:
     for extra, message in WRONG:
         with pytest.raises(VLLMValidationError, match=re.escape(message)):
             llm_engine.add_request("bad", prompt, vllm.SamplingParams(extra_args=extra))
+    process = llm_engine.input_processor.process_inputs
+    process("parts", prompt, options, ("generate",), resumable=True)
+    with pytest.raises(VLLMValidationError, match="comes in parts, and its stack needs to know its end"):
+        process("parts", prompt, serving.params(Ask([], "end"), LENGTH), ("generate",), resumable=True)
     found = [one for one in finish(llama.llm) if one.request_id == "good"]
     serving.assert_same(serving.answer_of(found[0].outputs[0]), llama.wanted(ask), ask)
 
@@ -231,7 +263,7 @@ def broken_stacks(folder: Path, model: PreTrainedModel) -> Iterator[tuple[Path, 
     yield folder / "gone", "no shifts at"
     for name, config, why in [
         ("keys", mc.MimICConfig(log_z2="all_keys"), "masked keys are not there: pass log_z2='attended'"),
-        ("end", mc.TaskVectorConfig(), "acts at prompt_end: heads with positions='all' can be"),
+        ("ia3", mc.IA3Config(positions="prompt"), "edits key by another formula than IA3's, or not of all tokens"),
     ]:
         mc.save_shifts(mc.build_shifts(model, config), folder / name)
         yield folder / name, why
@@ -328,14 +360,14 @@ def assert_shifted(head: Any, before: list[Any], after: list[torch.Tensor], stre
 
 
 MORE = [name for name in serving.MODELS if name != "llama"]
-LONG = ("gemma2", "gpt2", "qwen3_moe")
+LONG = ("gemma2", "gpt2", "mixtral", "qwen2", "qwen3_moe")
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.exhaustive] if name in LONG else []) for name in MORE]
 )
 def test_models(name: str, tmp_path: Path) -> None:
-    stacks = ["mimic", "live", "layer", "out"]
+    stacks = ["mimic", "live", "layer", "out", *([] if name in ("mixtral", "qwen3_moe") else ["ia3"])]
     if name == "gemma2":  # it has a softcap of the logits
         stacks.remove("mimic")
     for one in served(tmp_path, name, stacks, max_num_batched_tokens=48):

@@ -62,6 +62,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3ForCausalLM", _GEMMA3),
     "gemma2": ("Gemma2ForCausalLM", {**_GEMMA3, "attn_logit_softcapping": 5.0, "attn_implementation": "eager"}),
     "gpt2": ("GPT2LMHeadModel", {"hidden_size": 128, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "opt": ("OPTForCausalLM", {"hidden_size": 128, "ffn_dim": 96, "word_embed_proj_dim": 128}),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", _EXPERTS),
 }
 
@@ -75,6 +77,9 @@ STACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "alive": ("live", {"sigmoid": True}),
     "layer": ("live", {"site": "layer_out", "sigmoid": True}),
     "out": ("live", {"site": "attn_out", "sigmoid": True}),
+    "ia3": ("ia3", {}),
+    "end": ("function_vector", {}),
+    "ends": ("loreft", {"rank": 2, "positions": ("first", 3, "last", 7)}),
 }
 # Of each of them two stacks, so that tokens of one step have different numbers of the same kind.
 HEADS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -82,6 +87,10 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     for head in ("attn_bias", "caa", "hyper_icl", "i2cl", "icv", "m2iv", "mlp_bias", "virtual_kv")
     for i in range(2)
 }
+# At some positions alone.
+HEADS |= {f"{head}-{i}": (head, {}) for head in ("task_vector", "mtv") for i in range(2)}
+HEADS |= {"last": ("mimic", {"positions": ("last", 20)}), "few": ("hyper_icl", {"positions": ("first", 5, "last", 5)})}
+HEADS |= {"prompt": ("attn_bias", {"positions": "prompt"}), "generated": ("live", {"positions": "generated"})}
 HEADS |= {"low-rank": ("virtual_kv", {"rank": 2}), "weighted": ("virtual_kv", {"learn_weight": True, "layers": (1,)})}
 
 
@@ -98,6 +107,10 @@ class Answer(NamedTuple):
 
     tokens: list[int]
     logprobs: list[float]
+
+    def apart(self, other: Answer) -> float:
+        """How far apart the log probabilities are, at most."""
+        return max(abs(a - b) for a, b in zip(self.logprobs, other.logprobs, strict=True))
 
 
 def model_at(path: Path, name: str, **options: Any) -> PreTrainedModel:
@@ -169,7 +182,7 @@ def answer_of(output: Any) -> Answer:
 def assert_same(found: Answer, expected: Answer, what: object, tolerance: float = 1e-4) -> None:
     """Equal tokens, and equal log probabilities up to rounding."""
     assert found.tokens == expected.tokens, what
-    apart = max(abs(a - b) for a, b in zip(found.logprobs, expected.logprobs, strict=True))
+    apart = found.apart(expected)
     assert apart < tolerance, f"{what}: {apart}"
 
 

@@ -100,7 +100,7 @@ struct Part {
   int64_t request, head, first, last;
 };
 
-// Calls use(token, head, query, lse) for each query of the requests that are `wanted`.
+// Calls use(token, head, query, lse) for each query of the tokens that are `wanted`, and for some beside them.
 template <typename S, typename Wanted, typename Use>
 void for_lse(const Paged& call, Wanted wanted, Use use) {
   const Tensor &query = call.query, &keys = call.keys;
@@ -109,12 +109,20 @@ void for_lse(const Paged& call, Wanted wanted, Use use) {
   const auto *start = call.starts.const_data_ptr<int32_t>(), *length = call.lengths.const_data_ptr<int32_t>();
   const int32_t* pages = call.table.const_data_ptr<int32_t>();
   const S *q = query.const_data_ptr<S>(), *k = keys.const_data_ptr<S>();
+  const auto any = [&](int64_t request, int64_t first, int64_t last) {
+    for (int64_t token = start[request] + first / group; token <= start[request] + (last - 1) / group; ++token) {
+      if (wanted(token)) return true;
+    }
+    return false;
+  };
   std::vector<Part> parts;
   for (int64_t r = 0; r < call.lengths.size(0); ++r) {
     const int64_t rows = (start[r + 1] - start[r]) * group;
-    if (rows == 0 || !wanted(start[r])) continue;
     for (int64_t head = 0; head < g; ++head) {
-      for (int64_t i = 0; i < rows; i += kBlock) parts.push_back({r, head, i, std::min(i + kBlock, rows)});
+      for (int64_t i = 0; i < rows; i += kBlock) {
+        const int64_t last = std::min(i + kBlock, rows);
+        if (any(r, i, last)) parts.push_back({r, head, i, last});
+      }
     }
   }
   at::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
@@ -124,6 +132,7 @@ void for_lse(const Paged& call, Wanted wanted, Use use) {
       const int64_t before = length[part.request] - (start[part.request + 1] - start[part.request]);
       for (int64_t row = part.first; row < part.last; row += kQueries) {
         const int64_t some = std::min(kQueries, part.last - row);
+        if (!any(part.request, row, row + some)) continue;
         LSE found[kQueries];
         int64_t place[kQueries], token[kQueries], head[kQueries];
         for (int64_t j = 0; j < some; ++j) {

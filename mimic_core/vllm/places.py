@@ -1,0 +1,45 @@
+"""On which tokens of a request a stack acts, and what its cache blocks are told apart by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..positions import Positions
+
+# What the front end found, in the `extra_args` of a request: the digest of a stack, a strength, and its positions.
+FOUND = "mimic_core"
+
+
+def acts(positions: Positions, place: np.ndarray, prompt: Any) -> np.ndarray:
+    """Whether a stack acts on tokens: `mimic_core.positions.select`, for tokens whose places are known.
+
+    Args:
+        place: The place of each token in its request [n].
+        prompt: The length of its prompt, a number or [n].
+    """
+    if positions == "all":
+        return np.ones(len(place), dtype=bool)
+    inside = place < prompt
+    if positions == "generated":
+        return ~inside
+    if positions == "prompt":
+        return inside
+    named: Any = ("last", 1) if positions == "prompt_end" else positions
+    counts = dict(zip(named[::2], named[1::2], strict=True))
+    return inside & ((place < counts.get("first", 0)) | (place >= prompt - counts.get("last", 0)))
+
+
+def mark(inner: Callable[..., Any], request: Any, start: int, end: int, *more: Any) -> Any:
+    """What vLLM hashes of a block besides its tokens: also on which of them the request's stack acts.
+
+    The end of a prompt may be in the middle of another one with the same stack, which then needs other blocks.
+    """
+    keys, rest = inner(request, start, end, *more)
+    extra = getattr(request.sampling_params, "extra_args", None) or {}
+    if FOUND not in extra or extra[FOUND][2] == "all":
+        return keys, rest
+    chosen = acts(extra[FOUND][2], np.arange(start, end), request.num_prompt_tokens)
+    return ((*(keys or ()), (FOUND, chosen.tobytes())) if chosen.any() else keys), rest
