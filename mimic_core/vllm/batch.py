@@ -28,9 +28,9 @@ class Tokens:
         version: Another number whenever tokens have other rows than in the step before.
     """
 
-    def __init__(self, most: int) -> None:
-        self._rows = torch.zeros(most, dtype=torch.int64)
-        self._strengths = torch.zeros(most)
+    def __init__(self, most: int, device: torch.device) -> None:
+        self._rows = torch.zeros(most, dtype=torch.int64, device=device)
+        self._strengths = torch.zeros(most, device=device)
         self.is_active = False
         self.only: int | None = None
         self.is_whole = False
@@ -58,8 +58,8 @@ class Tokens:
         if not np.array_equal(of_tokens, self._last):
             self.version += 1
             self._last = of_tokens
-            self._rows[:n] = torch.from_numpy(of_tokens)
-        self._strengths[:n] = torch.from_numpy(np.repeat(np.where(has, strengths, 0.0), counts))
+            _write(self._rows, of_tokens)
+        _write(self._strengths, np.repeat(np.where(has, strengths, 0.0), counts))
         self._strengths[n:] = 0
 
     def end(self) -> None:
@@ -69,6 +69,12 @@ class Tokens:
     def of(self, n: int) -> tuple[Tensor, Tensor]:
         """The rows and strengths of the first n tokens."""
         return self._rows[:n], self._strengths[:n]
+
+
+def _write(buffer: Tensor, found: np.ndarray) -> None:
+    """Write the first numbers of a buffer, without waiting for a GPU."""
+    source = torch.from_numpy(found)
+    buffer[: len(source)].copy_(source.pin_memory() if buffer.is_cuda else source, non_blocking=True)
 
 
 class Heads:
@@ -94,7 +100,8 @@ class Heads:
         self._stacked = {name: torch.stack([head.own(name).detach() for head in filled]) for name in names}
         self._kept: tuple[tuple[int, int], Edit] | None = None
         self._shift = _gated_shift(found) if site == "attn_heads" and self._some.is_gated_shift else None
-        self._has = None if None not in found else torch.tensor([float(head is not None) for head in found])
+        has = [float(head is not None) for head in found]
+        self._has = None if all(has) else torch.tensor(has, device=self._stacked[names[0]].device)
 
     @property
     def is_active(self) -> bool:

@@ -17,7 +17,7 @@ from ..errors import CheckpointError, PatchStateError, UnsupportedModelError
 from ..heads import HyperICLHead, MimICHead, ShiftHead, ShiftStack, VirtualKVHead
 from ..heads.stack_set import Kind, kind_of
 from ..types import Site
-from . import paged
+from . import kernels, paged
 from .batch import Heads, Tokens
 from .models import edit_output, known_to_transformers, layers_of, origin
 from .requests import FOUND
@@ -67,7 +67,7 @@ class Served:
         if digest in self._stacks:
             return
         began = time.perf_counter()
-        stack = load_shifts(folder, self._found.model).requires_grad_(False)
+        stack = load_shifts(folder, self._found.model).requires_grad_(False).to(self._runner.device)
         if stack.parts != (stack,):
             raise UnsupportedModelError(f"stack {name!r} can't be served: it is composed of several heads")
         if digest_of(folder) != digest:
@@ -109,7 +109,7 @@ class Served:
         for digest, stack in self._stacks.items():
             kinds.setdefault(kind_of(stack), []).append(digest)
         self._rows = {digest: (kind, row) for kind, some in kinds.items() for row, digest in enumerate(some)}
-        self._tokens = {kind: self._tokens.get(kind) or Tokens(self._most) for kind in kinds}
+        self._tokens = {kind: self._tokens.get(kind) or Tokens(self._most, self._runner.device) for kind in kinds}
         self._heads = {key: [] for key in self._edited}
         for kind, some in kinds.items():
             stacks = [self._stacks[digest] for digest in some]
@@ -162,13 +162,15 @@ class Served:
             n = meta.num_actual_tokens
             edited = self._run(of_query, query[:n], paged.Attention(impl, query[:n], cache, meta))
             query = torch.cat([edited, query[n:]])
-        result = inner(module, query, key, value, cache, meta, output, *more, **kwargs)
-        if any(heads.is_active for heads in of_heads):
-            n = meta.num_actual_tokens
-            before = output[:n]
-            edited = self._run(of_heads, before, paged.Attention(impl, query[:n], cache, meta))
-            if edited is not before:
-                before.copy_(edited)
+        if not any(heads.is_active for heads in of_heads):
+            return inner(module, query, key, value, cache, meta, output, *more, **kwargs)
+        with kernels.keeping(impl) as kept:
+            result = inner(module, query, key, value, cache, meta, output, *more, **kwargs)
+        n = meta.num_actual_tokens
+        before = output[:n]
+        edited = self._run(of_heads, before, paged.Attention(impl, query[:n], cache, meta, kept))
+        if edited is not before:
+            before.copy_(edited)
         return result
 
     def _prepare(self, inner: Callable[..., Any], scheduled: Any, counts: np.ndarray) -> Any:
