@@ -213,7 +213,7 @@ def check(attn: Any, name: str) -> None:
         f"the attention backend {attn.attn_backend.get_name()}, {refused}": refused is not None,
         f"attention of the kind {type(attn).__name__}": type(attn).__name__ != "Attention",
         f"attention of the kind {attn.attn_type!r}": attn.attn_type != "decoder",
-        f"keys in {attn.kv_cache_dtype}": is_quantized_kv_cache(attn.kv_cache_dtype),
+        f"keys in {attn.kv_cache_dtype} (pass kv_cache_dtype='auto')": is_quantized_kv_cache(attn.kv_cache_dtype),
         "a softcap of the logits": bool(getattr(impl, "logits_soft_cap", 0)),
         "alibi": getattr(impl, "alibi_slopes", None) is not None,
         "attention sinks": getattr(impl, "sinks", None) is not None,

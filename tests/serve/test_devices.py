@@ -33,6 +33,7 @@ def test_heads_stay_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             tokens = Tokens(16, GPU)
             for rows in ([0, 0], [0, 1], [0, -1]):
                 tokens.begin(np.array(rows), np.ones(2), np.array([1, 5]))
+                assert all(x.device.type == "cuda" for x in tokens.of(6))
                 for layer in whole.layers:
                     for site in whole[layer].edits():
                         heads = Heads([whole, part], layer, site, model, tokens)

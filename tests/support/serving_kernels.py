@@ -143,7 +143,7 @@ def _use(patch: pytest.MonkeyPatch, backend: str) -> None:
     patch.setitem(registry._ATTN_OVERRIDES, registry.AttentionBackendEnum.CPU_ATTN, path)
 
 
-def use_flash(patch: pytest.MonkeyPatch, version: int = 2) -> None:
+def use_flash(patch: pytest.MonkeyPatch, version: int = 3) -> None:
     """Let vLLM on a CPU attend with its backend for FlashAttention."""
     from vllm.v1.attention.backends import flash_attn
 
