@@ -158,22 +158,23 @@ def _lse(scale: float, window: int, query: Tensor, keys: Tensor, pages: Tensor, 
 
 
 def _checked(found: Tensor, impl: Any, query: Tensor, cache: Tensor, meta: Any) -> Tensor:
-    """The LSE [n h] that a kernel for CUDA returned. The first ones of a layer are compared with those of its keys.
+    """The LSE [n h] that a kernel for CUDA returned. In steps of a new size it is compared with that of the keys.
 
     Raises:
         BackendUnavailableError: it is another one.
     """
     _check(meta)
     requests = getattr(meta, kernels.COMMON, meta)
-    # Only requests that decode, or some with a prompt: this may be another kernel.
-    kind = len(query) >= len(requests.query_start_loc)
+    # Another kernel may run for prompts, for more requests, or for longer ones.
+    n = len(requests.query_start_loc) - 1
+    kind = len(query) > n, n.bit_length(), int(requests.max_seq_len).bit_length()
     seen = vars(impl).setdefault("mimic_core_seen", set())
     if kind in seen:
         return found
     keys = cache[..., : query.shape[-1]].transpose(2, 3)  # [pages g d size]
     pages = meta.block_table if requests is meta else requests.block_table_tensor
     starts = requests.query_start_loc.tolist()
-    for row in {0, len(starts) - 2}:  # FlashInfer has those that decode first, and the prompts last
+    for row in {0, n - 1}:  # FlashInfer has those that decode first, and the prompts last
         one = slice(row, row + 1)
         at = slice(max(starts[row], starts[row + 1] - _COMPARED), starts[row + 1])
         call = query[at][None], keys, pages[one], requests.seq_lens[one].long()

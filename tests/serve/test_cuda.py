@@ -136,9 +136,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_an_lse_that_is_not_that_of_the_keys_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call, _, _ = flash_call(monkeypatch, [1, 4, 1])
+def break_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     inner = serving_kernels.flash_attn_varlen_func
 
     def broken(**kwargs: Any) -> Any:
@@ -146,7 +144,26 @@ def test_an_lse_that_is_not_that_of_the_keys_is_refused(name: str, monkeypatch: 
         return out, BROKEN[name](lse)
 
     monkeypatch.setattr("vllm.v1.attention.backends.flash_attn.flash_attn_varlen_func", broken)
-    with pytest.raises(mc.BackendUnavailableError, match="LSE of FlashAttentionImpl is not that of its keys"):
+
+
+REFUSED = "the LSE of FlashAttentionImpl is not that of its keys"
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_an_lse_that_is_not_that_of_the_keys_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, _, _ = flash_call(monkeypatch, [1, 4, 1])
+    break_it(monkeypatch, name)
+    with pytest.raises(mc.BackendUnavailableError, match=REFUSED):
+        _ = call().lse
+
+
+def test_steps_of_a_new_size_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, (_, _, meta), _ = flash_call(monkeypatch, [1, 1, 1])
+    _ = call().lse
+    break_it(monkeypatch, "of some keys")
+    _ = call().lse
+    meta.max_seq_len = 64
+    with pytest.raises(mc.BackendUnavailableError, match=REFUSED):
         _ = call().lse
 
 
