@@ -96,7 +96,7 @@ def _flashinfer(inner: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: A
     return out
 
 
-def _build(inner: Callable[..., Any], builder: Any, prefix: int, common: Any, *args: Any, **kwargs: Any) -> Any:
-    made = inner(builder, prefix, common, *args, **kwargs)
-    setattr(made, COMMON, common)
+def _build(inner: Callable[..., Any], builder: Any, *args: Any, **kwargs: Any) -> Any:
+    made = inner(builder, *args, **kwargs)
+    setattr(made, COMMON, kwargs["common_attn_metadata"] if "common_attn_metadata" in kwargs else args[1])
     return made

@@ -64,6 +64,7 @@ def test_a_batch_mixes_stacks(backend: str, model: str, tmp_path: Path, monkeypa
             serving.assert_same(found, wanted, ask[1:])
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
         runner._dummy_run(4)  # as vLLM does to see how much memory it needs: without the metadata of attention
+        runner._dummy_run(4, force_attention=True)  # as it does to warm up
         impl = type(runner.model.model.layers[0].self_attn.attn.impl).__name__
         assert impl == {"flash": "FlashAttentionImpl", "flashinfer": "FlashInferImpl"}[backend]
 
