@@ -168,6 +168,14 @@ def test_steps_of_a_new_size_are_compared(monkeypatch: pytest.MonkeyPatch) -> No
         _ = call().lse
 
 
+def test_a_query_that_is_not_finite_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, (query, _, _), _ = flash_call(monkeypatch, [1, 4, 1])
+    query[0] = torch.nan
+    found = call().lse
+    assert found[0].isnan().all()
+    assert found[1:].isfinite().all()
+
+
 def test_kernels_that_return_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     _, (query, cache, meta), impl = flash_call(monkeypatch, [1, 4, 1])
     with pytest.raises(mc.PatchStateError, match=r"shape \(0,\) for queries of the shape \(6, 6, 16\), by 0 calls"):
