@@ -57,10 +57,10 @@ class Tokens:
         version: Another number whenever tokens have other rows than in the step before.
     """
 
-    def __init__(self, most: int, positions: Positions) -> None:
+    def __init__(self, most: int, positions: Positions, device: torch.device) -> None:
         self._positions: Positions = positions
-        self._rows = torch.zeros(most, dtype=torch.int64)
-        self._strengths = torch.zeros(most)
+        self._rows = torch.zeros(most, dtype=torch.int64, device=device)
+        self._strengths = torch.zeros(most, device=device)
         self.at: Tensor | None = None
         self.is_active = False
         self.only: int | None = None
@@ -91,10 +91,10 @@ class Tokens:
         if not np.array_equal(of_tokens, self._last):
             self.version += 1
             self._last = of_tokens
-            self._rows[:n] = torch.from_numpy(np.maximum(of_tokens, 0))
-            self.at = None if len(here) == n else torch.from_numpy(here)
+            _write(self._rows, np.maximum(of_tokens, 0))
+            self.at = None if len(here) == n else _put(here, self._rows.device)
         of_strengths = np.where(of_tokens >= 0, np.repeat(strengths, step.counts), 0)
-        self._strengths[:n] = torch.from_numpy(of_strengths)
+        _write(self._strengths, of_strengths)
         self._strengths[n:] = 0
         self._chosen = None if self.at is None else (self._rows[self.at], self._strengths[self.at])
         self.is_whole = bool((of_strengths[here] == 1).all())
@@ -112,6 +112,17 @@ class Tokens:
     def chosen(self, n: int) -> tuple[Tensor, Tensor]:
         """Those of the first n tokens that have such a stack."""
         return self.of(n) if self._chosen is None else self._chosen
+
+
+def _write(buffer: Tensor, found: np.ndarray) -> None:
+    """Write the first numbers of a buffer, without waiting for a GPU."""
+    buffer[: len(found)].copy_(_put(found, buffer.device), non_blocking=True)
+
+
+def _put(found: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers on a device, without waiting for it."""
+    source = torch.from_numpy(found)
+    return source if device.type == "cpu" else source.pin_memory().to(device, non_blocking=True)
 
 
 class Heads:
@@ -137,7 +148,8 @@ class Heads:
         self._stacked = {name: torch.stack([head.own(name).detach() for head in filled]) for name in names}
         self._kept: tuple[tuple[int, int], Edit] | None = None
         self._shift = _gated_shift(found) if site == "attn_heads" and self._some.is_gated_shift else None
-        self._has = None if None not in found else torch.tensor([float(head is not None) for head in found])
+        has = [float(head is not None) for head in found]
+        self._has = None if all(has) else torch.tensor(has, device=self._stacked[names[0]].device)
 
     @property
     def is_active(self) -> bool:

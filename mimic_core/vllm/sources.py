@@ -20,6 +20,8 @@ from .hooks import PUT
 
 # The key of vLLM's `additional_config`, and that of a request's `extra_args`.
 SHIFTS = "shifts"
+# Another key of the `additional_config`: stacks are served on CUDA, although no card was there to try it.
+UNTRIED = "shifts_on_untried_cuda"
 
 
 class Source(NamedTuple):
@@ -33,7 +35,9 @@ class Source(NamedTuple):
     positions: Positions
 
 
-def engine_args(shifts: Mapping[str, str | os.PathLike[str]] | None = None) -> dict[str, Any]:
+def engine_args(
+    shifts: Mapping[str, str | os.PathLike[str]] | None = None, *, on_untried_cuda: bool = False
+) -> dict[str, Any]:
     """The arguments that `vllm.LLM` or `vllm.EngineArgs` needs to serve stacks.
 
         llm = LLM("my/model", **mimic_core.vllm.engine_args(shifts={"vqa": "vqa-shifts", "caption": "me/caption"}))
@@ -42,6 +46,7 @@ def engine_args(shifts: Mapping[str, str | os.PathLike[str]] | None = None) -> d
     Args:
         shifts: The sources of the stacks by name: directories, or repositories of the Hugging Face Hub. None or empty:
             the engine starts without a stack, and they can be added later.
+        on_untried_cuda: Serve on a GPU too, which was never tried: docs/serve.md says what to compare first.
 
     Raises:
         UnknownNameError: a name is no string, or empty.
@@ -56,7 +61,8 @@ def engine_args(shifts: Mapping[str, str | os.PathLike[str]] | None = None) -> d
             "point, and if VLLM_PLUGINS is set, name mimic_core in it"
         )
     named = {check_name(name): os.fspath(source) for name, source in (shifts or {}).items()}
-    return {"additional_config": {SHIFTS: named}, "enforce_eager": True}
+    untried = {UNTRIED: True} if on_untried_cuda else {}
+    return {"additional_config": {SHIFTS: named, **untried}, "enforce_eager": True}
 
 
 def check_name(name: object) -> str:

@@ -17,7 +17,7 @@ from ..errors import CheckpointError, PatchStateError, UnsupportedModelError
 from ..heads import HyperICLHead, IA3Head, MimICHead, ShiftHead, ShiftStack, VirtualKVHead
 from ..heads.stack_set import Kind, kind_of
 from ..types import Site
-from . import paged
+from . import kernels, paged
 from .batch import Heads, Step, Tokens
 from .models import edit_module, known_to_transformers, layers_of, origin
 from .places import FOUND
@@ -68,7 +68,7 @@ class Served:
         if digest in self._stacks:
             return
         began = time.perf_counter()
-        stack = load_shifts(folder, self._found.model).requires_grad_(False)
+        stack = load_shifts(folder, self._found.model).requires_grad_(False).to(self._runner.device)
         if stack.parts != (stack,):
             raise UnsupportedModelError(f"stack {name!r} can't be served: it is composed of several heads")
         if digest_of(folder) != digest:
@@ -113,7 +113,8 @@ class Served:
             kinds.setdefault(kind_of(stack), []).append(digest)
         self._rows = {digest: (kind, row) for kind, some in kinds.items() for row, digest in enumerate(some)}
         for kind, (one, *_) in kinds.items():
-            self._tokens.setdefault(kind, Tokens(self._most, self._stacks[one].config.positions))
+            tokens = Tokens(self._most, self._stacks[one].config.positions, self._runner.device)
+            self._tokens.setdefault(kind, tokens)
         self._heads = {key: [] for key in self._edited}
         for kind, some in kinds.items():
             stacks = [self._stacks[digest] for digest in some]
@@ -175,13 +176,15 @@ class Served:
             n = meta.num_actual_tokens
             edited = self._run(of_query, query[:n], paged.Attention(impl, query[:n], cache, meta))
             query = torch.cat([edited, query[n:]])
-        result = inner(module, query, key, value, cache, meta, output, *more, **kwargs)
-        if any(heads.is_active for heads in of_heads):
-            n = meta.num_actual_tokens
-            before = output[:n]
-            edited = self._run(of_heads, before, paged.Attention(impl, query[:n], cache, meta))
-            if edited is not before:
-                before.copy_(edited)
+        if not any(heads.is_active for heads in of_heads):
+            return inner(module, query, key, value, cache, meta, output, *more, **kwargs)
+        with kernels.keeping(impl) as kept:
+            result = inner(module, query, key, value, cache, meta, output, *more, **kwargs)
+        n = meta.num_actual_tokens
+        before = output[:n]
+        edited = self._run(of_heads, before, paged.Attention(impl, query[:n], cache, meta, kept))
+        if edited is not before:
+            before.copy_(edited)
         return result
 
     def _prepare(self, inner: Callable[..., Any], scheduled: Any, counts: np.ndarray) -> Any:

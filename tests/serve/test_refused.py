@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import mimic_core as mc
-from tests.support import serving
+from tests.support import serving, serving_kernels
 
 vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own")
-from vllm.config import CompilationMode  # noqa: E402
+from vllm.config import CompilationMode, CUDAGraphMode  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 
@@ -40,6 +40,7 @@ ASKED: list[tuple[str, Any, str]] = [
     ("parallel_config._api_process_count", 2, "api_server_count=2"),
     ("parallel_config.enable_dbo", True, "dual batch overlap: leave enable_dbo out"),
     ("compilation_config.mode", CompilationMode.VLLM_COMPILE, "torch.compile: pass enforce_eager=True"),
+    ("compilation_config.cudagraph_mode", CUDAGraphMode.FULL, "CUDA graphs: pass enforce_eager=True"),
     ("lora_config", object(), "LoRA: leave enable_lora out"),
     ("speculative_config", object(), "speculative decoding"),
     ("kv_transfer_config", object(), "a KV connector"),
@@ -64,9 +65,22 @@ def test_an_engine_that_is_asked_for_more(
 
 def test_another_platform_or_model_runner(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setattr("vllm.platforms.current_platform", platform())
     with pytest.raises(mc.BackendUnavailableError, match=r"another platform than the CPU.*VLLM_USE_V2_MODEL_RUNNER=0"):
         limits.check(config)
+
+
+def platform(is_cuda: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: is_cuda)
+
+
+def test_cuda_is_asked_for(config: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("vllm.platforms.current_platform", platform(is_cuda=True))
+    with pytest.raises(mc.BackendUnavailableError, match=r"CUDA, which was never tried.*put 'shifts_on_untried"):
+        limits.check(config)
+    monkeypatch.setattr(config, "additional_config", mv.engine_args(on_untried_cuda=True)["additional_config"])
+    limits.check(config)
+    assert "never tried on a card" in caplog.text
 
 
 def test_another_version(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +129,7 @@ def attention(**options: Any) -> Any:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
     impl = object.__new__(CPUAttentionBackendImpl)
-    of_impl = {"is_fp8_kv_cache": False, "alibi_slopes": None, "sinks": None, "logits_soft_cap": 0}
+    of_impl = {"alibi_slopes": None, "sinks": None, "logits_soft_cap": 0}
     vars(impl).update({key: options.pop(key, value) for key, value in of_impl.items()})
     usual = {"impl": impl, "attn_backend": CPUAttentionBackend, "attn_type": "decoder", "kv_cache_dtype": "auto"}
     usual |= {"kv_sharing_target_layer_name": None, "use_mm_prefix": False, "isa": "vec"}
@@ -126,7 +140,7 @@ def attention(**options: Any) -> Any:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"is_fp8_kv_cache": True, "kv_cache_dtype": "fp8"}, "keys in fp8"),
+        ({"kv_cache_dtype": "fp8"}, "keys in fp8"),
         ({"alibi_slopes": torch.ones(4)}, "alibi"),
         ({"sinks": torch.ones(4)}, "attention sinks"),
         ({"logits_soft_cap": 30.0}, "a softcap of the logits"),
@@ -140,6 +154,33 @@ def test_a_gated_head_where_the_lse_is_not_known(options: dict[str, Any], messag
     paged.check(attention(), "here")
     with pytest.raises(mc.BackendUnavailableError, match=rf"here: this head needs the LSE.*{message}"):
         paged.check(attention(**options), "here")
+
+
+def test_a_gated_head_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    serving_kernels.use_flash(monkeypatch)
+    from vllm.v1.attention.backends import flash_attn, triton_attn
+
+    paged.check(attention(impl=flash_attn.FlashAttentionImpl(4, 32, 1.0, 2, None, None, "auto")), "here")
+    for name, message in {"alibi_slopes": "alibi", "sinks": "attention sinks", "logits_soft_cap": "a softcap"}.items():
+        impl = flash_attn.FlashAttentionImpl(4, 32, 1.0, 2, None, None, "auto")
+        setattr(impl, name, torch.ones(()))
+        with pytest.raises(mc.BackendUnavailableError, match=f"exactly with {message}"):
+            paged.check(attention(impl=impl), "here")
+    impl = object.__new__(triton_attn.TritonAttentionImpl)
+    with pytest.raises(mc.BackendUnavailableError, match="returns none: pass attention_backend='FLASH_ATTN'"):
+        paged.check(attention(impl=impl), "here")
+
+
+def test_a_gated_head_with_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    serving_kernels.use_flashinfer(monkeypatch)
+    from vllm.v1.attention.backends import flashinfer
+
+    impl = object.__new__(flashinfer.FlashInferImpl)
+    impl.supports_xqa_or_trtllm_gen_decode = False
+    paged.check(attention(impl=impl), "here")
+    impl.supports_xqa_or_trtllm_gen_decode = True
+    with pytest.raises(mc.BackendUnavailableError, match="TensorRT-LLM return none: pass attention_config="):
+        paged.check(attention(impl=impl), "here")
 
 
 def test_keys_that_are_stored_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
