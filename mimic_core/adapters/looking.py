@@ -1,0 +1,62 @@
+"""Attention that modules compute by themselves, looked for in a small forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..edits.eager import Recipe
+from ..edits.follow import Follower, Scores
+from ..edits.products import Axes, Product
+
+
+class Looking(Follower):
+    """What one module computes.
+
+    Attributes:
+        found: What `AttentionSeen` says of each attention, in its order.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self._rows = rows
+        self.found: list[tuple[Any, ...]] = []
+
+    def heads(self, product: Product) -> int:
+        return max(product.first.shape[0] // self._rows, 1)
+
+    def attended(self, product: Product, axes: Axes, index: int, scores: Scores) -> Any:
+        out = product.run()
+        (b, h, t, s), kv_heads, width = scores.shape, scores.key.shape[1], scores.query.shape[-1]
+        logits = ("softcap",) if scores.caps else ()
+        values = axes.out.site(out, h).shape[-1]
+        self.found.append((h, kv_heads, width, values, (b, t), s, logits, Recipe(scores.index, index, h)))
+        return out
+
+
+@contextmanager
+def followed(modules: list[nn.Module], rows: int) -> Iterator[dict[nn.Module, list[Looking]]]:
+    """Inside the `with`, each of the modules is followed each time that it runs."""
+    found: dict[nn.Module, list[Looking]] = {}
+    running: list[Looking] = []
+
+    def begins(module: nn.Module, args: Any) -> None:
+        running.append(Looking(rows))
+        running[-1].__enter__()
+        found.setdefault(module, []).append(running[-1])
+
+    def ends(module: nn.Module, args: Any, output: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    hooks = [m.register_forward_pre_hook(begins) for m in modules]
+    hooks += [m.register_forward_hook(ends) for m in modules]
+    try:
+        yield found
+    finally:
+        while running:
+            running.pop().__exit__(None, None, None)
+        for hook in hooks:
+            hook.remove()
