@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..edits.eager import Recipe
-from ..edits.follow import Follower, Scores
+from ..edits.follow import Follower
 from ..edits.products import Axes, Product
+from ..edits.scores import Scores
 
 
 class Looking(Follower):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..errors import PatchStateError, UnsupportedModelError
 from ..types import AttentionView
 from .call import Plan
-from .follow import Follower, Scores
+from .follow import Follower
 from .products import Axes, Product
+from .scores import Scores, is_one
 
 
 @dataclass(frozen=True)
@@ -93,22 +94,23 @@ class EagerFrame(Follower):
     def heads(self, product: Product) -> int:
         return self._recipe.heads
 
-    def scored(self, product: Product, axes: Axes, index: int, factors: tuple[Any, Any]) -> tuple[Any, Scores]:
+    def scored(self, product: Product, axes: Axes, index: int, factor: Any) -> tuple[Any, Scores]:
         if index != self._recipe.scores:
-            return super().scored(product, axes, index, factors)
+            return super().scored(product, axes, index, factor)
         if self._has_grad and not torch.is_grad_enabled():
             self._refuse("it runs in reentrant gradient checkpointing inside of it, without the edits the second time")
-        q, k = self.sites(product, axes, factors)
+        q, k = self.sites(product, axes, factor)
         self._view = view = EagerView(self.module, q, k)
         for entry in self._plan.before:
             if entry.edit.site != "value":
                 site = entry.edit.site
                 setattr(view, site, entry.apply(getattr(view, site), self.module, view))
-        left = None if view.query is q else axes.left.back(_times(view.query, factors[0]))
-        right = None if view.key is k else axes.right.back(_times(view.key, factors[1]))
+        edited = view.query if is_one(factor) else view.query * factor
+        left = None if view.query is q else axes.left.back(edited)
+        right = None if view.key is k else axes.right.back(view.key)
         if axes.swapped:
             left, right = right, left
-        view.scores = Scores(index, view.query, view.key, product.factor * factors[0] * factors[1])
+        view.scores = Scores(index, view.query, view.key, product.factor * factor)
         return product.run(left, right), view.scores
 
     def weighed(self, scores: Scores) -> None:
@@ -147,7 +149,3 @@ class EagerFrame(Follower):
 
     def _refuse(self, why: str) -> None:
         raise PatchStateError(f"the edits inside the attention of {type(self.module).__name__} can't be made: {why}")
-
-
-def _times(x: Tensor, factor: Any) -> Tensor:
-    return x if isinstance(factor, int) and factor == 1 else x * factor

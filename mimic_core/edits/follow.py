@@ -9,69 +9,11 @@ from __future__ import annotations
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .products import PRODUCTS, Axes, Product
-
-_TIMES = ("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__")
-_OVER = ("div", "div_", "divide", "true_divide", "__div__", "__truediv__", "__itruediv__", "__idiv__")
-# In these, the scores come first.
-_NOT_TURNED = frozenset((*_OVER, "sub", "sub_", "__sub__", "__isub__", "subtract"))
-# What changes each score by itself, or all by one bias.
-_EACH = ("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__", "subtract")
-_EACH += ("masked_fill", "masked_fill_", "where", "clamp", "clamp_", "max", "maximum", "nan_to_num", "nan_to_num_")
-_EACH += ("dropout", "dropout_", "feature_dropout", "alpha_dropout")
-_CAPS = ("tanh", "tanh_")
-_SAME = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach")
-# What keeps the order of rows.
-_SHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
-_MOVES = ("transpose", "permute", "swapaxes", "movedim", "t", "expand", "repeat", "repeat_interleave", "__get__")
-_MOVES += ("__getitem__", "split", "chunk", "unbind", "tensor_split", "narrow")
-_KINDS = {
-    **dict.fromkeys(PRODUCTS, "_product"),
-    **dict.fromkeys(_TIMES, "_times"),
-    **dict.fromkeys(_OVER, "_over"),
-    **dict.fromkeys(_EACH, "_each"),
-    **dict.fromkeys(_CAPS, "_caps"),
-    **dict.fromkeys(_SAME, "_same"),
-    **dict.fromkeys(_SHAPES, "_shape"),
-    **dict.fromkeys(_MOVES, "_move"),
-    "softmax": "_softmax",
-    "scaled_dot_product_attention": "_sdpa",
-}
-
-
-class Scores:
-    """The scores of one attention, from the product on.
-
-    Attributes:
-        index: That of the product among those of the module.
-        query, key: [b h t d], [b g s d], without the numbers by which the module multiplied them.
-        scale: The factor on query . key.
-        given: What the softmax got.
-        caps: They went through a tanh.
-    """
-
-    given: Tensor
-
-    def __init__(self, index: int, query: Tensor, key: Tensor, scale: Any) -> None:
-        self.index, self.query, self.key, self.scale = index, query, key, scale
-        b, h, t, _ = query.shape
-        self.shape = (b, h, t, key.shape[2])
-        self.numbers = b * h * t * key.shape[2]
-        self.dtype = query.dtype
-        self.caps = False
-
-    def lse(self, dtype: torch.dtype) -> Tensor:
-        """The log-sum-exp of what the softmax got, [b h t], in fp32 or a wider `dtype`."""
-        logits = self.given
-        lowest = max(torch.finfo(x).min for x in (self.dtype, logits.dtype)) / 2
-        wide = logits.to(torch.promote_types(torch.promote_types(logits.dtype, dtype), torch.float32))
-        # A mask is the lowest number of its dtype. A row of it has no key: its softmax is the same for all.
-        barred = wide.detach().amax(-1) <= lowest
-        return torch.logsumexp(wide, -1).masked_fill(barred, -torch.inf).reshape(self.shape[:3])
+from .products import Axes, Product
+from .scores import KINDS, NOT_TURNED, Scores, is_number, is_one
 
 
 class _Tag:
@@ -101,17 +43,16 @@ class Follower(TorchFunctionMode):
         self.odd: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = _KINDS.get(getattr(func, "__name__", ""))
+        kind = KINDS.get(getattr(func, "__name__", ""))
         if kind is None:
             return func(*args, **kwargs) if kwargs else func(*args)
         return getattr(self, kind)(func, args, kwargs or {})
 
     # What a follower does with the three calls; others change nothing.
 
-    def scored(self, product: Product, axes: Axes, index: int, factors: tuple[Any, Any]) -> tuple[Any, Scores]:
-        """A product that may be of query and key, each another tensor times one of `factors`."""
-        q, k = self.sites(product, axes, factors)
-        return product.run(), Scores(index, q, k, product.factor * factors[0] * factors[1])
+    def scored(self, product: Product, axes: Axes, index: int, factor: Any) -> tuple[Any, Scores]:
+        """A product that may be of query and key. The query is another tensor times `factor`."""
+        return product.run(), Scores(index, *self.sites(product, axes, factor), product.factor * factor)
 
     def weighed(self, scores: Scores) -> None:
         """A softmax makes weights of scores."""
@@ -128,12 +69,12 @@ class Follower(TorchFunctionMode):
         """The number of heads of a product whose samples and heads are one axis."""
         raise NotImplementedError
 
-    def sites(self, product: Product, axes: Axes, factors: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+    def sites(self, product: Product, axes: Axes, factor: Any) -> tuple[Tensor, Tensor]:
         """The query [b h t d] and the key [b g s d] of a product."""
         q, k = (product.second, product.first) if axes.swapped else (product.first, product.second)
         heads = self.heads(product)
         q, k = axes.left.site(q, heads), axes.right.site(k, heads)
-        return q if _is_one(factors[0]) else q / factors[0], k if _is_one(factors[1]) else k / factors[1]
+        return (q if is_one(factor) else q / factor), k
 
     # The kinds of calls.
 
@@ -175,8 +116,9 @@ class Follower(TorchFunctionMode):
         axes = product.scores()
         if axes is None:
             return product.run()
-        left, right = (tag.factor if tag is not None else 1 for tag in (tags[::-1] if axes.swapped else tags))
-        out, scores = self.scored(product, axes, index, (left, right))
+        # Not that of the key: a cache may hold scaled keys, and joins them to new ones.
+        tag = tags[1] if axes.swapped else tags[0]
+        out, scores = self.scored(product, axes, index, 1 if tag is None else tag.factor)
         return self._mark(out, _Tag(scores))
 
     def _softmax(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -199,16 +141,16 @@ class Follower(TorchFunctionMode):
 
     def _each(self, func: Any, args: Any, kwargs: Any) -> Any:
         tag = self._tagged(args, kwargs) if self._tags else None
-        turned = func.__name__ in _NOT_TURNED and tag is not self._tag(args[0])
+        turned = func.__name__ in NOT_TURNED and tag is not self._tag(args[0])
         out = func(*args, **kwargs)
         if tag is None or tag.scores is None or turned or not isinstance(out, Tensor):
             return out
-        return self._mark(out, tag) if out.numel() == tag.scores.numbers else out
+        return self._mark(out, tag) if self._is_whole(out, tag.scores) else out
 
     def _shape(self, func: Any, args: Any, kwargs: Any) -> Any:
         tag = self._tag(args[0]) if args else None
         out = func(*args, **kwargs)
-        if tag is None or (tag.scores is not None and out.shape[-1] != tag.scores.shape[3]):
+        if tag is None or (tag.scores is not None and not self._is_whole(out, tag.scores)):
             return out
         return self._mark(out, tag)
 
@@ -220,13 +162,31 @@ class Follower(TorchFunctionMode):
     def _move(self, func: Any, args: Any, kwargs: Any) -> Any:
         tag = self._tag(args[0]) if args else None
         out = func(*args, **kwargs)
-        if tag is None or (tag.scores is not None and not self._keeps_order(args[0], out)):
+        if tag is None or tag.scores is None:
+            return out if tag is None else self._mark(out, tag)
+        if not isinstance(out, Tensor):
             return out
+        # Of scores, only what changes nothing, or takes a column of sinks away.
+        same = out.shape == args[0].shape and out.stride() == args[0].stride()
+        less = func.__name__ == "__getitem__" and tag.weights and out.shape[-1] == tag.scores.shape[3]
+        if less and out.shape[:-1] == args[0].shape[:-1]:
+            tag.scores.columns = out.shape[-1]
+            same = True
+        return self._mark(out, tag) if same else out
+
+    def _joined(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Scores with a column of sinks."""
+        out = func(*args, **kwargs)
+        tag = self._tagged(args[0], {}) if args and isinstance(args[0], list | tuple) else None
+        if tag is None or tag.scores is None or tag.weights or out.numel() != tag.scores.rows * out.shape[-1]:
+            return out
+        tag.scores.columns = out.shape[-1]
         return self._mark(out, tag)
 
-    def _keeps_order(self, x: Any, out: Any) -> bool:
-        """Whether a slice, a repetition or the like is of all and the same."""
-        return isinstance(out, Tensor) and out.shape == x.shape and out.stride() == x.stride()
+    def _is_whole(self, x: Any, scores: Scores) -> bool:
+        """Whether a tensor has a row for each query, and the columns that the scores have."""
+        whole = isinstance(x, Tensor) and x.numel() == scores.rows * scores.columns
+        return whole and x.ndim > 0 and x.shape[-1] == scores.columns
 
     def _caps(self, func: Any, args: Any, kwargs: Any) -> Any:
         tag = self._tag(args[0])
@@ -246,9 +206,9 @@ class Follower(TorchFunctionMode):
         if len(args) != 2 or kwargs:
             return self._each(func, args, kwargs)
         x, number = args
-        if not over and not _is_number(number):
+        if not over and not is_number(number):
             x, number = number, x
-        if not _is_number(number) or not isinstance(x, Tensor):
+        if not is_number(number) or not isinstance(x, Tensor):
             return self._each(func, args, kwargs)
         tag = self._tag(x)
         out = func(*args, **kwargs)
@@ -258,11 +218,3 @@ class Follower(TorchFunctionMode):
             return self._mark(out, tag)
         factor = 1 if tag is None else tag.factor
         return self._mark(out, _Tag(factor=factor / number if over else factor * number))
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) or (isinstance(x, Tensor) and x.ndim == 0)
-
-
-def _is_one(factor: Any) -> bool:
-    return isinstance(factor, int | float) and factor == 1

@@ -160,7 +160,7 @@ class Computed(TorchFunctionMode):
             turned, of_q, of_k, to_q, to_k = False, "td", "ds", "td", "sd"
             q, k = first, second
             query, key = q, k.transpose(-1, -2)
-        factors = self._times(q), self._times(k)
+        factors = self._times(q), 1.0  # a cache may hold scaled keys
         shapes = query.shape, key.shape
         query, key = (_with_heads(y, b) / factor for y, factor in zip((query, key), factors, strict=True))
         edited = self._edit(module, "query", query), self._edit(module, "key", key)

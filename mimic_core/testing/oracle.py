@@ -21,7 +21,7 @@ from torch.nn import functional
 from .computed import Computed, Softmax, lse_of
 
 # Arguments that change the logits and that this attention does not support.
-_UNKNOWN = ("position_bias", "indices", "block_indices")
+_UNKNOWN = ("indices", "block_indices")
 
 
 @dataclass(frozen=True)
@@ -253,9 +253,14 @@ def plain_attention(
     attends, bias = _read_mask(module, query, s, mask, options, reading)
     if bias is not None:
         logits = logits + bias.to(exact)
+    position_bias = options.get("position_bias")
+    if position_bias is not None:
+        logits = logits + position_bias[..., : logits.shape[3]].to(exact)
     logits = logits.masked_fill(~attends, -torch.inf)
     some = attends.any(-1)
     sinks = options.get("s_aux") if reading.extras else None
+    if (of_tokens := options.get("sinks")) is not None and reading.extras:
+        logits = torch.cat([logits, of_tokens.to(exact)], dim=-1)
     if sinks is not None:
         column = repeat(sinks.to(exact), "h -> b h t 1", b=logits.shape[0], t=t)
         logits = torch.cat([logits, column], dim=-1)
