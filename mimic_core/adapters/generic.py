@@ -318,7 +318,8 @@ class _Layer:
         for path in self._inside():
             kind = type(self.module(path)).__name__
             if self._ran(path) and not _PLAIN.search(kind) and not f"{path}.".startswith(f"{mlp}."):
-                return f"no softmax attention ({kind})"
+                odd = self.seen.odd.get(self.names[self.module(path)])
+                return f"no softmax attention ({kind})" + (f" that can be followed: {odd}" if odd else "")
         return "no attention"
 
     def _other_attention(self) -> str | None:

@@ -76,6 +76,9 @@ class EagerView(AttentionView):
         return ("softcap",) if self.scores is not None and self.scores.caps else ()
 
 
+_OTHERWISE = "it attends another way than when it was looked at"
+
+
 class EagerFrame(Follower):
     """One forward of such a module with edits."""
 
@@ -92,6 +95,8 @@ class EagerFrame(Follower):
         return original(*args, **kwargs)
 
     def heads(self, product: Product) -> int:
+        if product.first.ndim == 3 and product.first.shape[0] % self._recipe.heads:
+            self._refuse(_OTHERWISE)
         return self._recipe.heads
 
     def scored(self, product: Product, axes: Axes, index: int, factor: Any) -> tuple[Any, Scores]:
@@ -100,6 +105,8 @@ class EagerFrame(Follower):
         if self._has_grad and not torch.is_grad_enabled():
             self._refuse("it runs in reentrant gradient checkpointing inside of it, without the edits the second time")
         q, k = self.sites(product, axes, factor)
+        if q.shape[1] != self._recipe.heads:
+            self._refuse(_OTHERWISE)
         self._view = view = EagerView(self.module, q, k)
         for entry in self._plan.before:
             if entry.edit.site != "value":
@@ -120,7 +127,7 @@ class EagerFrame(Follower):
     def attended(self, product: Product, axes: Axes, index: int, scores: Scores) -> Any:
         view = self._view
         if view is None or scores is not view.scores or index != self._recipe.weighed:
-            self._refuse("it attends another way than when it was looked at")
+            self._refuse(_OTHERWISE)
         assert view is not None
         value = axes.right.site(product.second, self._recipe.heads)
         view.value = value

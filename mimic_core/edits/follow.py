@@ -213,7 +213,7 @@ class Follower(TorchFunctionMode):
         tag = self._tag(x)
         out = func(*args, **kwargs)
         if tag is not None and tag.scores is not None:
-            if not tag.weights and not tag.scores.caps:
+            if not tag.weights:
                 tag.scores.scale = tag.scores.scale / number if over else tag.scores.scale * number
             return self._mark(out, tag)
         factor = 1 if tag is None else tag.factor

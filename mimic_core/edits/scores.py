@@ -44,7 +44,7 @@ class Scores:
     Attributes:
         index: That of the product among those of the module.
         query, key: [b h t d], [b g s d]; the query without the number by which the module multiplied it.
-        scale: The factor on query . key.
+        scale: The factor on query . key, as it is for small ones if they go through a tanh.
         given: What the softmax got.
         caps: They went through a tanh.
     """
