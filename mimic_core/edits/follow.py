@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .products import Axes, Product
-from .scores import KINDS, NOT_TURNED, Scores, is_number, is_one
+from .scores import FIRST, KINDS, NOT_TURNED, Scores, is_number, is_one
 
 
 class _Tag:
@@ -43,10 +43,10 @@ class Follower(TorchFunctionMode):
         self.odd: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = KINDS.get(getattr(func, "__name__", ""))
-        if kind is None:
+        follow = _FOLLOW.get(getattr(func, "__name__", ""))
+        if follow is None or (not self._tags and follow not in _FIRST):
             return func(*args, **kwargs) if kwargs else func(*args)
-        return getattr(self, kind)(func, args, kwargs or {})
+        return follow(self, func, args, kwargs or {})
 
     # What a follower does with the three calls; others change nothing.
 
@@ -101,7 +101,7 @@ class Follower(TorchFunctionMode):
 
     def _product(self, func: Any, args: Any, kwargs: Any) -> Any:
         product = Product(func, args, kwargs)
-        if not product.is_of_values:
+        if not product.equation:
             return func(*args, **kwargs)
         index = self.products
         self.products += 1
@@ -140,7 +140,7 @@ class Follower(TorchFunctionMode):
         return self.sdpa(func, args, kwargs)
 
     def _each(self, func: Any, args: Any, kwargs: Any) -> Any:
-        tag = self._tagged(args, kwargs) if self._tags else None
+        tag = self._tagged(args, kwargs)
         turned = func.__name__ in NOT_TURNED and tag is not self._tag(args[0])
         out = func(*args, **kwargs)
         if tag is None or tag.scores is None or turned or not isinstance(out, Tensor):
@@ -218,3 +218,7 @@ class Follower(TorchFunctionMode):
             return self._mark(out, tag)
         factor = 1 if tag is None else tag.factor
         return self._mark(out, _Tag(factor=factor / number if over else factor * number))
+
+
+_FOLLOW = {name: getattr(Follower, kind) for name, kind in KINDS.items()}
+_FIRST = frozenset(getattr(Follower, kind) for kind in FIRST)

@@ -18,6 +18,7 @@ _FACTORS = {
     "einsum": ((1, "first"), (2, "second")),
 }
 PRODUCTS = frozenset(_FACTORS)
+_MATRICES = {3: "nij,njk->nik", 4: "bhij,bhjk->bhik"}
 
 
 class Order(NamedTuple):
@@ -58,36 +59,43 @@ class Axes(NamedTuple):
 
 
 class Product:
-    """A call that multiplies two tensors."""
+    """A call that multiplies two tensors.
+
+    Attributes:
+        equation: As of einsum. Empty if these are no batches of matrices, or one is a parameter.
+        first, second: The factors.
+    """
 
     __slots__ = ("_args", "_func", "_kwargs", "_places", "equation", "first", "second")
 
     def __init__(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        self._func, self._args, self._kwargs = func, list(args), dict(kwargs)
-        name = func.__name__
-        self.equation = ""
+        self._func, self._kwargs = func, kwargs
+        name, equation = func.__name__, ""
         if name == "einsum":
-            if len(self._args) == 2 and isinstance(self._args[1], list | tuple):
-                self._args[1:] = self._args[1]
-            self.equation = self._args[0].replace(" ", "") if isinstance(self._args[0], str) else "odd"
-        self._places = [n if n < len(self._args) else other for n, other in _FACTORS[name]]
-        self.first, self.second = (self._get(place) for place in self._places)
-        if not self.equation and self.is_of_values:
-            self.equation = {3: "nij,njk->nik", 4: "bhij,bhjk->bhik"}.get(self.first.ndim, "odd")
+            if len(args) == 2 and isinstance(args[1], list | tuple):
+                args = (args[0], *args[1])
+            equation = args[0].replace(" ", "") if isinstance(args[0], str) and len(args) == 3 else ""
+        self._args = args
+        one, two = _FACTORS[name]
+        self._places = (one[0] if one[0] < len(args) else one[1], two[0] if two[0] < len(args) else two[1])
+        self.first, self.second = self._get(self._places[0]), self._get(self._places[1])
+        a, b = self.first, self.second
+        kinds = a.__class__, b.__class__
+        if kinds != (Tensor, Tensor) and (
+            nn.Parameter in kinds or not isinstance(a, Tensor) or not isinstance(b, Tensor)
+        ):
+            equation = ""
+        elif name != "einsum" and a.ndim == b.ndim:
+            equation = _MATRICES.get(a.ndim, "")
+        self.equation = equation
 
     def _get(self, place: Any) -> Any:
-        return self._args[place] if isinstance(place, int) else self._kwargs.get(place)
-
-    @property
-    def is_of_values(self) -> bool:
-        """Whether both are batches of matrices of one number of axes, and no parameters."""
-        a, b = self.first, self.second
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or (self.equation and len(self._args) > 3):
-            return False
-        return a.ndim > 2 and b.ndim > 2 and (bool(self.equation) or a.ndim == b.ndim) and _no_parameter(a, b)
+        return self._args[place] if place.__class__ is int else self._kwargs.get(place)
 
     def run(self, first: Tensor | None = None, second: Tensor | None = None) -> Any:
         """The result, with other factors where they are given."""
+        if first is None and second is None:
+            return self._func(*self._args, **self._kwargs)
         args, kwargs = list(self._args), self._kwargs
         for place, factor in zip(self._places, (first, second), strict=True):
             if factor is None:
@@ -110,10 +118,6 @@ class Product:
     def heads(self) -> Axes | None:
         """The axes of weights . value, with a result [b t h e]. None if it is no such product."""
         return _heads(self.equation)
-
-
-def _no_parameter(*tensors: Tensor) -> bool:
-    return not any(isinstance(x, nn.Parameter) for x in tensors)
 
 
 def _parts(equation: str) -> tuple[str, str, str] | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .products import PRODUCTS
 
@@ -38,6 +40,13 @@ KINDS = {
 }
 
 
+@cache
+def _how(given: torch.dtype, scores: torch.dtype, value: torch.dtype) -> tuple[torch.dtype, float]:
+    """In which dtype an LSE is computed, and which numbers come from masks alone."""
+    lowest = max(torch.finfo(x).min for x in (given, scores)) / 2
+    return torch.promote_types(torch.promote_types(given, value), torch.float32), lowest
+
+
 class Scores:
     """The scores of one attention, from the product on.
 
@@ -62,11 +71,11 @@ class Scores:
     def lse(self, dtype: torch.dtype) -> Tensor:
         """The log-sum-exp of what the softmax got, [b h t], in fp32 or a wider `dtype`."""
         logits = self.given
-        lowest = max(torch.finfo(x).min for x in (self.dtype, logits.dtype)) / 2
-        wide = logits.to(torch.promote_types(torch.promote_types(logits.dtype, dtype), torch.float32))
+        dtype, lowest = _how(logits.dtype, self.dtype, dtype)
+        lse = torch.logsumexp(logits if logits.dtype == dtype else logits.to(dtype), -1)
         # A mask is the lowest number of its dtype. A row of it has no key: its softmax is the same for all.
-        barred = wide.detach().amax(-1) <= lowest
-        return torch.logsumexp(wide, -1).masked_fill(barred, -torch.inf).reshape(self.shape[:3])
+        lse = functional.threshold(lse, lowest, -torch.inf)
+        return lse if lse.shape == self.shape[:3] else lse.reshape(self.shape[:3])
 
 
 def is_number(x: Any) -> bool:
@@ -77,3 +86,7 @@ def is_number(x: Any) -> bool:
 def is_one(factor: Any) -> bool:
     """Whether it changes nothing."""
     return isinstance(factor, int | float) and factor == 1
+
+
+FIRST = frozenset(("_product", "_times", "_over", "_softmax", "_sdpa"))
+"""The kinds of calls that matter where no tensor has been marked yet."""
