@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..edits.eager import Recipe
 from ..edits.follow import Follower
 from ..edits.products import Axes, Product
 from ..edits.scores import Scores
+from ..edits.sdpa import Named, frames
 
 
 class Looking(Follower):
@@ -36,6 +37,26 @@ class Looking(Follower):
         values = axes.out.site(out, h).shape[-1]
         self.found.append((h, kv_heads, width, values, (b, t), s, logits, Recipe(scores.index, index, h)))
         return out
+
+    def sdpa(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        if frames() and frames()[-1] is None:
+            return out  # it was seen by its usual name
+        named, call = Named.of_caller(), of_sdpa(args, kwargs, out)
+        if named is None or call is None:
+            self.odd.append("scaled_dot_product_attention by a name that is not global, or not with [b h t d]")
+        else:
+            self.found.append((*call, (), named))
+        return out
+
+
+def of_sdpa(args: Any, kwargs: Any, out: Tensor) -> tuple[Any, ...] | None:
+    """What `AttentionSeen` says of a call of torch's SDPA."""
+    q, k = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key")))
+    if q.ndim != 4:
+        return None
+    (b, h, t, d), (_, g, s, _) = q.shape, k.shape
+    return h, g, d, out.shape[-1], (b, t), s
 
 
 @contextmanager

@@ -17,11 +17,11 @@ from ..edits.eager import Recipe
 from ..edits.entry import Bystander, Entry, SiteEdit
 from ..edits.frames import by_name
 from ..edits.interface import SLOT, AttentionSlot
-from ..edits.sdpa import frames, watched_sdpa
+from ..edits.sdpa import Named, by_nobody, frames, watched_sdpa
 from ..edits.watch import shape_of_tokens
 from ..errors import PatchStateError, UnsupportedModelError
 from ..types import At
-from .looking import Looking, followed
+from .looking import Looking, followed, of_sdpa
 
 TOKENS = 4
 """Number of tokens of a probe. With one token it would be a decoding step."""
@@ -34,7 +34,7 @@ _OF_OTHERS = ("key_value_states", "encoder_hidden_states", "cross_attention_stat
 
 @dataclass(frozen=True)
 class AttentionSeen:
-    """One call of the attention interface. Or `own`: True for one of torch's SDPA, or a recipe of other attention.
+    """One call of the attention interface. Or `own`: True or a name for one of torch's SDPA, or a recipe.
 
     `tokens` is b and t of the queries, `keys` the number of keys, `logits` as in `At`.
     """
@@ -46,7 +46,7 @@ class AttentionSeen:
     tokens: tuple[int, int]
     keys: int
     logits: tuple[str, ...] = ()
-    own: Recipe | bool = False
+    own: Recipe | Named | bool = False
 
 
 class Value(NamedTuple):
@@ -286,11 +286,10 @@ class _Attends:
         self._calls = calls
 
     def attend(self, original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        out = original(*args, **kwargs)
-        q, k = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key")))
-        if q.ndim == 4:
-            (b, h, t, d), (_, g, s, _) = q.shape, k.shape
-            self._calls.append(AttentionSeen(h, g, d, out.shape[-1], (b, t), s, own=True))
+        with by_nobody():
+            out = original(*args, **kwargs)
+        if (call := of_sdpa(args, kwargs, out)) is not None:
+            self._calls.append(AttentionSeen(*call, own=True))
         return out
 
 

@@ -21,7 +21,7 @@ from .call import UNUSUAL, AttentionCall, Plan, SDPACall, shifted
 from .eager import EagerFrame, Recipe
 from .entry import Entry
 from .replaced import ReplacedMethod
-from .sdpa import by_nobody, frames, is_sdpa_of_torch, watched_sdpa
+from .sdpa import Named, by_nobody, frames, is_sdpa_of_torch, watched_sdpa
 
 SLOT = "_mimic_core_sites"
 """Key of a module's slot in its `__dict__`. So deepcopy and pickle include the slot, and state_dict does not."""
@@ -31,8 +31,8 @@ class AttentionSlot:
     """The edits inside the attention of one module, in order. The wrapper stays while any slot exists.
 
     Args:
-        own: The module does not ask the interface. True: it calls torch's SDPA by itself. A recipe: it computes its
-            attention by itself.
+        own: The module does not ask the interface. True: it calls torch's SDPA by itself, or by a name of its own. A
+            recipe: it computes its attention by itself.
 
     Attributes:
         plan: The edits of a call. It is made when edits change, because making it at each decoded token is too slow.
@@ -41,14 +41,17 @@ class AttentionSlot:
 
     plan: Plan | None
 
-    def __init__(self, own: Recipe | bool = False) -> None:
+    def __init__(self, own: Recipe | Named | bool = False) -> None:
         self.own = own
         self.hold(())
         self._retain()
 
     def _retain(self) -> None:
-        alone = isinstance(self.own, Recipe)
-        self._release = (lambda: None) if alone else (watched_sdpa if self.own else wrapper).retain(self)
+        if isinstance(self.own, Recipe):
+            self._release = lambda: None
+        else:
+            found = self.own if isinstance(self.own, Named) else watched_sdpa if self.own else wrapper
+            self._release = found.retain(self)
 
     def hold(self, entries: tuple[Entry, ...]) -> None:
         self.entries = entries

@@ -67,6 +67,7 @@ class Computed(TorchFunctionMode):
     Args:
         edit: Gives the new value of `query`, `key` or `value` of a module.
         attended: Gets the softmax, the value and the output [b t h e], and gives a new output.
+        sdpa: Torch's SDPA, called by a name that is not the usual one.
         is_plain: Whether the softmax of a module is computed here.
         is_busy: Whether calls are those of other attention.
     """
@@ -75,11 +76,13 @@ class Computed(TorchFunctionMode):
         self,
         edit: Callable[[nn.Module, str, Tensor], Tensor],
         attended: Callable[[Softmax, Tensor, Tensor], Tensor],
+        sdpa: Callable[..., Tensor],
         is_plain: Callable[[nn.Module], bool],
         is_busy: Callable[[], bool],
     ) -> None:
         super().__init__()
-        self._edit, self._attended, self._is_plain, self._is_busy = edit, attended, is_plain, is_busy
+        self._edit, self._attended, self._sdpa = edit, attended, sdpa
+        self._is_plain, self._is_busy = is_plain, is_busy
         self._calls: dict[int, _Call] = {}
         self._latest: dict[int, int] = {}
         self._count = 0
@@ -90,6 +93,8 @@ class Computed(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self._is_busy():
             return func(*args, **kwargs)
+        if name == "scaled_dot_product_attention":
+            return self._sdpa(*args, **kwargs)
         if name == "softmax":
             return self._softmax(func, args, kwargs)
         module, samples = None, 0

@@ -91,7 +91,11 @@ class Oracle:
         self._reading = reading
         self._is_inside = self._is_busy = False
         self._computed = Computed(
-            self._edit, self._computed_heads, lambda module: id(module) in self._plain, lambda: self._is_busy
+            self._edit,
+            self._computed_heads,
+            functools.partial(self._busily, self._own_attention),
+            lambda module: id(module) in self._plain,
+            lambda: self._is_busy,
         )
         self.seen: list[Seen] = []
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import mimic_core as mc
 from mimic_core.edits.eager import EagerFrame
 from mimic_core.edits.scores import Scores
+from tests.support import named_sdpa
 from tests.support.cases import random_shifts
 from tests.support.eager_models import SCALE, STYLES, Computed, Written, formula, layer_of
 from tests.support.plain_models import NanoGPT, decode, pad_right
@@ -108,6 +110,27 @@ def test_what_is_computed_stays_bit_for_bit() -> None:
             plain = case.model(**inputs).logits
             with mc.capture(case.model, ["query", "key", "value", "lse", "attn_heads"]):
                 assert torch.equal(case.model(**inputs).logits, plain)
+
+
+# --- torch's SDPA under another name
+
+
+def test_sdpa_by_a_name_of_its_own() -> None:
+    model = NanoGPT(named_sdpa.NamedBlock).eval().requires_grad_(False)
+    usual = NanoGPT().eval().requires_grad_(False)
+    usual.load_state_dict(model.state_dict())
+    plain = model(IDS)[0]
+    shifts = random_shifts(model, "mimic")
+    with mc.patch(usual, copy.deepcopy(shifts)):
+        wanted = usual(IDS)[0]
+    with mc.patch(model, shifts):
+        assert torch.equal(model(IDS)[0], wanted)
+        assert named_sdpa.attend is not functional.scaled_dot_product_attention
+    assert named_sdpa.attend is functional.scaled_dot_product_attention
+    assert torch.equal(model(IDS)[0], plain)
+    report = mc.testing.check_adapter(model, pad=pad_right)
+    report.raise_for_failures()
+    assert {report[law].verdict for law in ("query", "attn_heads", "lse", "MimIC", "removal")} == {"passed"}
 
 
 # --- broken on purpose
