@@ -41,6 +41,7 @@ class Follower(TorchFunctionMode):
         self._tags: dict[int, tuple[ref[Tensor], _Tag]] = {}
         self.products = 0
         self.odd: list[str] = []
+        self._mixed = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         follow = _FOLLOW.get(getattr(func, "__name__", ""))
@@ -95,7 +96,7 @@ class Follower(TorchFunctionMode):
         found = [tag for x in (*args, *kwargs.values()) if (tag := self._tag(x)) is not None]
         scores = [tag for tag in found if tag.scores is not None]
         if len({tag.scores for tag in scores}) > 1:
-            self.odd.append("logits that are a sum of several products")
+            self._mixed = True
             return None
         return (scores or found or [None])[0]
 
@@ -127,7 +128,8 @@ class Follower(TorchFunctionMode):
         out = func(*args, **kwargs)
         tag = self._tag(x)
         if tag is None or tag.scores is None or tag.weights:
-            self.odd.append("a softmax of what is no product of two tensors")
+            of = "several products together" if self._mixed else "what is no product of two tensors"
+            self.odd.append(f"a softmax of {of}")
             return out
         if dim not in (-1, x.ndim - 1):
             self.odd.append(f"a softmax over axis {dim}")

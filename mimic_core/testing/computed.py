@@ -116,15 +116,15 @@ class Computed(TorchFunctionMode):
             del self._latest[id(old.out)]
         self._count += 1
 
-    def _index(self, x: Any, before: float = float("inf")) -> int | None:
+    def _index(self, x: Any, before: int | None = None) -> int | None:
         """The last call that gave a tensor."""
         index = self._latest.get(id(x))
-        while index is not None and index >= before:
+        while index is not None and before is not None and index >= before:
             index = self._calls[index].earlier if index in self._calls else None
         return index if index in self._calls else None
 
     def _way(
-        self, x: Any, ends: Callable[[Any], bool], before: float = float("inf"), dead: set[int] | None = None
+        self, x: Any, ends: Callable[[Any], bool], before: int | None = None, dead: set[int] | None = None
     ) -> list[_Call] | None:
         """The calls that lead to a tensor, from one with an end. An empty list if it is an end itself."""
         dead = set() if dead is None else dead

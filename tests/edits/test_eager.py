@@ -209,6 +209,9 @@ class Odd(Computed):
             torch.matmul(x, x.mT)
         if self.way == "twice":
             super().forward(x, past)
+        if self.way == "two products":
+            q, k, v = self.c_attn(x).unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+            return self.c_proj(((q @ k.mT + q @ v.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
         if self.way == "mixed heads":
             q, k, v = self.c_attn(x).unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4)
             scores = torch.einsum("hg,bgts->bhts", torch.eye(4).to(x), q @ k.mT)
@@ -216,7 +219,7 @@ class Odd(Computed):
         return super().forward(x, past)
 
 
-@pytest.mark.parametrize("way", ["more products", "twice", "mixed heads"])
+@pytest.mark.parametrize("way", ["more products", "twice", "mixed heads", "two products"])
 def test_another_way_than_seen_is_refused(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("after")
     for layer in model.transformer["h"]:
@@ -230,7 +233,8 @@ def test_another_way_than_seen_is_refused(way: str, monkeypatch: pytest.MonkeyPa
     assert torch._C._len_torch_function_stack() == 0
     if way != "more products":
         model = copy.deepcopy(model)
-        why = "attends 2 times" if way == "twice" else "can be followed: a softmax of what is no product"
+        of = "several products together" if way == "two products" else "what is no product"
+        why = "attends 2 times" if way == "twice" else f"can be followed: a softmax of {of}"
         with pytest.raises(mc.UnsupportedModelError, match=why):
             mc.hook(model, "query", lambda value, at: None)
 
