@@ -35,7 +35,8 @@ class Looking(Follower):
         (b, h, t, s), kv_heads, width = scores.shape, scores.key.shape[1], scores.query.shape[-1]
         logits = ("softcap",) if scores.caps else ()
         values = axes.out.site(out, h).shape[-1]
-        self.found.append((h, kv_heads, width, values, (b, t), s, logits, Recipe(scores.index, index, h)))
+        recipe = Recipe(scores.index, index, h, float(scores.scale))
+        self.found.append((h, kv_heads, width, values, (b, t), s, logits, recipe))
         return out
 
     def sdpa(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,26 +24,32 @@ class Recipe:
     Attributes:
         scores, weighed: Which of its products of two tensors is that of query and key, and which that with the values.
         heads: The number of attention heads.
+        scale: The factor on query . key.
     """
 
     scores: int
     weighed: int
     heads: int
+    scale: float
 
 
 class EagerView(AttentionView):
     """One such attention, as far as it has come."""
 
-    def __init__(self, module: nn.Module, query: Tensor, key: Tensor) -> None:
-        self.module, self.query, self.key = module, query, key
+    def __init__(self, module: nn.Module, query: Tensor, key: Tensor, scale: float) -> None:
+        self.module, self.query, self.key, self._scale_seen = module, query, key, scale
+        self.told_scale = False
         self.scores: Scores | None = None
         self._lse: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("value", "mask", "scale"):
             raise AttributeError(name)
-        if name == "scale" and self.scores is not None:
-            return float(self.scores.scale)
+        if name == "scale":
+            if self.scores is not None:
+                return float(self.scores.scale)
+            self.told_scale = True  # before the module has multiplied by it
+            return self._scale_seen
         why = "it adds its mask and biases to the logits itself" if name == "mask" else "this comes later in it"
         raise UnsupportedModelError(
             f"`at.{name}` is not known here: {type(self.module).__name__} computes its attention by itself, and {why}"
@@ -107,7 +114,7 @@ class EagerFrame(Follower):
         q, k = self.sites(product, axes, factor)
         if q.shape[1] != self._recipe.heads:
             self._refuse(_OTHERWISE)
-        self._view = view = EagerView(self.module, q, k)
+        self._view = view = EagerView(self.module, q, k, self._recipe.scale)
         for entry in self._plan.before:
             if entry.edit.site != "value":
                 site = entry.edit.site
@@ -129,6 +136,8 @@ class EagerFrame(Follower):
         if view is None or scores is not view.scores or index != self._recipe.weighed:
             self._refuse(_OTHERWISE)
         assert view is not None
+        if view.told_scale and not math.isclose(view.scale, self._recipe.scale, rel_tol=1e-5):
+            self._refuse(_OTHERWISE)
         value = axes.right.site(product.second, self._recipe.heads)
         view.value = value
         for entry in self._plan.before:

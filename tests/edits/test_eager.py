@@ -302,8 +302,10 @@ def test_compiled() -> None:
 
 
 def test_the_scale_is_known() -> None:
+    """Before the module has multiplied by it too."""
     for style in STYLES:
         model, scales = made(style), []
-        with mc.hook(model, "attn_heads", lambda value, at, scales=scales: scales.append(at.scale), layers=[0]):
-            model(IDS)
-        assert scales == [pytest.approx(SCALE)]
+        for site in ("query", "attn_heads"):
+            with mc.hook(model, site, lambda value, at, scales=scales: scales.append(at.scale), layers=[0]):  # pyright: ignore[reportArgumentType]
+                model(IDS)
+        assert scales == [pytest.approx(SCALE)] * 2
