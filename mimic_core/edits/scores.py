@@ -55,6 +55,7 @@ class Scores:
         query, key: [b h t d], [b g s d]; the query without the number by which the module multiplied it.
         scale: The factor on query . key, as it is for small ones if they go through a tanh.
         given: What the softmax got.
+        samples_first: If samples and heads of the query were one axis: whether the samples were seen to come first.
         caps: They went through a tanh.
     """
 
@@ -66,7 +67,7 @@ class Scores:
         self.shape = (b, h, t, key.shape[2])
         self.rows, self.columns = b * h * t, key.shape[2]
         self.dtype = query.dtype
-        self.caps = False
+        self.caps = self.samples_first = False
 
     def lse(self, dtype: torch.dtype) -> Tensor:
         """The log-sum-exp of what the softmax got, [b h t], in fp32 or a wider `dtype`."""

@@ -239,6 +239,24 @@ def test_another_way_than_seen_is_refused(way: str, monkeypatch: pytest.MonkeyPa
             mc.hook(model, "query", lambda value, at: None)
 
 
+class HeadsFirst(Computed):
+    """As in code that cuts the heads apart and joins them along the samples."""
+
+    def forward(self, x: Tensor, past: Any) -> Tensor:
+        q, k, v = (torch.cat(y.split(8, 2)) for y in self.c_attn(x).chunk(3, 2))
+        out = (q @ k.mT).softmax(-1) @ v
+        return self.c_proj(torch.cat(out.chunk(4), 2))
+
+
+def test_heads_before_samples_are_refused() -> None:
+    """Read as samples before heads, they would be those of others as soon as there are two samples."""
+    model = made("after")
+    for layer in model.transformer["h"]:
+        layer.attn.__class__ = HeadsFirst
+    with pytest.raises(mc.UnsupportedModelError, match="samples and heads in one axis, and it is not known which"):
+        mc.hook(model, "query", lambda value, at: None)
+
+
 # --- around it
 
 
