@@ -18,7 +18,8 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .computed import Computed, Softmax, lse_of
+from .calls import Softmax, lse_of
+from .computed import Computed
 
 # Arguments that change the logits and that this attention does not support.
 _UNKNOWN = ("indices", "block_indices")

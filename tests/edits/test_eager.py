@@ -181,6 +181,7 @@ def test_what_is_broken_is_red(what: str, monkeypatch: pytest.MonkeyPatch) -> No
     sabotage(monkeypatch)
     report = mc.testing.check_adapter(case.model, case.inputs())
     assert expected <= {row.law for row in report.failures}
+    assert {report[law].verdict for law in ("forward", "value", "mlp_out", "LIVE")} == {"passed"}
 
 
 # --- refused
