@@ -35,8 +35,8 @@ _LAYER_LISTS = ("layers", "h", "blocks", "block", "layer")
 class GenericAdapter:
     """Finds the decoder's layers and their sites by running the decoder once on four tokens.
 
-    An attention site is a module that calls transformers' attention interface exactly once; the sizes are those of the
-    tensors in this call. An output site is a module that runs exactly once and returns hidden states. If a layer lacks
+    An attention site is a module that calls transformers' attention interface exactly once, or torch's SDPA, or that
+    computes attention by products and a softmax; the sizes are those of the tensors in it. An output site is a module that runs exactly once and returns hidden states. If a layer lacks
     sites, `LayerSpec.missing` says why. The result is kept as long as the model's modules are the same.
 
     Args:
