@@ -36,8 +36,9 @@ class GenericAdapter:
     """Finds the decoder's layers and their sites by running the decoder once on four tokens.
 
     An attention site is a module that calls transformers' attention interface exactly once, or torch's SDPA, or that
-    computes attention by products and a softmax; the sizes are those of the tensors in it. An output site is a module that runs exactly once and returns hidden states. If a layer lacks
-    sites, `LayerSpec.missing` says why. The result is kept as long as the model's modules are the same.
+    computes attention by products and a softmax; the sizes are those of the tensors in it. An output site is a module
+    that runs exactly once and returns hidden states. If a layer lacks sites, `LayerSpec.missing` says why. The result
+    is kept as long as the model's modules are the same.
 
     Args:
         example: The arguments of the model's forward, by name or as a tuple in their order, if it does not run on token

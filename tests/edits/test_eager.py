@@ -292,6 +292,15 @@ def test_other_threads_models_and_modules_see_nothing() -> None:
     assert torch.equal(model(IDS)[0], plain)
 
 
+def test_a_patched_model_is_located_as_before() -> None:
+    model = made("in")
+    before = mc.adapters.locate(model).own
+    with mc.patch(model, random_shifts(model, "mimic").double()):
+        model.extra = nn.Identity()  # what was found before does not hold any more
+        assert mc.adapters.locate(model).own == before
+    assert len(before) == 3
+
+
 def test_an_error_inside_leaves_nothing() -> None:
     model = made("in")
     attention = model.transformer["h"][1].attn
