@@ -327,6 +327,8 @@ def test_compiled() -> None:
     with torch.no_grad(), mc.patch(model, shifts):
         wanted = model(IDS)[0]
         torch.testing.assert_close(torch.compile(model, backend="eager")(IDS)[0], wanted)
+        with pytest.raises(mc.PatchStateError, match="Computed attends without .*, which can't be exported"):
+            torch.export.export(model, (IDS,), strict=False)
 
 
 def test_the_scale_is_known() -> None:
