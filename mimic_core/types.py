@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
@@ -161,14 +162,15 @@ class AttentionAdapter(Protocol):
 class Located(NamedTuple):
     """A model without its wrappers, its adapter, the spec that the adapter found, and how it is split.
 
-    `own` has the layers whose attention does not ask transformers' interface: it calls torch's SDPA.
+    `own` says how attention goes in layers where it does not ask transformers' interface: True if it calls torch's
+    SDPA, or how it was seen to compute.
     """
 
     model: nn.Module
     adapter: AttentionAdapter
     spec: ModelSpec
     parallel: Parallel | None = None
-    own: frozenset[int] = frozenset()
+    own: Mapping[int, Any] = MappingProxyType({})
 
     def module(self, layer: int, site: Site) -> nn.Module:
         """The module a site belongs to.

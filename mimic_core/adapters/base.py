@@ -120,7 +120,7 @@ class PathAdapter:
                 f"{type(model).__name__}, found {type(layers).__name__}"
             )
         named = all(hasattr(config, name) for name in ("hidden_size", "num_attention_heads"))
-        seen = None if named else probe(model, self.decoder(model), self.example)
+        seen = None if named else self._seen(model, layers, path)
         specs = []
         for index, layer in enumerate(layers):
             where = f"{path}.{index}"
@@ -128,6 +128,13 @@ class PathAdapter:
             sizes = _sizes_in(config, attention) if seen is None else self._sizes_seen(seen, where)
             specs.append(LayerSpec(index, where, *sizes, *self._hidden_of(layer)))
         return ModelSpec(name_of(model), specs[0].hidden_size, tuple(specs))
+
+    def _seen(self, model: nn.Module, layers: nn.ModuleList | nn.Sequential, path: str) -> Probe:
+        seen = probe(model, self.decoder(model), self.example)
+        attends = all(seen.attention.get(f"{path}.{index}.{self.attention}") for index in range(len(layers)))
+        if attends or not set(self.sites) & set(ATTENTION_SITES):
+            return seen
+        return probe(model, self.decoder(model), self.example, follows=True)
 
     def decoder(self, model: nn.Module) -> nn.Module:
         model = unwrap(model)
@@ -183,7 +190,8 @@ class PathAdapter:
         calls = seen.attention.get(f"{path}.{self.attention}", [])
         if not calls and set(self.sites) & set(ATTENTION_SITES):
             raise UnsupportedModelError(
-                f"{path}.{self.attention} does not go through transformers' attention interface, so "
+                f"{path}.{self.attention} does not go through transformers' attention interface, and can't be followed "
+                f"({seen.odd.get(f'{path}.{self.attention}', 'it is not the innermost module that attends')}), so "
                 f"{type(self).__name__} can't have {', '.join(ATTENTION_SITES)}: leave them out of its `sites`"
             )
         heads = (calls[0].heads, calls[0].kv_heads, calls[0].head_dim, calls[0].value_dim) if calls else (0, 0, 0, 0)

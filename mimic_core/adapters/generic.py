@@ -6,6 +6,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -34,9 +35,10 @@ _LAYER_LISTS = ("layers", "h", "blocks", "block", "layer")
 class GenericAdapter:
     """Finds the decoder's layers and their sites by running the decoder once on four tokens.
 
-    An attention site is a module that calls transformers' attention interface exactly once; the sizes are those of the
-    tensors in this call. An output site is a module that runs exactly once and returns hidden states. If a layer lacks
-    sites, `LayerSpec.missing` says why. The result is kept as long as the model's modules are the same.
+    An attention site is a module that calls transformers' attention interface exactly once, or torch's SDPA, or that
+    computes attention by products and a softmax; the sizes are those of the tensors in it. An output site is a module
+    that runs exactly once and returns hidden states. If a layer lacks sites, `LayerSpec.missing` says why. The result
+    is kept as long as the model's modules are the same.
 
     Args:
         example: The arguments of the model's forward, by name or as a tuple in their order, if it does not run on token
@@ -91,9 +93,25 @@ def _layout(model: nn.Module, example: Example | None) -> _Layout:
     seen = probe(model, decoder, example)
     before, layout = _layouts.get(model, (None, None))
     if layout is None or before is not seen:
-        layout = _find(model, decoder, seen, example)
+        seen, layout = _looked_at(model, decoder, seen, example)
         _layouts[model] = seen, layout
     return layout
+
+
+def _looked_at(model: nn.Module, decoder: nn.Module, seen: Probe, example: Example | None) -> tuple[Probe, _Layout]:
+    """The layout. If layers lack attention, it is looked for outside of the interface too."""
+    found = error = None
+    try:
+        found = _find(model, decoder, seen, example)
+    except UnsupportedModelError as first:
+        error = first
+    if not seen.follows and (found is None or any("query" not in layer.sites for layer in found.spec.layers)):
+        with suppress(UnsupportedModelError):
+            seen = probe(model, decoder, example, follows=True)
+            found = _find(model, decoder, seen, example)
+    if found is None:
+        raise error or UnsupportedModelError("")
+    return seen, found
 
 
 def _find(model: nn.Module, decoder: nn.Module, seen: Probe, example: Example | None) -> _Layout:
@@ -295,11 +313,14 @@ class _Layer:
             return f"{type(self.module(crossed)).__name__} attends to an encoder's states too"
         other = self._other_attention()
         if other is not None:
-            return f"{type(self.module(other)).__name__} does not go through transformers' attention interface"
+            odd = self.seen.odd.get(self.names[self.module(other)], "no softmax of a product of two tensors was seen")
+            kind = type(self.module(other)).__name__
+            return f"{kind} does not go through transformers' attention interface, and it can't be followed: {odd}"
         for path in self._inside():
             kind = type(self.module(path)).__name__
             if self._ran(path) and not _PLAIN.search(kind) and not f"{path}.".startswith(f"{mlp}."):
-                return f"no softmax attention ({kind})"
+                odd = self.seen.odd.get(self.names[self.module(path)])
+                return f"no softmax attention ({kind})" + (f" that can be followed: {odd}" if odd else "")
         return "no attention"
 
     def _other_attention(self) -> str | None:

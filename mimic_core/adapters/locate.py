@@ -99,17 +99,22 @@ def _kept_or_registered(model: nn.Module) -> Located:
 
 
 def _with_own(found: Located) -> Located:
-    """Say which layers attend without the interface. Models in transformers' own files are taken to ask it."""
+    """Say which layers attend without the interface. Models that transformers says to ask it are taken to do so."""
     layers = [layer.index for layer in found.spec.layers if "attn_heads" in layer.sites]
-    if not layers or not may_attend_alone(found.model):
-        return found
-    try:
-        seen = probe(found.model, found.adapter.decoder(found.model), getattr(found.adapter, "example", None))
-    except UnsupportedModelError:  # an adapter may know what can't be run on text
+    asks = getattr(found.model, "_supports_attention_backend", False) and not isinstance(found.adapter, GenericAdapter)
+    if not layers or (asks and not may_attend_alone(found.model)):
         return found
     names = {module: name for name, module in found.model.named_modules()}
-    calls = {i: seen.attention.get(names[found.module(i, "attn_heads")], []) for i in layers}
-    return found._replace(own=frozenset(i for i in layers if any(call.own for call in calls[i])))
+    places = {i: names[found.module(i, "attn_heads")] for i in layers}
+    decoder, example = found.adapter.decoder(found.model), getattr(found.adapter, "example", None)
+    try:
+        seen = probe(found.model, decoder, example)
+        if not all(seen.attention.get(path) for path in places.values()):
+            seen = probe(found.model, decoder, example, follows=True)
+    except UnsupportedModelError:  # an adapter may know what can't be run on text
+        return found
+    calls = {i: seen.attention.get(path, []) for i, path in places.items()}
+    return found._replace(own={i: calls[i][0].own for i in layers if any(call.own for call in calls[i])})
 
 
 def _defined(name: str) -> str:

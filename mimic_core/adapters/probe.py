@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ..edits import installed
+from ..edits.eager import Recipe
 from ..edits.entry import Bystander, Entry, SiteEdit
 from ..edits.frames import by_name
 from ..edits.interface import SLOT, AttentionSlot
-from ..edits.sdpa import frames, watched_sdpa
+from ..edits.sdpa import Named, by_nobody, frames, watched_sdpa
 from ..edits.watch import shape_of_tokens
 from ..errors import PatchStateError, UnsupportedModelError
 from ..types import At
+from .looking import Looking, followed, of_sdpa
 
 TOKENS = 4
 """Number of tokens of a probe. With one token it would be a decoding step."""
@@ -32,7 +34,7 @@ _OF_OTHERS = ("key_value_states", "encoder_hidden_states", "cross_attention_stat
 
 @dataclass(frozen=True)
 class AttentionSeen:
-    """One call of the attention interface, or of torch's SDPA (`own`).
+    """One call of the attention interface. Or `own`: True or a name for one of torch's SDPA, or a recipe.
 
     `tokens` is b and t of the queries, `keys` the number of keys, `logits` as in `At`.
     """
@@ -44,7 +46,7 @@ class AttentionSeen:
     tokens: tuple[int, int]
     keys: int
     logits: tuple[str, ...] = ()
-    own: bool = False
+    own: Recipe | Named | bool = False
 
 
 class Value(NamedTuple):
@@ -71,26 +73,33 @@ class Probe:
         outputs: The shape of each call's output (of the first element of a tuple), in the order of calls. None if that
             is not a tensor.
         passed: What each call got and gave; the modules in the order in which they first ended.
-        attention: The calls of the attention interface, and those of torch's SDPA by modules that don't ask it.
+        attention: The calls of the attention interface, and the attention of modules that don't ask it.
         crossed: Modules that got the states of an encoder or of images as an argument.
+        odd: What was seen of attention that is not understood.
         tokens: b and t of what the model got.
+        follows: Attention outside of the interface was looked for too.
     """
 
     outputs: dict[str, list[tuple[int, ...] | None]] = field(default_factory=dict)
     passed: dict[str, list[Passed]] = field(default_factory=dict)
     attention: dict[str, list[AttentionSeen]] = field(default_factory=dict)
     crossed: set[str] = field(default_factory=set)
+    odd: dict[str, str] = field(default_factory=dict)
     tokens: tuple[int, int] = (1, TOKENS)
+    follows: bool = False
 
 
 _kept: WeakKeyDictionary[nn.Module, tuple[list[ref[nn.Module]], Example | None, Probe]] = WeakKeyDictionary()
 
 
-def probe(model: nn.Module, decoder: nn.Module, example: Example | None = None) -> Probe:
+def probe(model: nn.Module, decoder: nn.Module, example: Example | None = None, follows: bool = False) -> Probe:
     """Run `decoder`, or else `model`, on four tokens in eval mode without gradients, and record what runs.
 
     With an example, the model runs on that. Modules, their modes and torch's random state do not change. Edits that the
     model already has are off meanwhile. The result is kept as long as the model's modules and the example are the same.
+
+    Args:
+        follows: Look for attention outside of the interface too. This runs the decoder again, and slowly.
 
     Raises:
         UnsupportedModelError: neither runs on text without other inputs, or the model not on the example.
@@ -101,28 +110,46 @@ def probe(model: nn.Module, decoder: nn.Module, example: Example | None = None) 
     if (
         seen is None
         or of is not example
+        or (follows and not seen.follows)
         or len(before) != len(modules)
         or any(old() is not m for old, m in zip(before, modules, strict=True))
     ):
         with unedited(model):
-            seen = _probe(model, decoder, example)
+            seen = _probe(model, decoder, example, follows)
         # Weakly: modules with edits hold the model, so it would never be collected.
         _kept[model] = [ref(m) for m in modules], example, seen
     return seen
 
 
-def _probe(model: nn.Module, decoder: nn.Module, example: Example | None) -> Probe:
+def _probe(model: nn.Module, decoder: nn.Module, example: Example | None, follows: bool) -> Probe:
     tokens = (1, TOKENS) if example is None else _tokens_in(model, example)
     names = {module: name for name, module in model.named_modules(remove_duplicate=True)}
     inside = [m for m in decoder.modules() if m in names]
     found: list[Probe] = []
 
-    def watch() -> AbstractContextManager[None]:
-        found.append(Probe(tokens=tokens))
-        return _watched(inside, names, found[-1], may_attend_alone(model))
+    @contextmanager
+    def watch() -> Iterator[None]:
+        found.append(Probe(tokens=tokens, follows=follows))
+        with _watched(inside, names, found[-1], follows or may_attend_alone(model)):
+            with followed(inside, tokens[0]) if follows else nullcontext({}) as own:
+                yield
+        _add(found[-1], {names[module]: runs for module, runs in own.items()})
 
     run_on_text(model, decoder, watch, example)
     return found[-1]
+
+
+def _add(seen: Probe, followers: Mapping[str, list[Looking]]) -> None:
+    """Add the attention that modules compute by themselves: that of the innermost modules that do."""
+    asked = list(seen.attention)
+    computes = {path: [one for run in runs for one in run.found] for path, runs in followers.items()}
+    for path, calls in computes.items():
+        if any(other.startswith(f"{path}.") or f"{path}.".startswith(f"{other}.") for other in asked):
+            continue
+        if calls and not any(computes[other] for other in computes if other.startswith(f"{path}.")):
+            seen.attention[path] = [AttentionSeen(*one) for one in calls]
+        elif odd := dict.fromkeys(word for run in followers[path] for word in run.odd):
+            seen.odd[path] = "; ".join(odd)
 
 
 def run_on_text(
@@ -259,11 +286,10 @@ class _Attends:
         self._calls = calls
 
     def attend(self, original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        out = original(*args, **kwargs)
-        q, k = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key")))
-        if q.ndim == 4:
-            (b, h, t, d), (_, g, s, _) = q.shape, k.shape
-            self._calls.append(AttentionSeen(h, g, d, out.shape[-1], (b, t), s, own=True))
+        with by_nobody():
+            out = original(*args, **kwargs)
+        if (call := of_sdpa(args, kwargs, out)) is not None:
+            self._calls.append(AttentionSeen(*call, own=True))
         return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations import sdpa_attention
@@ -17,13 +18,16 @@ from ..ops import like_sdpa
 from ..types import At, AttentionView
 from .entry import Entry
 from .flash import flash_lse, why_not
+from .given import LSEInside
 from .sdpa import is_sdpa_of_torch
 
 # Arguments that change the logits. The LSE includes the first group, if the attention implementation does. The second
 # group is not supported.
 _FOLLOWED = ("softcap", "s_aux")
-_CHANGES_LOGITS = ("position_bias", "indices", "block_indices")
-UNUSUAL = frozenset((*_FOLLOWED, *_CHANGES_LOGITS))
+_CHANGES_LOGITS = ("indices", "block_indices")
+# What transformers' functions add to the logits in several ways: it is seen when they run.
+_ADDED = ("position_bias", "sinks")
+UNUSUAL = frozenset((*_FOLLOWED, *_CHANGES_LOGITS, *_ADDED))
 
 
 class Plan:
@@ -79,6 +83,11 @@ class AttentionCall(AttentionView):
     def lse(self) -> Tensor:
         if self._lse is None:
             self._check_lse()
+            if self._is_biased:
+                raise UnsupportedModelError(
+                    f"`at.lse` of {type(self.module).__name__} is known only after its attention, because its logits "
+                    f"have {self._words(_ADDED)} in them: read it at attn_heads or lse"
+                )
             if self._is_flash:
                 self._lse = flash_lse(self.module, self.query, self.key, self.mask, self.options)
                 return self._lse
@@ -96,7 +105,7 @@ class AttentionCall(AttentionView):
     @property
     def lse_all_keys(self) -> Tensor:
         self._check_lse()
-        odd = [name for name in (*_FOLLOWED, "cu_seq_lens_k") if self.options.get(name) is not None]
+        odd = [name for name in (*_FOLLOWED, *_ADDED, "cu_seq_lens_k") if self.options.get(name) is not None]
         if odd:
             raise UnsupportedModelError(
                 f"the LSE over all keys is only for attention like in the published models, but "
@@ -110,16 +119,24 @@ class AttentionCall(AttentionView):
         words = [f"softcap {options['softcap']:g}"] if "softcap" in options else []
         words += ["sinks"] if "s_aux" in options else []
         words += [f"window {options['sliding_window']}"] if options.get("sliding_window") else []
-        return (*words, *(name.replace("_", " ") for name in _CHANGES_LOGITS if name in options))
+        return (*words, *(name.replace("_", " ") for name in (*_ADDED, *_CHANGES_LOGITS) if name in options))
+
+    def _words(self, names: tuple[str, ...]) -> str:
+        return ", ".join(name for name in names if self.options.get(name) is not None)
+
+    @property
+    def _is_biased(self) -> bool:
+        return any(self.options.get(name) is not None for name in _ADDED)
 
     def _check_lse(self) -> None:
         problem = None
         options, refused = self.options, _CHANGES_LOGITS
         if self.implementation == "sdpa":
             refused = _FOLLOWED + _CHANGES_LOGITS  # transformers' sdpa function supports none of them
-        odd = [name for name in refused if options.get(name) is not None]
-        if odd:
-            problem = f"{', '.join(odd)} enter(s) its attention logits, which is not supported"
+        if self.implementation not in ("sdpa", "eager") or torch.compiler.is_compiling():
+            refused += _ADDED
+        if odd := self._words(refused):
+            problem = f"{odd} enter(s) its attention logits, which is not supported"
         elif self.implementation == "sdpa" and not is_sdpa_of_torch():
             found: Any = functional.scaled_dot_product_attention
             problem = (
@@ -156,7 +173,16 @@ class AttentionCall(AttentionView):
             self._check_lse()  # before the expensive part
         out = weights = None
         heads = plan.heads
-        if plan.reads_lse and self._is_torchs:
+        if plan.reads_lse and self._is_biased:
+            with LSEInside(self.query) as inside:
+                out, weights = self.base(self.module, self.query, self.key, self.value, self.mask, **self.options)
+            self._lse = inside.lse()
+            if self._lse is None:
+                raise UnsupportedModelError(
+                    f"the LSE of {type(self.module).__name__} can't be computed: {self._words(_ADDED)} enter(s) its "
+                    f"attention logits in a way that can't be followed ({'; '.join(inside.odd) or 'no softmax'})"
+                )
+        elif plan.reads_lse and self._is_torchs:
             out = self._fused(plan.fused) if plan.fused is not None else None
             if out is not None:
                 heads = heads[1:]

@@ -92,7 +92,7 @@ class Installation:
                     self._forwards.append(EditedForward.claim(layer, around=scope))
                 entry = Entry(edit, self, 1 << i, scope)
                 self._entries.append(entry)
-                self._attach(entry, module, edit.layer in found.own)
+                self._attach(entry, module, found.own.get(edit.layer, False))
             self._decoder = found.adapter.decoder(model)
             self._came_inside = is_called_anywhere(self._decoder)
             self._standing = Places(model, (self._decoder, *self._edited))
@@ -119,7 +119,7 @@ class Installation:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "is_plain": self._is_full}  # a copy is outside of any `at`
 
-    def _attach(self, entry: Entry, module: nn.Module, own: bool) -> None:
+    def _attach(self, entry: Entry, module: nn.Module, own: Any) -> None:
         self._edited.append(module)
         if entry.edit.site not in ATTENTION_SITES:
             self._forwards.append(EditedForward.claim(module, entry))

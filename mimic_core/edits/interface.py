@@ -18,9 +18,10 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..errors import UnsupportedModelError
 from .call import UNUSUAL, AttentionCall, Plan, SDPACall, shifted
+from .eager import EagerFrame, Recipe
 from .entry import Entry
 from .replaced import ReplacedMethod
-from .sdpa import by_nobody, frames, is_sdpa_of_torch, watched_sdpa
+from .sdpa import Named, by_nobody, frames, is_sdpa_of_torch, watched_sdpa
 
 SLOT = "_mimic_core_sites"
 """Key of a module's slot in its `__dict__`. So deepcopy and pickle include the slot, and state_dict does not."""
@@ -30,7 +31,8 @@ class AttentionSlot:
     """The edits inside the attention of one module, in order. The wrapper stays while any slot exists.
 
     Args:
-        own: The module does not ask the interface, it calls torch's SDPA by itself.
+        own: The module does not ask the interface. True: it calls torch's SDPA by itself, or by a name of its own. A
+            recipe: it computes its attention by itself.
 
     Attributes:
         plan: The edits of a call. It is made when edits change, because making it at each decoded token is too slow.
@@ -39,13 +41,17 @@ class AttentionSlot:
 
     plan: Plan | None
 
-    def __init__(self, own: bool = False) -> None:
+    def __init__(self, own: Recipe | Named | bool = False) -> None:
         self.own = own
         self.hold(())
         self._retain()
 
     def _retain(self) -> None:
-        self._release = (watched_sdpa if self.own else wrapper).retain(self)
+        if isinstance(self.own, Recipe):
+            self._release = lambda: None
+        else:
+            found = self.own if isinstance(self.own, Named) else watched_sdpa if self.own else wrapper
+            self._release = found.retain(self)
 
     def hold(self, entries: tuple[Entry, ...]) -> None:
         self.entries = entries
@@ -81,7 +87,7 @@ class AttentionSlot:
 
 
 class Attending:
-    """Stands around the forward of a module that calls torch's SDPA by itself.
+    """Stands around the forward of a module that attends by itself: by torch's SDPA, or by products and a softmax.
 
     Attributes:
         owner: Whose edits it serves.
@@ -94,10 +100,23 @@ class Attending:
         self.owner, self._slot, self._module = owner, slot, module
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        frames().append(_Frame(self._slot, self._module))
+        around, slot = frames(), self._slot
+        plan = slot.asked() if slot.asks else slot.plan
+        if not isinstance(slot.own, Recipe) or plan is None:
+            around.append(_Frame(slot, self._module))
+        elif around and isinstance(around[-1], EagerFrame) and around[-1].module is self._module:
+            around.append(around[-1])  # it has several edits, and something stands around it for each
+        else:
+            frame = EagerFrame(self._module, slot.own, plan)
+            frame.__enter__()
+            around.append(frame)
 
     def leave(self, raised: bool) -> None:
-        frames().pop()
+        frame = frames().pop()
+        if isinstance(frame, EagerFrame) and frame not in frames()[-1:]:
+            frame.__exit__(None, None, None)
+            if not raised:
+                frame.end()
 
     def traced(self) -> None: ...
 

@@ -229,8 +229,8 @@ def _uncompiled(forward: EditedForward, args: tuple[Any, ...], kwargs: dict[str,
     """A forward whose edits see the calls inside it. Code made by torch.compile would not show them."""
     if torch.compiler.is_compiling():
         raise PatchStateError(
-            f"{type(forward.module).__name__} has edits at calls of scaled_dot_product_attention, which can't be "
-            f"exported"
+            f"{type(forward.module).__name__} attends without transformers' interface, and has edits inside its "
+            f"attention, which can't be exported"
         )
     return forward.run(*args, **kwargs)
 

@@ -1,14 +1,18 @@
 """Attention that asks nobody: calls of torch's SDPA by a module, seen by whoever stands around the module's forward.
 
-`torch.nn.functional.scaled_dot_product_attention` is replaced while a slot or a probe needs it. The replacement looks
-for a frame: what stands around the forward of a module that runs in this thread. Without one, it calls what was there.
+`torch.nn.functional.scaled_dot_product_attention` is replaced while a slot or a probe needs it, or another name that
+code has for it. The replacement looks for a frame: what stands around the forward of a module that runs in this thread.
+Without one, it calls what was there.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -78,6 +82,33 @@ def _wrap(original: Callable[..., Tensor], in_use: Callable[[], bool]) -> Callab
 
 
 watched_sdpa = ReplacedMethod(lambda: functional, "scaled_dot_product_attention", _wrap)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class Named:
+    """Where code has torch's SDPA under a name of its own, as after `from torch.nn.functional import ...`."""
+
+    file: str
+    name: str
+
+    @staticmethod
+    def of_caller() -> Named | None:
+        """That of the code that calls it now. None if no global name there is torch's function."""
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_globals.get("__name__", "").startswith(("mimic_core.", "jaxtyping")):
+            frame = frame.f_back
+        of_file = {} if frame is None else frame.f_globals
+        names = [name for name, x in of_file.items() if x is _TORCHS]
+        return Named(of_file["__name__"], names[0]) if len(names) == 1 and of_file["__name__"] in sys.modules else None
+
+    def retain(self, holder: object) -> Callable[[], object]:
+        """As `ReplacedMethod.retain`."""
+        return _replaced(self).retain(holder)
+
+
+@cache
+def _replaced(named: Named) -> ReplacedMethod:
+    return ReplacedMethod(lambda: sys.modules[named.file], named.name, _wrap)  # pyright: ignore[reportArgumentType]
 
 
 def is_sdpa_of_torch() -> bool:

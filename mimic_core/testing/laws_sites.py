@@ -228,7 +228,9 @@ def site_law(site: Site) -> Callable[[Subject], str]:
             edits: dict[Place, Edit] = {
                 (s.place(s.spec.layers[i], site), site): partial(_edit, layer=i, site=site) for i in layers
             }
-            with Oracle(edits, baseline.plain, baseline.reading):
+            # Outside of attention, the model's own runs: the last bit of another may turn a choice of experts.
+            plain = baseline.plain if site in ATTENTION_SITES else ()
+            with Oracle(edits, plain, baseline.reading):
                 wanted = s.run()
             gap = s.gap(found, wanted, s.logits)
             idle = []

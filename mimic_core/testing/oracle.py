@@ -18,8 +18,11 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .calls import Softmax, lse_of
+from .computed import Computed
+
 # Arguments that change the logits and that this attention does not support.
-_UNKNOWN = ("position_bias", "indices", "block_indices")
+_UNKNOWN = ("indices", "block_indices")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,14 @@ class Oracle:
         self._wraps = [(m, functools.partial(kinds[s], e)) for (m, s), e in (edits or {}).items() if s in kinds]
         self._plain = {id(module) for module in plain}
         self._reading = reading
-        self._is_inside = False
+        self._is_inside = self._is_busy = False
+        self._computed = Computed(
+            self._edit,
+            self._computed_heads,
+            functools.partial(self._busily, self._own_attention),
+            lambda module: id(module) in self._plain,
+            lambda: self._is_busy,
+        )
         self.seen: list[Seen] = []
 
     def __enter__(self) -> Oracle:
@@ -95,7 +105,7 @@ class Oracle:
 
         self._interface = AttentionInterface
         self._below = below = AttentionInterface.get_interface
-        attention = self._attention
+        attention = functools.partial(self._busily, self._attention)
 
         def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
             return functools.partial(attention, below(self, attn_implementation, default))
@@ -104,7 +114,7 @@ class Oracle:
         self._sdpa = functional.scaled_dot_product_attention
 
         def sdpa(*args: Any, **kwargs: Any) -> Tensor:
-            return self._own_attention(*args, **kwargs)
+            return self._busily(self._own_attention, *args, **kwargs)
 
         sdpa.original = self._sdpa  # pyright: ignore[reportFunctionMemberAccess]
         functional.scaled_dot_product_attention = sdpa
@@ -113,9 +123,11 @@ class Oracle:
         for module, wrap in self._wraps:
             self._forwards.append((module, vars(module).get("forward")))
             module.forward = functools.partial(wrap, module.forward)
+        self._computed.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._computed.__exit__(None, None, None)
         self._interface.get_interface = self._below
         functional.scaled_dot_product_attention = self._sdpa
         for module, forward in reversed(self._forwards):
@@ -127,6 +139,22 @@ class Oracle:
     def _edit(self, module: nn.Module, site: str, value: Tensor, seen: Seen | None = None) -> Tensor:
         edit = self._edits.get((id(module), site))
         return value if edit is None else edit(value, seen)
+
+    def _busily(self, attention: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Attention of which no part is looked at."""
+        before, self._is_busy = self._is_busy, True
+        try:
+            return attention(*args, **kwargs)
+        finally:
+            self._is_busy = before
+
+    def _computed_heads(self, softmax: Softmax, value: Tensor, out: Tensor) -> Tensor:
+        """The output of attention that a module computes by itself."""
+        plain = id(softmax.module) in self._plain
+        lse = lse_of(softmax) if plain else None
+        seen = Seen(softmax.module, softmax.query, softmax.key, value, lse, out, plain, own=True)
+        self.seen.append(seen)
+        return self._edit(softmax.module, "attn_heads", out, seen)
 
     def _own_attention(
         self,
@@ -230,9 +258,14 @@ def plain_attention(
     attends, bias = _read_mask(module, query, s, mask, options, reading)
     if bias is not None:
         logits = logits + bias.to(exact)
+    position_bias = options.get("position_bias")
+    if position_bias is not None:
+        logits = logits + position_bias[..., : logits.shape[3]].to(exact)
     logits = logits.masked_fill(~attends, -torch.inf)
     some = attends.any(-1)
     sinks = options.get("s_aux") if reading.extras else None
+    if (of_tokens := options.get("sinks")) is not None and reading.extras:
+        logits = torch.cat([logits, of_tokens.to(exact)], dim=-1)
     if sinks is not None:
         column = repeat(sinks.to(exact), "h -> b h t 1", b=logits.shape[0], t=t)
         logits = torch.cat([logits, column], dim=-1)

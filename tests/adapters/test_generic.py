@@ -105,14 +105,19 @@ def test_cross_attention_layers_have_no_site() -> None:
     assert [layer.missing for layer in lacking] == ["MllamaCrossAttentionDecoderLayer does not run on text alone"]
 
 
-def test_attention_off_the_interface_leaves_the_outputs() -> None:
+def test_attention_off_the_interface_is_followed() -> None:
     for model_type in ("falcon", "mpt", "bloom", "gpt_neo"):
+        assert {layer.sites for layer in spec_of(tiny(model_type).model).layers} == {ALL}
+
+
+def test_attention_that_cannot_be_followed_leaves_the_outputs() -> None:
+    for model_type in ("reformer", "rwkv"):
         model = tiny(model_type).model
         for layer in spec_of(model).layers:
             assert set(layer.sites) <= set(OUTSIDE)
             assert {"mlp_out", "layer_out"} <= set(layer.sites)
-            assert layer.missing.endswith("Attention does not go through transformers' attention interface")
-        with pytest.raises(mc.UnsupportedModelError, match="does not go through transformers' attention interface"):
+            assert "Attention does not go through transformers' attention interface, and it can't be" in layer.missing
+        with pytest.raises(mc.UnsupportedModelError, match="followed: no softmax of a product of two tensors was seen"):
             mc.build_shifts(model, "mimic", layers=(0,))
         assert mc.build_shifts(model, "live").layers == tuple(range(len(spec_of(model).layers)))
 
@@ -243,18 +248,25 @@ def test_paths_without_a_config_are_sized_by_what_is_seen() -> None:
     class Paths(mc.PathAdapter):
         layers, config = "model.layers", "odd"
 
-    model, falcon = tiny("gemma2").model, tiny("falcon").model
+    model, falcon, bloom = tiny("gemma2").model, tiny("falcon").model, tiny("bloom").model
+    rwkv = tiny("rwkv").model
     wanted = spec_of(model)
-    for one in (model, falcon):
+    for one in (model, falcon, bloom, rwkv):
         one.config.odd = SimpleNamespace()  # names neither a hidden size nor heads
     mc.register_adapter("gemma2")(Paths)
     assert mc.adapter_for(model).spec(model) == wanted
-    paths = {"layers": "transformer.h", "attention": "self_attention"}
-    mc.register_adapter("falcon")(type("Falcon", (Paths,), paths))
-    with pytest.raises(
-        mc.UnsupportedModelError, match=r"h\.0\.self_attention does not go .*: leave them out of its `sites`"
-    ):
-        mc.adapter_for(falcon)
+    paths = {"layers": "transformer.h", "attention": "self_attention", "down": "dense_4h_to_h"}
+    for one in (falcon, bloom):
+        own = spec_of(one)
+        mc.register_adapter(one.config.model_type)(type("Own", (Paths,), paths))
+        assert mc.adapter_for(one).spec(one) == own
+        report = mc.testing.check_adapter(one)
+        report.raise_for_failures()
+        assert report["MimIC"].verdict == "passed"
+    paths = {"layers": "rwkv.blocks", "attention": "attention", "mlp": "feed_forward", "down": "value"}
+    mc.register_adapter("rwkv")(type("Own", (Paths,), paths))
+    with pytest.raises(mc.UnsupportedModelError, match=r"blocks\.0\.attention does not go .*: leave them out of its"):
+        mc.adapter_for(rwkv)
 
 
 # --- looking changes nothing
@@ -323,8 +335,8 @@ def test_describe(capsys: pytest.CaptureFixture[str]) -> None:
     assert head == "Gemma2ForCausalLM (gemma2), by GenericAdapter"
     assert columns.split()[:3] == ["layer", "path", "hidden"]
     assert any("softcap 50, window " in row for row in rows)
-    mc.describe(tiny("falcon").model)
-    assert "transformer.h.0: FalconAttention does not go through transformers'" in capsys.readouterr().out
+    mc.describe(tiny("rwkv").model)
+    assert "rwkv.blocks.0: RwkvSelfAttention does not go through transformers'" in capsys.readouterr().out
     mc.describe(tiny("idefics").model)
     out = capsys.readouterr().out
     assert "by IdeficsAdapter" in out

@@ -32,7 +32,7 @@ SLICE = {
     "fuyu": "fused queries, keys and values",
     "kosmos-2": "a norm before the projection",
     "pi0": "an action expert beside the decoder",
-    "blip": "attention off the interface",
+    "blip": "attention by products, beside cross-attention of the same class",
     "gemma2": "softcap",
     "gpt_oss": "sinks",
     "deepseek_v3": "values narrower than queries",
@@ -43,10 +43,11 @@ SLICE = {
     "zamba2": "a transformer block beside a state-space layer",
     "longcat_flash": "two attention modules in a layer",
     "diffllama": "two calls of attention in a layer",
-    "falcon": "attention off the interface, in a causal LM",
+    "falcon": "torch's SDPA in a file of transformers",
+    "bloom": "attention by products of rows of heads, with ALiBi",
     "blt": "a decoder inside decoders",
 }
-OUTPUTS_ALONE = {"blip", "falcon", "diffllama"}
+OUTPUTS_ALONE = {"diffllama"}
 
 
 def place(model_type: str) -> Place:

@@ -283,13 +283,36 @@ def test_flex_attention_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(logits["flex_attention"], logits["sdpa"], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_position_bias_is_in_the_lse_if_the_implementation_adds_it(attention: str) -> None:
+    model = fresh_model(LLAMA, attention)
+    ids = LLAMA.inputs()["input_ids"]
+    t = ids.shape[1]
+    bias = torch.randn(1, model.config.num_attention_heads, t, t)
+    with torch.no_grad(), mc.capture(model, ["query", "key", "lse"], layers=[1]) as seen:
+        biased = model(ids, position_bias=bias, use_cache=False).logits
+    added = not torch.equal(biased, model(ids, use_cache=False).logits)
+    q, k = seen["query"][1], seen["key"][1]
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    logits = q @ k.mT * q.shape[-1] ** -0.5 + (bias if added else 0.0)
+    wanted = logits.masked_fill(~torch.ones(t, t, dtype=torch.bool).tril(), -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(seen["lse"][1], wanted)
+    with (
+        mc.hook(model, "query", lambda value, at: at.lse and None),
+        pytest.raises(  # pyright: ignore[reportArgumentType]
+            mc.UnsupportedModelError, match="known only after its attention, because its logits have position_bias"
+        ),
+    ):
+        model(ids, position_bias=bias)
+
+
 def test_logits_that_lse_does_not_follow_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Position bias and the like, what an implementation ignores, and implementations that hide their mask."""
     model, inputs = fresh_model(LLAMA, "eager"), LLAMA.inputs()
     monkeypatch.setitem(AttentionInterface._global_mapping, "hidden", lambda *args, **kwargs: None)
     with mc.patch(model, random_shifts(model, "mimic")):
-        with pytest.raises(mc.UnsupportedModelError, match="position_bias enter"):
-            logits_of(model, inputs, position_bias=torch.zeros(1, 1, 1, 1))
+        with pytest.raises(mc.UnsupportedModelError, match="indices enter"):
+            logits_of(model, inputs, indices=torch.zeros(1, 1, 1, 1))
         model.config._attn_implementation = "sdpa"
         with pytest.raises(mc.UnsupportedModelError, match="softcap enter"):
             logits_of(model, inputs, softcap=30.0)

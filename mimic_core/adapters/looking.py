@@ -1,0 +1,112 @@
+"""Attention that modules compute by themselves, looked for in a small forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import ref
+
+from torch import Tensor, nn
+
+from ..edits.eager import Recipe
+from ..edits.follow import Follower
+from ..edits.products import Axes, Product
+from ..edits.scores import KINDS, Scores
+from ..edits.sdpa import Named, frames
+
+
+class Looking(Follower):
+    """What one module computes.
+
+    Attributes:
+        found: What `AttentionSeen` says of each attention, in its order.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self._rows = rows
+        self._samples_first: dict[int, ref[Tensor]] = {}
+        self.found: list[tuple[Any, ...]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs)
+        if type(out) is Tensor and out.ndim == 3 and args and type(args[0]) is Tensor:
+            if KINDS.get(getattr(func, "__name__", "")) == "_shape":
+                # [b h t d] -> [(b h) t d], or [t b (h d)] -> [t (b h) d]. With one sample, its axis is that of size 1.
+                before, b = args[0].shape, self._rows
+                known = before[0] == b if args[0].ndim == 4 else before[:2] == (out.shape[0], b)
+            else:
+                known = self._has_samples_first(args[0])
+            if known:
+                self._samples_first[id(out)] = ref(out)
+        return out
+
+    def _has_samples_first(self, x: Any) -> bool:
+        found = self._samples_first.get(id(x))
+        return found is not None and found() is x
+
+    def heads(self, product: Product) -> int:
+        return max(product.first.shape[0] // self._rows, 1)
+
+    def scored(self, product: Product, axes: Axes, index: int, factor: Any) -> tuple[Any, Scores]:
+        out, scores = super().scored(product, axes, index, factor)
+        scores.samples_first = self._has_samples_first(product.second if axes.swapped else product.first)
+        return out, scores
+
+    def attended(self, product: Product, axes: Axes, index: int, scores: Scores) -> Any:
+        out = product.run()
+        if axes.left.heads == "rows" and not scores.samples_first:
+            self.odd.append("samples and heads in one axis, and it is not known which of them comes first")
+            return out
+        (b, h, t, s), kv_heads, width = scores.shape, scores.key.shape[1], scores.query.shape[-1]
+        logits = ("softcap",) if scores.caps else ()
+        values = axes.out.site(out, h).shape[-1]
+        recipe = Recipe(scores.index, index, h, float(scores.scale))
+        self.found.append((h, kv_heads, width, values, (b, t), s, logits, recipe))
+        return out
+
+    def sdpa(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        if frames() and frames()[-1] is None:
+            return out  # it was seen by its usual name
+        named, call = Named.of_caller(), of_sdpa(args, kwargs, out)
+        if named is None or call is None:
+            self.odd.append("scaled_dot_product_attention by a name that is not global, or not with [b h t d]")
+        else:
+            self.found.append((*call, (), named))
+        return out
+
+
+def of_sdpa(args: Any, kwargs: Any, out: Tensor) -> tuple[Any, ...] | None:
+    """What `AttentionSeen` says of a call of torch's SDPA."""
+    q, k = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key")))
+    if q.ndim != 4:
+        return None
+    (b, h, t, d), (_, g, s, _) = q.shape, k.shape
+    return h, g, d, out.shape[-1], (b, t), s
+
+
+@contextmanager
+def followed(modules: list[nn.Module], rows: int) -> Iterator[dict[nn.Module, list[Looking]]]:
+    """Inside the `with`, each of the modules is followed each time that it runs."""
+    found: dict[nn.Module, list[Looking]] = {}
+    running: list[Looking] = []
+
+    def begins(module: nn.Module, args: Any) -> None:
+        running.append(Looking(rows))
+        running[-1].__enter__()
+        found.setdefault(module, []).append(running[-1])
+
+    def ends(module: nn.Module, args: Any, output: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    hooks = [m.register_forward_pre_hook(begins) for m in modules]
+    hooks += [m.register_forward_hook(ends) for m in modules]
+    try:
+        yield found
+    finally:
+        while running:
+            running.pop().__exit__(None, None, None)
+        for hook in hooks:
+            hook.remove()

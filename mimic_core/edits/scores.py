@@ -1,0 +1,93 @@
+"""The scores of an attention, and which functions of torch make them of a product, or weights of them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .products import PRODUCTS
+
+_TIMES = ("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__")
+_OVER = ("div", "div_", "divide", "true_divide", "__div__", "__truediv__", "__itruediv__", "__idiv__")
+# In these, the scores come first.
+NOT_TURNED = frozenset((*_OVER, "sub", "sub_", "__sub__", "__isub__", "subtract"))
+# What changes each score by itself, or all by one bias.
+_EACH = ("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__", "subtract")
+_EACH += ("masked_fill", "masked_fill_", "where", "clamp", "clamp_", "max", "maximum", "nan_to_num", "nan_to_num_")
+_EACH += ("dropout", "dropout_", "feature_dropout", "alpha_dropout")
+_CAPS = ("tanh", "tanh_")
+_SAME = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach")
+# What keeps the order of rows.
+_SHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
+_MOVES = ("transpose", "permute", "swapaxes", "movedim", "t", "expand", "repeat", "repeat_interleave", "__get__")
+_MOVES += ("__getitem__", "split", "chunk", "unbind", "tensor_split", "narrow")
+KINDS = {
+    **dict.fromkeys(PRODUCTS, "_product"),
+    **dict.fromkeys(_TIMES, "_times"),
+    **dict.fromkeys(_OVER, "_over"),
+    **dict.fromkeys(_EACH, "_each"),
+    **dict.fromkeys(_CAPS, "_caps"),
+    **dict.fromkeys(_SAME, "_same"),
+    **dict.fromkeys(_SHAPES, "_shape"),
+    **dict.fromkeys(_MOVES, "_move"),
+    **dict.fromkeys(("cat", "concat"), "_joined"),
+    "softmax": "_softmax",
+    "scaled_dot_product_attention": "_sdpa",
+}
+
+
+@cache
+def _how(given: torch.dtype, scores: torch.dtype, value: torch.dtype) -> tuple[torch.dtype, float]:
+    """In which dtype an LSE is computed, and which numbers come from masks alone."""
+    lowest = max(torch.finfo(x).min for x in (given, scores)) / 2
+    return torch.promote_types(torch.promote_types(given, value), torch.float32), lowest
+
+
+class Scores:
+    """The scores of one attention, from the product on.
+
+    Attributes:
+        index: That of the product among those of the module.
+        query, key: [b h t d], [b g s d]; the query without the number by which the module multiplied it.
+        scale: The factor on query . key, as it is for small ones if they go through a tanh.
+        given: What the softmax got.
+        samples_first: If samples and heads of the query were one axis: whether the samples were seen to come first.
+        caps: They went through a tanh.
+    """
+
+    given: Tensor
+
+    def __init__(self, index: int, query: Tensor, key: Tensor, scale: Any) -> None:
+        self.index, self.query, self.key, self.scale = index, query, key, scale
+        b, h, t, _ = query.shape
+        self.shape = (b, h, t, key.shape[2])
+        self.rows, self.columns = b * h * t, key.shape[2]
+        self.dtype = query.dtype
+        self.caps = self.samples_first = False
+
+    def lse(self, dtype: torch.dtype) -> Tensor:
+        """The log-sum-exp of what the softmax got, [b h t], in fp32 or a wider `dtype`."""
+        logits = self.given
+        dtype, lowest = _how(logits.dtype, self.dtype, dtype)
+        lse = torch.logsumexp(logits if logits.dtype == dtype else logits.to(dtype), -1)
+        # A mask is the lowest number of its dtype. A row of it has no key: its softmax is the same for all.
+        lse = functional.threshold(lse, lowest, -torch.inf)
+        return lse if lse.shape == self.shape[:3] else lse.reshape(self.shape[:3])
+
+
+def is_number(x: Any) -> bool:
+    """Whether it multiplies all numbers of a tensor alike."""
+    return isinstance(x, int | float) or (isinstance(x, Tensor) and x.ndim == 0)
+
+
+def is_one(factor: Any) -> bool:
+    """Whether it changes nothing."""
+    return isinstance(factor, int | float) and factor == 1
+
+
+FIRST = frozenset(("_product", "_times", "_over", "_softmax", "_sdpa"))
+"""The kinds of calls that matter where no tensor has been marked yet."""

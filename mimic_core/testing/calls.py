@@ -1,0 +1,97 @@
+"""Calls of torch that the oracle writes down, and the softmax of one attention."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Call(NamedTuple):
+    """A call of torch, and for a product of two tensors: whose it is and how many samples that got.
+
+    `earlier` is the call that gave the same tensor before, which was written to since.
+    """
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Tensor
+    module: nn.Module | None = None
+    samples: int = 0
+    earlier: int | None = None
+
+    @property
+    def factors(self) -> list[Tensor]:
+        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+        tensors += [x for y in self.args if isinstance(y, list | tuple) for x in y if isinstance(x, Tensor)]
+        return tensors[-2:]
+
+    def again(self, old: list[Tensor], new: list[Tensor]) -> Any:
+        """The same call with other tensors."""
+
+        def other(x: Any) -> Any:
+            if isinstance(x, list | tuple):
+                return type(x)(map(other, x))
+            return next((b for a, b in zip(old, new, strict=True) if a is x), x)
+
+        return self.func(*map(other, self.args), **{name: other(x) for name, x in self.kwargs.items()})
+
+
+class Softmax(NamedTuple):
+    """The softmax of one attention: its module, query [b h t d], key [b g s d], its input and its output."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    logits: Tensor
+    out: Tensor
+    samples: int
+
+
+def lse_of(found: Softmax) -> Tensor:
+    """The log-sum-exp of what a softmax got, in fp64, [b h t]. -inf in a row of which each key is masked."""
+    logits = wide(found.logits)
+    lowest = max(torch.finfo(x.dtype).min for x in (found.query, found.logits))
+    none = (logits < lowest / 2).all(-1)
+    lse = torch.logsumexp(logits.masked_fill(none[..., None], 0.0), -1).masked_fill(none, -torch.inf)
+    return lse.reshape(found.query.shape[:3])
+
+
+def wide(x: Tensor) -> Tensor:
+    """In fp64, where the device has it."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def with_heads(x: Tensor, b: int) -> Tensor:
+    """[(b h) . .] as [b h . .]; without heads, [b 1 . .]."""
+    return x if x.ndim == 4 else x.reshape(b, -1, *x.shape[1:])
+
+
+def mixes(way: list[Call]) -> bool:
+    """Whether calls after the first do not keep rows and columns."""
+    return any(getattr(call.func, "__name__", "") in ("cat", "transpose", "permute", "topk") for call in way[1:])
+
+
+def is_moved(x: Tensor, out: Tensor) -> bool:
+    """Whether a tensor has the same numbers as another, in another order or shape."""
+    if x.numel() != out.numel():
+        return False
+    return torch.equal(x.detach().flatten().double().sort()[0], out.detach().flatten().double().sort()[0])
+
+
+def running() -> tuple[nn.Module | None, int]:
+    """The innermost module whose call this code runs in, and how many samples it got, read from the stack."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        module = frame.f_locals.get("self") if frame.f_code.co_name == "_call_impl" else None
+        if isinstance(module, nn.Module):
+            given = (*frame.f_locals.get("args", ()), *frame.f_locals.get("kwargs", {}).values())
+            rows = [x.shape[0] for x in given if isinstance(x, Tensor) and x.ndim > 2 and x.is_floating_point()]
+            return module, rows[0] if rows else 1
+        frame = frame.f_back
+    return None, 0
