@@ -257,8 +257,8 @@ def _run_as(forward: Callable[..., Any]) -> Callable[..., Any]:
             return output
         module = self.module
         output = type(module).forward(module, *args, **kwargs)
-        # Flattened tokens [b*t c] too: each row is on its own here.
-        if output.__class__ is Tensor and (ops := ops_for(output)) is not None:
+        # Not flattened tokens [b*t c]: a checkpoint, which runs this outside a forward, must save the same shapes.
+        if output.__class__ is Tensor and output.ndim != 2 and (ops := ops_for(output)) is not None:
             parameters, state, bit = only
             run = state.here.run
             if run is not None:
