@@ -91,8 +91,9 @@ class Tokens:
         if not np.array_equal(of_tokens, self._last):
             self.version += 1
             self._last = of_tokens
+            device = self._rows.device
             _write(self._rows, np.maximum(of_tokens, 0))
-            self.at = None if len(here) == n else _put(here, self._rows.device)
+            self.at = None if len(here) == n else _ready(here, device).to(device, non_blocking=True)
         of_strengths = np.where(of_tokens >= 0, np.repeat(strengths, step.counts), 0)
         _write(self._strengths, of_strengths)
         self._strengths[n:] = 0
@@ -116,13 +117,13 @@ class Tokens:
 
 def _write(buffer: Tensor, found: np.ndarray) -> None:
     """Write the first numbers of a buffer, without waiting for a GPU."""
-    buffer[: len(found)].copy_(_put(found, buffer.device), non_blocking=True)
+    buffer[: len(found)].copy_(_ready(found, buffer.device), non_blocking=True)
 
 
-def _put(found: np.ndarray, device: torch.device) -> Tensor:
-    """Numbers on a device, without waiting for it."""
+def _ready(found: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers that can be copied to a device without waiting for it."""
     source = torch.from_numpy(found)
-    return source if device.type == "cpu" else source.pin_memory().to(device, non_blocking=True)
+    return source if device.type == "cpu" else source.pin_memory()
 
 
 class Heads:

@@ -112,9 +112,10 @@ class Served:
         for digest, stack in self._stacks.items():
             kinds.setdefault(kind_of(stack), []).append(digest)
         self._rows = {digest: (kind, row) for kind, some in kinds.items() for row, digest in enumerate(some)}
-        for kind, (one, *_) in kinds.items():
-            tokens = Tokens(self._most, self._stacks[one].config.positions, self._runner.device)
-            self._tokens.setdefault(kind, tokens)
+        self._tokens = {
+            kind: self._tokens.get(kind) or Tokens(self._most, self._stacks[one].config.positions, self._runner.device)
+            for kind, (one, *_) in kinds.items()
+        }
         self._heads = {key: [] for key in self._edited}
         for kind, some in kinds.items():
             stacks = [self._stacks[digest] for digest in some]

@@ -29,7 +29,7 @@ def test_heads_stay_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("mimic_core.ops.native.ops_for", lambda _: None)  # they ask the driver
     # A page-locked copy needs the driver, too.
     monkeypatch.setattr(
-        "mimic_core.vllm.batch._put",
+        "mimic_core.vllm.batch._ready",
         lambda found, device: torch.zeros(found.shape, dtype=torch.from_numpy(found).dtype, device=device),
     )
     for head, options in {**serving.STACKS, **serving.HEADS}.values():
