@@ -127,7 +127,7 @@ def load_shifts(
     found = locate(model, adapter)
     spec = found.spec
     folder = hub.folder_of(source, revision, token, cache_dir)
-    description = _read_description(folder / _DESCRIPTION)
+    description = read_description(folder / _DESCRIPTION)
     try:
         saved_spec = _spec_from_dict(description["model"])
         origin = None if description.get("origin") is None else Origin(**description["origin"])
@@ -243,7 +243,12 @@ def _read(path: Path, most: int) -> bytes:
     return content
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
+    """What the file beside the tensors says.
+
+    Raises:
+        CheckpointError: it can't be read, or does not describe shifts of this version.
+    """
     try:
         found = json.loads(_read(path, _LONGEST).decode())
     except (OSError, ValueError, RecursionError) as error:

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoint import hub
+from ..checkpoint.files import read_description
 from ..errors import CheckpointError, MimicError, PatchStateError, UnknownNameError, WrongTypeError
 from ..heads.base import head_class
 from ..positions import Positions
@@ -102,13 +102,13 @@ def resolve(source: object) -> Source:
         raise CheckpointError(f"the source of a stack is a directory or a hub repository; found {source!r}")
     folder = str(hub.folder_of(source, None, None, None).resolve())
     digest = digest_of(folder)
+    described = read_description(Path(folder, hub.FILES[1]))
     try:
-        described = json.loads(Path(folder, hub.FILES[1]).read_bytes())
         head, config = described["head"], described["config"]
         # Workers refuse a stack that is composed of several heads, whatever their positions.
         composed = isinstance(head, list)
         positions = "all" if composed else head_class(head).config_class.from_dict(config).positions
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, MimicError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, MimicError) as error:
         raise CheckpointError(f"{hub.FILES[1]} at {folder} does not describe a stack: {error}") from error
     return Source(folder, digest, positions)
 
