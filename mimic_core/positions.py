@@ -72,10 +72,16 @@ def select(
     from_end = _counted(prompt.flip(1), ends.flip(1)).flip(1)
     if positions == "generated":
         return real & ~prompt & (from_end == 0)
-    if positions == "prompt_end":
-        return prompt & (from_end == 1)
-    counts: dict[Any, Any] = dict(zip(positions[::2], positions[1::2], strict=True))
-    return prompt & ((_counted(prompt, begins) <= counts.get("first", 0)) | (from_end <= counts.get("last", 0)))
+    first, last = counts_of(positions)
+    chosen = from_end <= last
+    return prompt & (chosen | (_counted(prompt, begins) <= first) if first else chosen)
+
+
+def counts_of(positions: Positions) -> tuple[int, int]:
+    """How many of the first and of the last tokens of a prompt are meant, where it is some of them."""
+    named: Any = ("last", 1) if positions == "prompt_end" else positions
+    counts = dict(zip(named[::2], named[1::2], strict=True))
+    return counts.get("first", 0), counts.get("last", 0)
 
 
 def _counted(prompt: Tensor, begins: Tensor) -> Tensor:

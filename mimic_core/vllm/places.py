@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..positions import Positions
+from ..positions import Positions, counts_of
 
 # What the front end found, in the `extra_args` of a request: the digest of a stack, a strength, and its positions.
 FOUND = "mimic_core"
@@ -27,9 +27,8 @@ def acts(positions: Positions, place: np.ndarray, prompt: Any) -> np.ndarray:
         return ~inside
     if positions == "prompt":
         return inside
-    named: Any = ("last", 1) if positions == "prompt_end" else positions
-    counts = dict(zip(named[::2], named[1::2], strict=True))
-    return inside & ((place < counts.get("first", 0)) | (place >= prompt - counts.get("last", 0)))
+    first, last = counts_of(positions)
+    return inside & ((place < first) | (place >= prompt - last))
 
 
 def mark(inner: Callable[..., Any], request: Any, start: int, end: int, *more: Any) -> Any:
