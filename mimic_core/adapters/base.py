@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..registry import Registry
 from ..types import ATTENTION_SITES, SITES, AttentionAdapter, LayerSpec, ModelSpec, Site
-from .probe import Example, Probe, probe
+from .probe import Example, Probe, probe_attention
 
 ADAPTERS: Registry[type[AttentionAdapter]] = Registry("adapter", group="mimic_core.adapters")
 A = TypeVar("A", bound="type[AttentionAdapter]")
@@ -120,7 +120,11 @@ class PathAdapter:
                 f"{type(model).__name__}, found {type(layers).__name__}"
             )
         named = all(hasattr(config, name) for name in ("hidden_size", "num_attention_heads"))
-        seen = None if named else self._seen(model, layers, path)
+        seen = None
+        if not named:
+            attends = set(self.sites) & set(ATTENTION_SITES)
+            paths = [f"{path}.{index}.{self.attention}" for index in range(len(layers))] if attends else []
+            seen = probe_attention(model, self.decoder(model), self.example, paths)
         specs = []
         for index, layer in enumerate(layers):
             where = f"{path}.{index}"
@@ -128,13 +132,6 @@ class PathAdapter:
             sizes = _sizes_in(config, attention) if seen is None else self._sizes_seen(seen, where)
             specs.append(LayerSpec(index, where, *sizes, *self._hidden_of(layer)))
         return ModelSpec(name_of(model), specs[0].hidden_size, tuple(specs))
-
-    def _seen(self, model: nn.Module, layers: nn.ModuleList | nn.Sequential, path: str) -> Probe:
-        seen = probe(model, self.decoder(model), self.example)
-        attends = all(seen.attention.get(f"{path}.{index}.{self.attention}") for index in range(len(layers)))
-        if attends or not set(self.sites) & set(ATTENTION_SITES):
-            return seen
-        return probe(model, self.decoder(model), self.example, follows=True)
 
     def decoder(self, model: nn.Module) -> nn.Module:
         model = unwrap(model)

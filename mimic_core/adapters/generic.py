@@ -100,7 +100,8 @@ def _layout(model: nn.Module, example: Example | None) -> _Layout:
 
 def _looked_at(model: nn.Module, decoder: nn.Module, seen: Probe, example: Example | None) -> tuple[Probe, _Layout]:
     """The layout. If layers lack attention, it is looked for outside of the interface too."""
-    found = error = None
+    error: UnsupportedModelError | None = None
+    found: _Layout | None = None
     try:
         found = _find(model, decoder, seen, example)
     except UnsupportedModelError as first:
@@ -110,7 +111,8 @@ def _looked_at(model: nn.Module, decoder: nn.Module, seen: Probe, example: Examp
             seen = probe(model, decoder, example, follows=True)
             found = _find(model, decoder, seen, example)
     if found is None:
-        raise error or UnsupportedModelError("")
+        assert error is not None
+        raise error
     return seen, found
 
 

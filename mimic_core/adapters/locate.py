@@ -14,7 +14,7 @@ from ..types import AttentionAdapter, Located
 from .base import ADAPTERS, class_of, dotted, name_of, unwrap
 from .generic import GenericAdapter
 from .parallel import in_processes
-from .probe import may_attend_alone, probe
+from .probe import may_attend_alone, probe_attention
 
 Handed = AttentionAdapter | type[AttentionAdapter] | None
 """An adapter that the caller hands over: an object, or a class that is made without arguments."""
@@ -108,9 +108,7 @@ def _with_own(found: Located) -> Located:
     places = {i: names[found.module(i, "attn_heads")] for i in layers}
     decoder, example = found.adapter.decoder(found.model), getattr(found.adapter, "example", None)
     try:
-        seen = probe(found.model, decoder, example)
-        if not all(seen.attention.get(path) for path in places.values()):
-            seen = probe(found.model, decoder, example, follows=True)
+        seen = probe_attention(found.model, decoder, example, places.values())
     except UnsupportedModelError:  # an adapter may know what can't be run on text
         return found
     calls = {i: seen.attention.get(path, []) for i, path in places.items()}

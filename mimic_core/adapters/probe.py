@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -119,6 +119,12 @@ def probe(model: nn.Module, decoder: nn.Module, example: Example | None = None, 
         # Weakly: modules with edits hold the model, so it would never be collected.
         _kept[model] = [ref(m) for m in modules], example, seen
     return seen
+
+
+def probe_attention(model: nn.Module, decoder: nn.Module, example: Example | None, paths: Iterable[str]) -> Probe:
+    """`probe`, which looks for attention outside of the interface too if modules were not seen to attend."""
+    seen = probe(model, decoder, example)
+    return seen if all(map(seen.attention.get, paths)) else probe(model, decoder, example, follows=True)
 
 
 def _probe(model: nn.Module, decoder: nn.Module, example: Example | None, follows: bool) -> Probe:
