@@ -125,7 +125,7 @@ def measure_heads(what: str, t: int, device: torch.device, effort: Effort, refus
             patched.enter_context(mc.patch(twin.model, stack))
             calls[name] = _stage(what, twin, t, stack)
             try:
-                refuse(name, case, {"logits": _difference(twin, stack)}, LIMITS["fp32"])
+                refuse(name, case, {"logits": _difference(subject, twin, stack)}, LIMITS["fp32"])
             except BenchmarkError as problem:
                 refused.append(problem)
                 del calls[name]
@@ -137,15 +137,12 @@ def measure_heads(what: str, t: int, device: torch.device, effort: Effort, refus
 
 
 @torch.no_grad()
-def _difference(subject: Subject, stack: mc.ShiftStack) -> float:
-    """The error of the logits, relative to the same model and stack in fp64."""
-    inputs = subject.inputs(48)
-    exact = copy.deepcopy(subject.model)  # with its patch
-    for handle in mc.handles(exact):
-        handle.remove()
-    with mc.patch(exact.double(), copy.deepcopy(stack).double()):
+def _difference(bare: Subject, patched: Subject, stack: mc.ShiftStack) -> float:
+    """The error of the logits of a patched model, relative to the bare one with the same stack, both in fp64."""
+    inputs, exact = bare.inputs(48), copy.deepcopy(bare.model).double()
+    with mc.patch(exact, copy.deepcopy(stack).double()):
         wanted = exact(**inputs, use_cache=False).logits
-    return error(subject.model(**inputs, use_cache=False).logits, wanted).largest
+    return error(patched.model(**inputs, use_cache=False).logits, wanted).largest
 
 
 def _stage(what: str, subject: Subject, t: int, stack: mc.ShiftStack | None) -> Callable[[], object]:

@@ -28,7 +28,7 @@ import mimic_core as mc
 if find_spec("vllm") is not None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
 # vLLM's attention on a CPU has heads of at least 32.
-_TEXT: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -117,9 +117,9 @@ def model_at(path: Path, name: str, **options: Any) -> PreTrainedModel:
     """A tiny model with random weights, also saved at `path`."""
     torch.manual_seed(0)
     kind = getattr(transformers, MODELS[name][0])
-    model = kind(kind.config_class(**{**_TEXT, **MODELS[name][1], **options})).eval().requires_grad_(False)
+    model = kind(kind.config_class(**{**TEXT, **MODELS[name][1], **options})).eval().requires_grad_(False)
     model.save_pretrained(path)
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(_TEXT["vocab_size"])}, unk_token="w0"))
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(TEXT["vocab_size"])}, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2").save_pretrained(
         path

@@ -18,21 +18,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-_TEXT: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 128,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from . import serving
+
+_TEXT: dict[str, Any] = {**serving.TEXT, "hidden_size": 128, "initializer_range": 0.2}
 _VISION: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
