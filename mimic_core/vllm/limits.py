@@ -14,6 +14,9 @@ from .sources import SHIFTS, UNTRIED
 
 log = logging.getLogger(__name__)
 
+# Ways to guess tokens ahead with which answers were seen to be the same. The guesses themselves are not shifted.
+_GUESSES = ("ngram", "draft_model")
+
 
 def check(vllm_config: Any) -> None:
     """Refuse what was not seen to be exact.
@@ -34,6 +37,7 @@ def check(vllm_config: Any) -> None:
     }
     problems = [f"{name}={number}: leave it at 1" for name, number in ranks.items() if number > 1]
     compilation = vllm_config.compilation_config
+    guess = getattr(vllm_config.speculative_config, "method", None)
     is_cuda = current_platform.is_cuda()
     wanted = {
         "CUDA, which was never tried on a card": (
@@ -44,8 +48,10 @@ def check(vllm_config: Any) -> None:
         "torch.compile": (compilation.mode != CompilationMode.NONE, "pass enforce_eager=True"),
         "CUDA graphs": (compilation.cudagraph_mode != CUDAGraphMode.NONE, "pass enforce_eager=True"),
         "model runner V2": (vllm_config.use_v2_model_runner, "set VLLM_USE_V2_MODEL_RUNNER=0"),
-        "LoRA": (vllm_config.lora_config is not None, "leave enable_lora out"),
-        "speculative decoding": (vllm_config.speculative_config is not None, "leave speculative_config out"),
+        f"speculative decoding by {guess!r}": (
+            guess is not None and guess not in _GUESSES,
+            f"leave speculative_config out, or use {' or '.join(map(repr, _GUESSES))}",
+        ),
         "a KV connector": (vllm_config.kv_transfer_config is not None, "leave kv_transfer_config out"),
         "dual batch overlap": (parallel.use_ubatching, "leave enable_dbo out"),
         "pooling": (vllm_config.model_config.runner_type != "generate", "use a model that generates"),
@@ -57,6 +63,24 @@ def check(vllm_config: Any) -> None:
     if is_cuda:
         log.warning(
             "stacks on CUDA were never tried on a card: before you rely on an answer, compare what docs/serve.md says"
+        )
+
+
+def refuse_mixed_lora(vllm_config: Any, lora: Any) -> None:
+    """Refuse a request without LoRA in an engine with LoRA on a CPU: it would get another request's.
+
+    In vllm.lora.ops.torch_ops the index of "none" is -1, which is the last adapter.
+
+    Raises:
+        VLLMValidationError: the request is of that kind.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.platforms import current_platform
+
+    if vllm_config.lora_config is not None and lora is None and current_platform.is_cpu():
+        raise VLLMValidationError(
+            "this engine was started with enable_lora, and on a CPU vLLM gives a request without LoRA that of another "
+            "request: ask for an adapter, or leave enable_lora out"
         )
 
 

@@ -27,6 +27,7 @@ TRIED = (
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
     "GPT2LMHeadModel",
+    "GptOssForCausalLM",
     "GraniteForCausalLM",
     "Idefics3ForConditionalGeneration",
     "LlamaForCausalLM",
@@ -43,6 +44,7 @@ TRIED = (
     "Qwen3MoeForCausalLM",
     "Qwen3VLForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
+    "TransformersForCausalLM",  # model_impl="transformers"
 )
 
 
@@ -57,21 +59,26 @@ class VLLMLayer(NamedTuple):
     sites: dict[Site, nn.Module]
 
 
-def known_to_transformers(model_config: Any) -> Located:
+def known_to_transformers(vllm_config: Any) -> Located:
     """The model as transformers builds it, without its weights: its sizes and sites, and who it is.
 
     Raises:
         UnsupportedModelError: transformers has no class for it, or no adapter fits it.
     """
-    config = copy.deepcopy(model_config.hf_config)
+    from vllm.config import set_current_vllm_config
+
+    config = copy.deepcopy(vllm_config.model_config.hf_config)
     # What looks at numbers, which are not there: the grouped product of experts, and a search for padding.
     config._experts_implementation = "batched_mm"
     config.pad_token_id = None
+    # With model_impl="transformers" it is that of vLLM, which runs in no model but its own.
+    config._attn_implementation = None
     (name, *_) = config.architectures or [""]
     kind = getattr(transformers, name, None)
     if kind is None:
         raise UnsupportedModelError(f"transformers has no class {name!r}, so the sites of this model are not known")
-    with torch.device("meta"):
+    # With model_impl="transformers", vLLM has changed this class: making one asks for the config of the engine.
+    with torch.device("meta"), set_current_vllm_config(vllm_config):
         model = kind(config).eval()
     return locate(model)
 
@@ -183,20 +190,25 @@ def _layer(model: nn.Module, found: Located, index: int) -> VLLMLayer:
 def edit_module(module: nn.Module, site: Site, edit: Callable[[Tensor], Tensor]) -> None:
     """Let the output of a module, or its input, go through `edit`, which gets the value of the site [n c]."""
     inner = module.forward
+
+    def edited(value: Tensor) -> Tensor:
+        # With model_impl="transformers", modules get all tokens as one sample [1 n c].
+        return edit(value) if value.ndim == 2 else edit(value[0])[None]
+
     if site == "mlp_hidden":
-        module.forward = lambda x, *args, **kwargs: inner(edit(x), *args, **kwargs)
+        module.forward = lambda x, *args, **kwargs: inner(edited(x), *args, **kwargs)
         return
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         out = inner(*args, **kwargs)
         if isinstance(out, Tensor):
-            return edit(out)
+            return edited(out)
         if site == "layer_out" and isinstance(out, tuple) and len(out) == 2:
             # vLLM adds the residual in the next norm: the state of the layer is the sum of the two.
             hidden, residual = out
             return edit(hidden + residual), torch.zeros_like(residual)
         if isinstance(out, tuple) and out[1:] == (None,):  # a linear layer, with a bias that is not left to the caller
-            return edit(out[0]), None
+            return edited(out[0]), None
         raise UnsupportedModelError(f"vLLM's {type(module).__name__} returned {type(out).__name__}, not a tensor")
 
     module.forward = forward

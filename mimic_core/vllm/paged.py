@@ -62,7 +62,7 @@ class Attention:
         """
         if self._kept is not None:
             return False
-        ops = native.ops_for(value)
+        ops = _ops(self._impl, value)
         _check(self._meta)
         call = _call(self._impl, self._query, self._cache, self._meta)
         return ops is not None and ops.paged_gated_shift(*call, value, *parameters, rows, strengths)
@@ -102,8 +102,7 @@ class _View(AttentionView):
 def lse(impl: Any, query: Tensor, cache: Tensor, meta: Any) -> Tensor:
     """The LSE [n h] of the logits of a call of vLLM's CPU attention, in fp32."""
     _check(meta)
-    ops = native.ops_for(query)
-    scale, window = impl.scale, impl.sliding_window
+    ops = _ops(impl, query)
     found = None if ops is None else ops.paged_lse(*_call(impl, query, cache, meta))
     if found is not None:
         return found
@@ -115,13 +114,21 @@ def lse(impl: Any, query: Tensor, cache: Tensor, meta: Any) -> Tensor:
     decoding = (counts == 1).nonzero()[:, 0]
     if len(decoding):
         at = starts[:-1][decoding]
-        result[at] = _lse(scale, window, query[at][:, None], keys, meta.block_table[decoding], lengths[decoding])[:, 0]
+        call = query[at][:, None], keys, meta.block_table[decoding], lengths[decoding]
+        result[at] = _lse(impl, impl.sliding_window, *call)[:, 0]
     # The prompts of a step are few: their tokens are as many as those of all that decode.
     for row in (counts > 1).nonzero()[:, 0].tolist():
         one = slice(row, row + 1)
         at = slice(int(starts[row]), int(starts[row + 1]))
-        result[at] = _lse(scale, window, query[at][None], keys, meta.block_table[one], lengths[one])[0]
-    return result
+        call = query[at][None], keys, meta.block_table[one], lengths[one]
+        result[at] = _lse(impl, impl.sliding_window, *call)[0]
+    # A sink is one more logit of each attention head.
+    return result if impl.sinks is None else torch.logaddexp(result, impl.sinks.float())
+
+
+def _ops(impl: Any, query: Tensor) -> Any:
+    """The ops in C++, which know neither softcaps nor sinks."""
+    return None if impl.logits_soft_cap or impl.sinks is not None else native.ops_for(query)
 
 
 def _check(meta: Any) -> None:
@@ -135,8 +142,12 @@ def _call(impl: Any, query: Tensor, cache: Tensor, meta: Any) -> tuple[Any, ...]
     return query, keys_of(cache), *requests, impl.scale, max(0, impl.sliding_window)
 
 
-def _lse(scale: float, window: int, query: Tensor, keys: Tensor, pages: Tensor, lengths: Tensor) -> Tensor:
-    """The LSE [r t h] of requests whose last t tokens are the queries [r t h d]. A window below 1 is none."""
+def _lse(impl: Any, window: int, query: Tensor, keys: Tensor, pages: Tensor, lengths: Tensor) -> Tensor:
+    """The LSE [r t h] without sinks, of requests whose last t tokens are the queries [r t h d].
+
+    A window below 1 is none.
+    """
+    softcap = impl.logits_soft_cap
     r, t, h, d = query.shape
     longest, (g, size) = int(lengths.max()), (keys.shape[1], keys.shape[3])
     used = -(-longest // size)
@@ -145,10 +156,12 @@ def _lse(scale: float, window: int, query: Tensor, keys: Tensor, pages: Tensor, 
     parts = []
     step = max(1, _LOGITS // (r * h * longest))
     for first in range(0, t, step):
-        part = query[:, first : first + step].float() * scale
+        part = query[:, first : first + step].float() * impl.scale
         rows = part.shape[1]
         grouped = part.view(r, rows, g, h // g, d).permute(0, 2, 3, 1, 4).reshape(r, g, -1, d)
         logits = (grouped @ found).view(r, h, rows, longest)
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
         place = (lengths[:, None] - t + torch.arange(first, first + rows, device=query.device))[:, None, :, None]
         key = torch.arange(longest, device=query.device)
         seen = key <= place
@@ -179,7 +192,7 @@ def _checked(found: Tensor, impl: Any, query: Tensor, cache: Tensor, meta: Any) 
         one = slice(row, row + 1)
         at = slice(max(starts[row], starts[row + 1] - _COMPARED), starts[row + 1])
         call = query[at][None], keys, pages[one], requests.seq_lens[one].long()
-        wanted = _lse(impl.scale, impl.sliding_window[0] + 1, *call)[0]
+        wanted = _lse(impl, impl.sliding_window[0] + 1, *call)[0]
         # A stack that overflows gives no finite LSE to its own tokens, and ends nothing.
         wrong = wanted.isfinite() & ~torch.isclose(found[at], wanted, rtol=_APART, atol=_APART)
         if wrong.any():
@@ -218,9 +231,9 @@ def check(attn: Any, name: str) -> None:
         f"attention of the kind {type(attn).__name__}": type(attn).__name__ != "Attention",
         f"attention of the kind {attn.attn_type!r}": attn.attn_type != "decoder",
         f"keys in {attn.kv_cache_dtype} (pass kv_cache_dtype='auto')": is_quantized_kv_cache(attn.kv_cache_dtype),
-        "a softcap of the logits": bool(getattr(impl, "logits_soft_cap", 0)),
+        "a softcap of the logits": not is_cpu and bool(getattr(impl, "logits_soft_cap", 0)),
         "alibi": getattr(impl, "alibi_slopes", None) is not None,
-        "attention sinks": getattr(impl, "sinks", None) is not None,
+        "attention sinks": not is_cpu and getattr(impl, "sinks", None) is not None,
         "keys shared with another layer": attn.kv_sharing_target_layer_name is not None,
         "attention that is not causal for images": attn.use_mm_prefix,
     }

@@ -44,6 +44,7 @@ def process(
     request = inner(processor, request_id, prompt, params, *args, **kwargs)
     if stacks is None or request.sampling_params is None:
         return request
+    limits.refuse_mixed_lora(processor.vllm_config, request.lora_request)
     found = {key: value for key, value in extra.items() if key not in (SHIFTS, STRENGTH, FOUND)}
     if chosen is not None:
         found[FOUND] = list(chosen)

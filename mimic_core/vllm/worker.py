@@ -42,7 +42,7 @@ class Served:
     """
 
     def __init__(self, vllm_config: Any, runner: Any) -> None:
-        self._found = known_to_transformers(vllm_config.model_config)
+        self._found = known_to_transformers(vllm_config)
         self._layers = layers_of(runner.get_model(), self._found)
         self._origin = origin(vllm_config.model_config, self._found)
         self._runner = runner

@@ -41,8 +41,11 @@ ASKED: list[tuple[str, Any, str]] = [
     ("parallel_config.enable_dbo", True, "dual batch overlap: leave enable_dbo out"),
     ("compilation_config.mode", CompilationMode.VLLM_COMPILE, "torch.compile: pass enforce_eager=True"),
     ("compilation_config.cudagraph_mode", CUDAGraphMode.FULL, "CUDA graphs: pass enforce_eager=True"),
-    ("lora_config", object(), "LoRA: leave enable_lora out"),
-    ("speculative_config", object(), "speculative decoding"),
+    (
+        "speculative_config",
+        SimpleNamespace(method="eagle3"),
+        "speculative decoding by 'eagle3': leave speculative_config out",
+    ),
     ("kv_transfer_config", object(), "a KV connector"),
     ("model_config.runner_type", "pooling", "pooling"),
     ("cache_config.kv_sharing_fast_prefill", True, "KV sharing fast prefill"),
@@ -142,8 +145,6 @@ def attention(**options: Any) -> Any:
     [
         ({"kv_cache_dtype": "fp8"}, "keys in fp8"),
         ({"alibi_slopes": torch.ones(4)}, "alibi"),
-        ({"sinks": torch.ones(4)}, "attention sinks"),
-        ({"logits_soft_cap": 30.0}, "a softcap of the logits"),
         ({"kv_sharing_target_layer_name": "0"}, "keys shared with another layer"),
         ({"use_mm_prefix": True}, "not causal for images"),
         ({"attn_type": "encoder"}, "attention of the kind 'encoder'"),

@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -21,45 +21,12 @@ from transformers import PreTrainedModel
 
 import mimic_core as mc
 from tests.support import serving
-from tests.support.serving import Ask
+from tests.support.serving import LENGTH, START, Ask, Served, served
 
 vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own")
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 
 import mimic_core.vllm as mv  # noqa: E402
-
-LENGTH = 16
-START = list(range(10, 102))  # two blocks of keys that prompts share, and most of a third
-
-
-class Served(NamedTuple):
-    model: PreTrainedModel
-    stacks: dict[str, mc.ShiftStack]
-    llm: Any
-    folder: Path
-
-    def check(self, asks: list[Ask]) -> None:
-        for found, ask in zip(serving.answers(self.llm, asks, LENGTH), asks, strict=True):
-            serving.assert_same(found, self.wanted(ask), ask[1:])
-
-    def wanted(self, ask: Ask) -> serving.Answer:
-        return serving.wanted(self.model, self.stacks, ask, LENGTH)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        yield
-
-
-def served(folder: Path, name: str, stacks: list[str], **options: Any) -> Iterator[Served]:
-    model = serving.model_at(folder / "model", name)
-    made = {one: serving.stack_at(folder / one, model, one, seed) for seed, one in enumerate(stacks)}
-    named = {one: folder / one for one in stacks}
-    with serving.engine(folder / "model", **mv.engine_args(named), **options) as llm:
-        yield Served(model, made, llm, folder)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +34,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Prompts come in chunks of 48 tokens, and the cache is too small for all requests: some are preempted."""
     folder = tmp_path_factory.mktemp("llama")
     options = {"max_num_batched_tokens": 48, "max_num_seqs": 16, "num_gpu_blocks_override": 24}
-    yield from served(folder, "llama", list(serving.STACKS), **options)
+    with served(folder, "llama", list(serving.STACKS), **options) as one:
+        yield one
 
 
 def asks_of(stacks: list[str]) -> list[Ask]:
@@ -312,8 +280,18 @@ def test_a_step_in_which_an_edit_does_not_run_raises(llama: Served, monkeypatch:
         serving.answers(llama.llm, [Ask([4, 5], "live")], 1)
 
 
-def test_bfloat16_shifts_what_attention_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The LSE is that of the keys in bf16, and the shift is computed in fp32 and rounded to bf16."""
+HALF: list[dict[str, Any]] = [
+    {"dtype": "bfloat16"},
+    {"dtype": "float16"},
+    {"dtype": "bfloat16", "quantization": "gptq"},
+]
+
+
+@pytest.mark.parametrize("options", HALF, ids=str)
+def test_half_precision_shifts_what_attention_gave(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The LSE is that of the keys in this dtype, and the shift is computed in fp32 and rounded to it."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
     from mimic_core.vllm.batch import Heads
@@ -330,7 +308,7 @@ def test_bfloat16_shifts_what_attention_gave(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(CPUAttentionBackendImpl, "forward", forward)
     monkeypatch.setattr(Heads, "__call__", lambda *x: (after.append(run(*x).clone()), after[-1])[1])
-    for one in served(tmp_path, "llama", ["mimic"], dtype="bfloat16"):
+    with served(tmp_path, "llama", ["mimic"], **options) as one:
         for strength in (1.0, 0.5):  # one head for all tokens, and parameters gathered by token
             before.clear()
             after.clear()
@@ -354,23 +332,22 @@ def assert_shifted(head: Any, before: list[Any], after: list[torch.Tensor], stre
         mu = torch.sigmoid((query.double() * head.gate_weight).sum(-1) + head.gate_bias - lse)
         whole = value + mu[..., None] * head.vector
         expected = value + strength * (whole - value)
-        rounding = 2**-8 * 1.01  # of bf16, once for the head and once for the strength
+        rounding = torch.finfo(value.dtype).eps / 2 * 1.01  # once for the head and once for the strength
         allowed = rounding * (expected.abs() + (strength != 1) * strength * whole.abs()) + 1e-6
         assert ((shifted - expected).abs() <= allowed).all()
 
 
 MORE = [name for name in serving.MODELS if name != "llama"]
-LONG = ("gemma2", "gpt2", "mixtral", "qwen2", "qwen3_moe")
+LONG = ("gemma2", "gpt2", "gpt_oss", "mixtral", "qwen2", "qwen3_moe")
+EXPERTS = ("gpt_oss", "mixtral", "qwen3_moe")  # they have no `mlp_hidden`
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.exhaustive] if name in LONG else []) for name in MORE]
 )
 def test_models(name: str, tmp_path: Path) -> None:
-    stacks = ["mimic", "live", "layer", "out", *([] if name in ("mixtral", "qwen3_moe") else ["ia3"])]
-    if name == "gemma2":  # it has a softcap of the logits
-        stacks.remove("mimic")
-    for one in served(tmp_path, name, stacks, max_num_batched_tokens=48):
+    stacks = ["mimic", "live", "layer", "out", *([] if name in EXPERTS else ["ia3"])]
+    with served(tmp_path, name, stacks, max_num_batched_tokens=48) as one:
         asks = [Ask([*START, 110 + i], stack) for i, stack in enumerate([None, *stacks])]
         asks += [Ask(ask.prompt[:9], ask.stack, 0.5) for ask in asks]
         one.check(asks)

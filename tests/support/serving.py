@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -22,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import mimic_core as mc
+import mimic_core.vllm as mv
 
 # With log probabilities, vLLM compiles a function that counts, and the first answer of a process takes 15 seconds.
 # Where there is no vLLM, other tests compile.
@@ -50,6 +55,14 @@ _GEMMA3: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "tie_word_embeddings": True,
 }
+_GPT_OSS: dict[str, Any] = {
+    "hidden_size": 128,
+    "initializer_range": 0.1,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 16,
+    "attn_implementation": "eager",
+}
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 # The class of transformers, and the options of its config.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,6 +77,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", {"hidden_size": 128, "num_key_value_heads": 4, "tie_word_embeddings": True}),
     "opt": ("OPTForCausalLM", {"hidden_size": 128, "ffn_dim": 96, "word_embed_proj_dim": 128}),
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": ("GptOssForCausalLM", _GPT_OSS),
     "qwen3_moe": ("Qwen3MoeForCausalLM", _EXPERTS),
 }
 
@@ -92,6 +106,10 @@ HEADS |= {f"{head}-{i}": (head, {}) for head in ("task_vector", "mtv") for i in 
 HEADS |= {"last": ("mimic", {"positions": ("last", 20)}), "few": ("hyper_icl", {"positions": ("first", 5, "last", 5)})}
 HEADS |= {"prompt": ("attn_bias", {"positions": "prompt"}), "generated": ("live", {"positions": "generated"})}
 HEADS |= {"low-rank": ("virtual_kv", {"rank": 2}), "weighted": ("virtual_kv", {"learn_weight": True, "layers": (1,)})}
+
+
+LENGTH = 16
+START = list(range(10, 102))  # two blocks of keys that prompts share, and most of a third
 
 
 class Ask(NamedTuple):
@@ -125,6 +143,47 @@ def model_at(path: Path, name: str, **options: Any) -> PreTrainedModel:
         path
     )
     return model
+
+
+def quantise(path: Path) -> None:
+    """Change a saved Llama to random weights of 4 bits, in the format of GPTQ."""
+    weights = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        out, into = weights.pop(name).shape
+        layer, groups = name.removesuffix("weight"), into // 32
+        packed = torch.randint(-(2**31), 2**31, (into // 8, out), generator=generator).int()
+        weights |= {f"{layer}qweight": packed, f"{layer}g_idx": (torch.arange(into) // 32).int()}
+        weights[f"{layer}scales"] = torch.rand(groups, out, generator=generator) * 0.1
+        weights[f"{layer}qzeros"] = torch.full((groups, out // 8), 0x77777777).int()
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 32,
+        "desc_act": False,
+        "sym": True,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def lora_at(path: Path, model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A LoRA of all linear layers of a Llama, saved at `path`. Returns a copy of the model with it in the weights."""
+    generator = torch.Generator().manual_seed(seed)
+    merged, weights, names = copy.deepcopy(model), {}, set()
+    for name, module in merged.named_modules():
+        if name.endswith("_proj"):
+            down = 0.2 * torch.randn(4, module.in_features, generator=generator)
+            up = 0.2 * torch.randn(module.out_features, 4, generator=generator)
+            weights |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+            module.weight.data += up @ down
+            names.add(name.rpartition(".")[2])
+    path.mkdir()
+    save_file(weights, path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": sorted(names), "bias": "none"}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return merged
 
 
 def stack_at(path: Path, model: PreTrainedModel, name: str, seed: int = 0) -> mc.ShiftStack:
@@ -201,3 +260,40 @@ def engine(path: Path, **options: Any) -> Iterator[Any]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+class Served(NamedTuple):
+    """An engine, and what transformers needs to give the same answers."""
+
+    model: PreTrainedModel
+    stacks: dict[str, mc.ShiftStack]
+    llm: Any
+    folder: Path
+
+    def check(self, asks: Sequence[Ask]) -> None:
+        """Compare the answers to all of them, in one batch."""
+        for found, ask in zip(answers(self.llm, asks, LENGTH), asks, strict=True):
+            assert_same(found, self.wanted(ask), ask[1:])
+
+    def wanted(self, ask: Ask) -> Answer:
+        """What transformers' model answers."""
+        return wanted(self.model, self.stacks, ask, LENGTH)
+
+
+@contextmanager
+def served(folder: Path, name: str, stacks: Sequence[str], processes: bool = False, **options: Any) -> Iterator[Served]:
+    """A tiny model and stacks, served.
+
+    Args:
+        processes: The engine has a process of its own.
+    """
+    model = model_at(folder / "model", name)
+    made = {one: stack_at(folder / one, model, one, seed) for seed, one in enumerate(stacks)}
+    if "quantization" in options:
+        quantise(folder / "model")
+    named = {one: folder / one for one in stacks}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(processes)))
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        with engine(folder / "model", **mv.engine_args(named), **options) as llm:
+            yield Served(model, made, llm, folder)
