@@ -19,7 +19,7 @@ class ComposedStack(ShiftStack):
     At a site that several of them edit, they act in their order here: the second gets what the first returns. Each has
     its own layers and positions. `shifts.parts` are the stacks, and iteration gives the heads of the first part, then
     those of the second. Everything that takes a stack takes this one, except what is for one kind of heads:
-    `mimic_core.merge`, `estimate` and vLLM.
+    `mimic_core.merge` and `estimate`.
 
     Raises:
         ShapeError: there are none, or more than 16, or they were built for models of different sizes.

@@ -9,7 +9,8 @@ import numpy as np
 
 from ..positions import Positions, counts_of
 
-# What the front end found, in the `extra_args` of a request: the digest of a stack, a strength, and its positions.
+# What the front end found, in the `extra_args` of a request: the digest of a stack, a strength, and the positions of those
+# of its parts that do not act on all tokens.
 FOUND = "mimic_core"
 
 
@@ -38,7 +39,8 @@ def mark(inner: Callable[..., Any], request: Any, start: int, end: int, *more: A
     """
     keys, rest = inner(request, start, end, *more)
     extra = getattr(request.sampling_params, "extra_args", None) or {}
-    if FOUND not in extra or extra[FOUND][2] == "all":
-        return keys, rest
-    chosen = acts(extra[FOUND][2], np.arange(start, end), request.num_prompt_tokens)
-    return ((*(keys or ()), (FOUND, chosen.tobytes())) if chosen.any() else keys), rest
+    of_parts = extra[FOUND][2] if FOUND in extra else ()
+    chosen = [acts(positions, np.arange(start, end), request.num_prompt_tokens) for positions in of_parts]
+    if any(tokens.any() for tokens in chosen):
+        keys = (*(keys or ()), (FOUND, b"".join(tokens.tobytes() for tokens in chosen)))
+    return keys, rest

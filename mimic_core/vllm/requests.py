@@ -48,14 +48,14 @@ def process(
     found = {key: value for key, value in extra.items() if key not in (SHIFTS, STRENGTH, FOUND)}
     if chosen is not None:
         found[FOUND] = list(chosen)
-        if request.resumable and chosen[2] != "all":
+        if request.resumable and chosen[2]:
             raise VLLMValidationError("the prompt of this request comes in parts, and its stack needs to know its end")
     request.sampling_params.extra_args = found or None
     request.cache_salt = salt(chosen, request.cache_salt)
     return request
 
 
-def choice(stacks: dict[str, Source] | None, extra: dict[str, Any]) -> tuple[str, float, Positions] | None:
+def choice(stacks: dict[str, Source] | None, extra: dict[str, Any]) -> tuple[str, float, tuple[Positions, ...]] | None:
     """The digest of the stack that a request asks for, the strength, and the positions. None: it asks for none.
 
     Raises:
@@ -82,7 +82,7 @@ def choice(stacks: dict[str, Source] | None, extra: dict[str, Any]) -> tuple[str
     return stacks[name].digest, float(strength), stacks[name].positions
 
 
-def salt(chosen: tuple[str, float, Positions] | None, given: str | None) -> str | None:
+def salt(chosen: tuple[str, float, tuple[Positions, ...]] | None, given: str | None) -> str | None:
     """The cache salt of a request: blocks are shared only by requests of the same stack, strength and given salt.
 
     What a client gives can't be the salt of another stack: it always stands behind a colon.

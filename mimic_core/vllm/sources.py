@@ -25,14 +25,14 @@ UNTRIED = "shifts_on_untried_cuda"
 
 
 class Source(NamedTuple):
-    """A folder with a stack, a digest of its two files, and the positions on which it acts.
+    """A folder with a stack, a digest of its two files, and the positions on which its parts act, if not on all.
 
     A request carries the digest, so it never gets another stack.
     """
 
     folder: str
     digest: str
-    positions: Positions
+    positions: tuple[Positions, ...]
 
 
 def engine_args(
@@ -105,12 +105,11 @@ def resolve(source: object) -> Source:
     described = read_description(Path(folder, hub.FILES[1]))
     try:
         head, config = described["head"], described["config"]
-        # Workers refuse a stack that is composed of several heads, whatever their positions.
-        composed = isinstance(head, list)
-        positions = "all" if composed else head_class(head).config_class.from_dict(config).positions
+        parts = zip(head, config, strict=True) if isinstance(head, list) else [(head, config)]
+        positions = tuple(head_class(name).config_class.from_dict(options).positions for name, options in parts)
     except (KeyError, TypeError, ValueError, AttributeError, MimicError) as error:
         raise CheckpointError(f"{hub.FILES[1]} at {folder} does not describe a stack: {error}") from error
-    return Source(folder, digest, positions)
+    return Source(folder, digest, tuple(one for one in dict.fromkeys(positions) if one != "all"))
 
 
 def digest_of(folder: str) -> str:

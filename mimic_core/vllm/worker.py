@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..checkpoint import load_shifts
 from ..errors import CheckpointError, PatchStateError, UnsupportedModelError
 from ..heads import HyperICLHead, IA3Head, MimICHead, ShiftHead, ShiftStack, VirtualKVHead
-from ..heads.stack_set import Kind, kind_of
+from ..heads.stack_set import Kind, by_kind, kinds
 from ..types import Site
 from . import kernels, paged
 from .batch import Heads, Step, Tokens
@@ -49,7 +50,7 @@ class Served:
         self._most = runner.max_num_tokens
         self._stacks: dict[str, ShiftStack] = {}
         self._tokens: dict[Kind, Tokens] = {}
-        self._rows: dict[str, tuple[Kind, int]] = {}
+        self._rows: dict[str, dict[Kind, int]] = {}  # of each part of a stack
         self._heads: dict[tuple[int, Site], list[Heads]] = {}
         self._edited: set[tuple[int, Site]] = set()
         self._ids: list[str] = []
@@ -64,17 +65,17 @@ class Served:
         Raises:
             CheckpointError: it is not the one with the digest, is damaged, or does not fit the model.
             UnsupportedModelError, BackendUnavailableError: its heads can't be served exactly.
+            PatchStateError: it composes the heads of another stack in another order.
         """
         if digest in self._stacks:
             return
         began = time.perf_counter()
         stack = load_shifts(folder, self._found.model).requires_grad_(False).to(self._runner.device)
-        if stack.parts != (stack,):
-            raise UnsupportedModelError(f"stack {name!r} can't be served: it is composed of several heads")
         if digest_of(folder) != digest:
             raise CheckpointError(f"the stack {name!r} at {folder} was changed while it was loaded; load it again")
         if stack.origin is not None and (misfit := stack.origin.misfit(self._origin)):
             log.warning("the stack %r at %s was made for another model: %s", name, folder, misfit)
+        kinds([*self._stacks.values(), stack])
         for head in stack:
             self._check(name, head)
         for head in stack:
@@ -108,17 +109,17 @@ class Served:
 
     def _arrange(self) -> None:
         """Stack the parameters of each kind anew."""
-        kinds: dict[Kind, list[str]] = {}
-        for digest, stack in self._stacks.items():
-            kinds.setdefault(kind_of(stack), []).append(digest)
-        self._rows = {digest: (kind, row) for kind, some in kinds.items() for row, digest in enumerate(some)}
+        of_kinds = kinds(self._stacks.values())
+        rows = {kind: count() for kind in of_kinds}
+        self._rows = {
+            digest: {kind: next(rows[kind]) for kind in by_kind(stack)} for digest, stack in self._stacks.items()
+        }
         self._tokens = {
-            kind: self._tokens.get(kind) or Tokens(self._most, self._stacks[one].config.positions, self._runner.device)
-            for kind, (one, *_) in kinds.items()
+            kind: self._tokens.get(kind) or Tokens(self._most, one.config.positions, self._runner.device)
+            for kind, (one, *_) in of_kinds.items()
         }
         self._heads = {key: [] for key in self._edited}
-        for kind, some in kinds.items():
-            stacks = [self._stacks[digest] for digest in some]
+        for kind, stacks in of_kinds.items():
             for layer in sorted({layer for stack in stacks for layer in stack.layers}):
                 head = next(stack[layer] for stack in stacks if layer in stack.layers)
                 for site in head.edits():
@@ -203,22 +204,22 @@ class Served:
     def _look_up(self, ids: list[str]) -> None:
         """The batch has other requests than in the step before, or in another order. Steps that decode skip this."""
         found = [self._asked(self._runner.requests[one].sampling_params) for one in ids]
-        strengths = np.array([strength for _, _, strength in found], dtype=np.float32)
+        strengths = np.array([strength for _, strength in found], dtype=np.float32)
         for kind in self._tokens:
-            rows = np.array([row if of == kind else -1 for of, row, _ in found])
+            rows = np.array([of_kinds.get(kind, -1) for of_kinds, _ in found])
             self._of_ids[kind] = (rows, strengths)
         self._ids = list(ids)
 
-    def _asked(self, params: Any) -> tuple[Kind | None, int, float]:
+    def _asked(self, params: Any) -> tuple[Mapping[Kind, int], float]:
         extra = (None if params is None else params.extra_args) or {}
         if SHIFTS in extra:
             raise PatchStateError("a request for a stack came past vLLM's input processor, so nothing has checked it")
         if FOUND not in extra:
-            return None, -1, 0.0
+            return {}, 0.0
         digest, strength, _ = extra[FOUND]
         if digest not in self._rows:
             raise PatchStateError(f"a request asks for a stack with the digest {digest}, which was not loaded here")
-        return *self._rows[digest], strength
+        return self._rows[digest], strength
 
     def _execute(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:

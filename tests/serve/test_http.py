@@ -70,6 +70,11 @@ def test_a_wrong_request_gets_status_400(server: Server, more: dict[str, Any], m
     check(server, Ask([5, 6, 7], "vqa"))
 
 
+def test_an_answer_in_parts(server: Server) -> None:
+    ask = Ask([6, 7, 8], "vqa")
+    assert server.stream(ask) == server.wanted(ask).tokens
+
+
 def test_the_operator_adds_lists_and_removes_stacks(server: Server) -> None:
     ask = Ask([8, 9, 10, 11], "numbers")
     assert server.call("/v1/shifts") == (200, {"shifts": ["vqa", "caption"]})

@@ -18,6 +18,7 @@ import mimic_core.vllm as mv
 
 LENGTH = 10
 TEXTS = ["w15 w16 IMAGE w17 w18", "IMAGE w30 w31 w32", "w19 w20 IMAGE", "w15 w16 IMAGE w17 w18", "w15 w16 w17"]
+TEXTS += ["IMAGE w21 w22 IMAGE w23"]
 
 
 @pytest.mark.parametrize(
@@ -36,16 +37,16 @@ def test_images_and_stacks_in_one_batch(name: str, tmp_path: Path, monkeypatch: 
     expected, prompts = [], []
     for words, seed, head in asked:
         text = words.replace("IMAGE", made.mark)
-        pictures = [made.image(seed)] if made.mark in text else []
+        pictures = [made.image(seed + 10 * i) for i in range(words.count("IMAGE"))]
         inputs = made.processor(images=pictures or None, text=text, return_tensors="pt")
         ask = Ask(inputs.pop("input_ids")[0].tolist(), head)
         inputs.pop("attention_mask")
         expected.append(serving.wanted(made.model, stacks, ask, LENGTH, **inputs))
-        prompts.append({"prompt": text, **({"multi_modal_data": {"image": pictures[0]}} if pictures else {})})
+        prompts.append({"prompt": text, **({"multi_modal_data": {"image": pictures}} if pictures else {})})
     assert len({tuple(answer.tokens) for answer in expected}) > len(asked) // 2
     assert expected[0].tokens != expected[-5].tokens or expected[0].apart(expected[-5]) > 1e-2, "the image is seen"
     options = mv.engine_args({head: tmp_path / head for head in heads})
-    options |= {"max_num_batched_tokens": 96, "limit_mm_per_prompt": {"image": 1, "video": 0}}
+    options |= {"max_num_batched_tokens": 96, "limit_mm_per_prompt": {"image": 2, "video": 0}}
     with serving.engine(tmp_path / "model", **options, skip_tokenizer_init=False) as llm:
         parameters = [serving.params(Ask([], head), LENGTH) for _, _, head in asked]
         for _ in range(2):  # the second time, blocks are in the cache

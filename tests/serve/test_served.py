@@ -27,6 +27,7 @@ vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own")
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 
 import mimic_core.vllm as mv  # noqa: E402
+from mimic_core.heads.base import _HEADS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,40 @@ def test_every_head(llama: Served, tmp_path: Path) -> None:
         mv.remove(llama.llm, name)
     plain = llama.wanted(asks[0]).tokens
     assert sum(served.wanted(ask).tokens != plain for ask in asks[1 : len(stacks)]) > len(stacks) // 2
+
+
+def test_a_head_of_ones_own(llama: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is served as the library's own, if it says that it takes samples and reads nothing but its site."""
+
+    class Gain(mc.ShiftHead):
+        site = "mlp_out"
+        needs_at = False
+        takes_samples = True
+
+        def __init__(self, config: mc.HeadConfig, layer: mc.LayerSpec) -> None:
+            super().__init__(config, layer)
+            self.gain = torch.nn.Parameter(torch.zeros(layer.hidden_size))
+
+        def forward(self, value: torch.Tensor, at: mc.At | None) -> torch.Tensor:
+            gain = self.own("gain")
+            return value * (1 + (gain[:, None] if gain.ndim == 2 else gain))
+
+    class Reader(Gain):
+        needs_at = True
+
+    monkeypatch.setattr(_HEADS, "_items", dict(_HEADS._items))
+    mc.register_head("gain")(Gain)
+    mc.register_head("reader")(Reader)
+    stacks = {f"gain-{i}": serving.stack_at(tmp_path / f"gain-{i}", llama.model, "gain", i) for i in range(2)}
+    for name in stacks:
+        mv.add(llama.llm, name, tmp_path / name)
+    one = llama._replace(stacks={**llama.stacks, **stacks})
+    one.check([Ask([*START, 120], name, strength) for name in (*stacks, "mimic") for strength in (1.0, 0.5)])
+    mc.save_shifts(mc.build_shifts(llama.model, "reader"), tmp_path / "reader")
+    with pytest.raises(mc.CheckpointError, match="reads more than its site"):
+        mv.add(llama.llm, "reader", tmp_path / "reader")
+    for name in stacks:
+        mv.remove(llama.llm, name)
 
 
 def test_steps_of_the_same_size_with_other_stacks(llama: Served) -> None:
@@ -235,9 +270,14 @@ def broken_stacks(folder: Path, model: PreTrainedModel) -> Iterator[tuple[Path, 
     ]:
         mc.save_shifts(mc.build_shifts(model, config), folder / name)
         yield folder / name, why
+    mc.save_shifts(mc.build_shifts(model, ["virtual_kv", "mimic"]), folder / "turned")
+    yield folder / "turned", "compose the same heads in different orders"
 
 
 def test_a_stack_that_can_not_be_served_is_refused(llama: Served, tmp_path: Path) -> None:
+    serving.stack_at(tmp_path / "gate-and-pairs", llama.model, "gate-and-pairs")
+    mv.add(llama.llm, "gate-and-pairs", tmp_path / "gate-and-pairs")
+    mv.remove(llama.llm, "gate-and-pairs")
     for path, why in broken_stacks(tmp_path, llama.model):
         with pytest.raises(mc.MimicError, match=re.escape(why)):
             mv.add(llama.llm, "broken", path)

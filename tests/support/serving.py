@@ -96,7 +96,7 @@ STACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "ends": ("loreft", {"rank": 2, "positions": ("first", 3, "last", 7)}),
 }
 # Of each of them two stacks, so that tokens of one step have different numbers of the same kind.
-HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
     f"{head}-{i}": (head, {})
     for head in ("attn_bias", "caa", "hyper_icl", "i2cl", "icv", "m2iv", "mlp_bias", "virtual_kv")
     for i in range(2)
@@ -106,7 +106,16 @@ HEADS |= {f"{head}-{i}": (head, {}) for head in ("task_vector", "mtv") for i in 
 HEADS |= {"last": ("mimic", {"positions": ("last", 20)}), "few": ("hyper_icl", {"positions": ("first", 5, "last", 5)})}
 HEADS |= {"prompt": ("attn_bias", {"positions": "prompt"}), "generated": ("live", {"positions": "generated"})}
 HEADS |= {"low-rank": ("virtual_kv", {"rank": 2}), "weighted": ("virtual_kv", {"learn_weight": True, "layers": (1,)})}
-
+# Composed of several heads, of which one may be there alone in another stack.
+_LAST = mc.MimICConfig(positions=("last", 20))
+COMPOSED: dict[str, Any] = {
+    "mimic-and-live": ["mimic", mc.LIVEConfig(sigmoid=True)],
+    "query-and-gate": ["hyper_icl", "mimic"],
+    "gate-and-pairs": ["mimic", "virtual_kv"],
+    "twice": ["attn_bias", "attn_bias", mc.MlpBiasConfig(layers=(1,))],
+    "at-the-end": [_LAST, mc.LoReFTConfig(rank=2, positions=("first", 3, "last", 7)), "mlp_bias"],
+}
+HEADS |= {name: (parts, {}) for name, parts in COMPOSED.items()}
 
 LENGTH = 16
 START = list(range(10, 102))  # two blocks of keys that prompts share, and most of a third
@@ -188,7 +197,7 @@ def lora_at(path: Path, model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 def stack_at(path: Path, model: PreTrainedModel, name: str, seed: int = 0) -> mc.ShiftStack:
     """A stack with random numbers that change answers, also saved at `path`."""
-    head, options = {**STACKS, **HEADS}[name]
+    head, options = {**STACKS, **HEADS}.get(name, (name.partition("-")[0], {}))
     stack = mc.build_shifts(model, head, **options)
     generator = torch.Generator().manual_seed(seed)
     for key, x in [*stack.named_parameters(), *stack.named_buffers()]:

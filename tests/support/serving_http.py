@@ -35,6 +35,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "serve.md"
 _, START, REQUEST, _ = (block.text for block in split(PAGE.read_text())[0] if block.language == "sh")
 # Keys for half of the requests that may run at a time: under load some are preempted.
 OPTIONS = "--dtype float32 --max-model-len 256 --block-size 32 --max-num-seqs 64 --num-gpu-blocks-override 128"
+# What is asked for in each request.
+_FIXED = {"temperature": 0, "max_tokens": LENGTH, "ignore_eos": True, "logprobs": 0}
+_FIXED |= {"model": "my/model", "return_tokens_as_token_ids": True}
 
 
 class Server:
@@ -95,11 +98,20 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
 
+    def stream(self, ask: Ask) -> list[int]:
+        """The tokens of an answer that comes in parts."""
+        body = {**_FIXED, "prompt": ask.prompt, "stream": True, "vllm_xargs": {"shifts": ask.stack}}
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            parts = [line.decode().removeprefix("data: ").strip() for line in answer]
+        found = [json.loads(part)["choices"][0]["logprobs"]["tokens"] for part in parts if part.startswith("{")]
+        assert len(found) > 1
+        return [int(token.partition(":")[2]) for tokens in found for token in tokens]
+
     def complete(self, prompt: list[int], **more: Any) -> tuple[int, Any]:
         """Status and JSON of the answer to a prompt."""
-        fixed = {"temperature": 0, "max_tokens": LENGTH, "ignore_eos": True, "logprobs": 0}
-        fixed |= {"model": "my/model", "prompt": prompt, "return_tokens_as_token_ids": True}
-        return self.call("/v1/completions", {**fixed, **more})
+        return self.call("/v1/completions", {**_FIXED, "prompt": prompt, **more})
 
     def ask(self, ask: Ask) -> Answer:
         """The answer to an ask."""
