@@ -69,7 +69,7 @@ FEATURES = (
         "softcaps of the logits (Gemma 2) and sinks (GPT-OSS)", "exact", (f"{_MODELS}[gemma2]", f"{_MODELS}[gpt_oss]")
     ),
     Feature(
-        '`model_impl="transformers"`: decoders of text (tried: Gemma 2 and 3, GPT-2, Granite, Llama, Mistral, OPT, '
+        '`model_impl="transformers"`: decoders of text (tried: Gemma 2 and 3, Granite, Llama, Mistral, OPT, '
         "Phi-3, Qwen2, Qwen3)",
         "exact",
         (f"{_BESIDE}models_of_transformers",),

@@ -75,7 +75,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3ForCausalLM", _GEMMA3),
     "gemma2": ("Gemma2ForCausalLM", {**_GEMMA3, "attn_logit_softcapping": 5.0, "attn_implementation": "eager"}),
     "gpt2": ("GPT2LMHeadModel", {"hidden_size": 128, "num_key_value_heads": 4, "tie_word_embeddings": True}),
-    "opt": ("OPTForCausalLM", {"hidden_size": 128, "ffn_dim": 96, "word_embed_proj_dim": 128}),
+    "opt": (
+        "OPTForCausalLM",
+        {"hidden_size": 128, "ffn_dim": 96, "word_embed_proj_dim": 128, "num_key_value_heads": 4},
+    ),
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": ("GptOssForCausalLM", _GPT_OSS),
     "qwen3_moe": ("Qwen3MoeForCausalLM", _EXPERTS),
