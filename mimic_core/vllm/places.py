@@ -9,8 +9,8 @@ import numpy as np
 
 from ..positions import Positions, counts_of
 
-# What the front end found, in the `extra_args` of a request: the digest of a stack, a strength, and the positions of those
-# of its parts that do not act on all tokens.
+# What the front end found, in the `extra_args` of a request: the digest of a stack, a strength, and positions of its
+# parts that do not act on all tokens.
 FOUND = "mimic_core"
 
 
