@@ -67,6 +67,7 @@ class Tokens:
         self.is_whole = False
         self.version = 0
         self._last = np.zeros(0, dtype=np.int64)
+        self._step: tuple[Tensor, Tensor] = (self._rows, self._strengths)
         self._chosen: tuple[Tensor, Tensor] | None = None
 
     def begin(self, rows: np.ndarray, strengths: np.ndarray, step: Step) -> None:
@@ -97,6 +98,7 @@ class Tokens:
         of_strengths = np.where(of_tokens >= 0, np.repeat(strengths, step.counts), 0)
         _write(self._strengths, of_strengths)
         self._strengths[n:] = 0
+        self._step = self._rows[:n], self._strengths[:n]
         self._chosen = None if self.at is None else (self._rows[self.at], self._strengths[self.at])
         self.is_whole = bool((of_strengths[here] == 1).all())
         first = int(of_tokens[here[0]])
@@ -107,8 +109,8 @@ class Tokens:
         self.is_active = False
 
     def of(self, n: int) -> tuple[Tensor, Tensor]:
-        """The rows and strengths of the first n tokens."""
-        return self._rows[:n], self._strengths[:n]
+        """The rows and strengths of the first n tokens: those of the step, or also some that fill it up."""
+        return self._step if n == len(self._step[0]) else (self._rows[:n], self._strengths[:n])
 
     def chosen(self, n: int) -> tuple[Tensor, Tensor]:
         """Those of the first n tokens that have such a stack."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -29,10 +29,17 @@ COMMON = "mimic_core_common"
 _CPU = "CPUAttentionBackendImpl"
 
 
-@contextmanager
-def keeping(impl: Any) -> Iterator[Kept | None]:
+_NONE: AbstractContextManager[None] = nullcontext()
+
+
+def keeping(impl: Any) -> AbstractContextManager[Kept | None]:
     """Keep the LSE of the kernels that run inside. None: the CPU's kernel has none to give."""
-    kept: Kept | None = None if type(impl).__name__ == _CPU else []
+    return _NONE if type(impl).__name__ == _CPU else _keeping()
+
+
+@contextmanager
+def _keeping() -> Iterator[Kept]:
+    kept: Kept = []
     token = _KEPT.set(kept)
     try:
         yield kept

@@ -106,7 +106,7 @@ def test_a_plugin_that_vllm_does_not_load(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_class_that_was_not_tried(config: Any) -> None:
-    found = models.known_to_transformers(config.model_config)
+    found = models.known_to_transformers(config)
     with pytest.raises(mc.UnsupportedModelError, match="not seen to be exact in vLLM's class Linear"):
         models.layers_of(torch.nn.Linear(1, 1), found)
 
