@@ -106,10 +106,11 @@ def resolve(source: object) -> Source:
     try:
         head, config = described["head"], described["config"]
         parts = zip(head, config, strict=True) if isinstance(head, list) else [(head, config)]
-        positions = tuple(head_class(name).config_class.from_dict(options).positions for name, options in parts)
+        configs = [head_class(name).config_class.from_dict(options) for name, options in parts]
     except (KeyError, TypeError, ValueError, AttributeError, MimicError) as error:
         raise CheckpointError(f"{hub.FILES[1]} at {folder} does not describe a stack: {error}") from error
-    return Source(folder, digest, tuple(one for one in dict.fromkeys(positions) if one != "all"))
+    positions: dict[Positions, None] = dict.fromkeys(config.positions for config in configs)
+    return Source(folder, digest, tuple(one for one in positions if one != "all"))
 
 
 def digest_of(folder: str) -> str:
