@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report import with_results
-
-from .features import BEGIN, END, PAGE, table
+from tests.support.serving_features import BEGIN, END, PAGE, table
 
 
 class Outcomes:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import serving
-
-from .features import BEGIN, END, FEATURES, PAGE, Feature, table
+from tests.support.serving_features import BEGIN, END, FEATURES, PAGE, Feature, table
 
 
 def test_the_page_has_the_rows() -> None:
