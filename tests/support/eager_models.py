@@ -38,7 +38,9 @@ class Computed(nn.Module):
         b, _, t, s = *q.shape[:3], k.shape[2]
         barred = ~torch.ones(t, s, dtype=torch.bool).tril(s - t)
         if self.style == "after":
-            scores = torch.matmul(q, k.transpose(-1, -2)) / D**0.5
+            scores = torch.matmul(q, k.transpose(-1, -2))
+            scores -= scores.max(-1, keepdim=True).values
+            scores = scores / D**0.5
             weights = F.softmax(scores.masked_fill(barred, torch.finfo(scores.dtype).min).float(), dim=-1)
             out = self.drop(weights.to(v.dtype)) @ v
         elif self.style == "before":
@@ -61,8 +63,9 @@ class Computed(nn.Module):
         else:
             scores = (q @ k.mT * SCALE).masked_fill(barred, -torch.inf)
             column = self.sinks[:, None, None].expand(b, -1, t, 1)
-            weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-            out = weights @ v
+            scores = torch.cat([scores, column], -1)
+            scores = scores - scores.amax(-1, keepdim=True).detach()
+            out = scores.softmax(-1)[..., :-1] @ v
         return self.c_proj(out.transpose(1, 2).flatten(2))
 
 
