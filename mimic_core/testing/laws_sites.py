@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.base import parts_of
 from ..capture import capture
 from ..patch import hook
 from ..types import ATTENTION_SITES, LayerSpec, Site
@@ -83,7 +84,11 @@ def _events(s: Subject) -> list[tuple[str, nn.Module]]:
         return value
 
     edits: dict[Place, Edit] = {(m, "query"): partial(attends, module=m) for m in called}
-    hooks = [m.register_forward_pre_hook(lambda m, args: events.append(("begin", m))) for m in watched]
+    hooks = [
+        part.register_forward_pre_hook(partial(lambda m, part, args: events.append(("begin", m)), m))
+        for m in watched
+        for part in parts_of(m)
+    ]
     hooks += [m.register_forward_hook(lambda m, args, out: events.append(("end", m))) for m in watched]
     try:
         with Oracle(edits), torch.no_grad():
@@ -143,7 +148,8 @@ def decoder_only(s: Subject) -> str:
                 kept.append(output.detach().clone())
 
         hooks = [m.register_forward_hook(keep) for m in outside]
-        hooks += [block.register_forward_pre_hook(lambda m, args: begun.append(True)) for block in blocks]
+        parts = [part for block in blocks for part in parts_of(block)]
+        hooks += [part.register_forward_pre_hook(lambda m, args: begun.append(True)) for part in parts]
         try:
             with torch.no_grad():
                 s.run()
