@@ -29,6 +29,7 @@ _PLAIN = re.compile(r"Norm|Dropout|Identity|Rotary|Embedding|Linear|Router|Activ
 # The last projection of an MLP or of attention, for modules that add the residual themselves (BLOOM, MPT).
 _LAST_PROJECTIONS = ("dense_4h_to_h", "down_proj", "dense", "out_proj", "o_proj")
 _LINEAR_CLASS = re.compile(r"Linear|Conv1D")  # also those with quantised weights, and LoRA's
+_FOR_ALL = "; an adapter that names its sites has one head for all of them"
 _LAYER_LISTS = ("layers", "h", "blocks", "block", "layer")
 
 
@@ -224,7 +225,7 @@ class _Layer:
     def parts(self) -> Iterator[tuple[dict[str, Any], dict[Site, str]]]:
         """Sizes and sites of the layer. If it has several attention modules, each with an MLP: those of each pair."""
         if self.runs != 1:
-            times = f"runs {self.runs} times in a forward" if self.runs else "does not run on text alone"
+            times = f"runs {self.runs} times in a forward{_FOR_ALL}" if self.runs else "does not run on text alone"
             yield self._sizes(None, f"{type(self.layer).__name__} {times}"), {}
             return
         attention = [path for path in self._inside() if self._calls(path) and self._is_self_attention(path)]
@@ -247,7 +248,8 @@ class _Layer:
         if attention is None:
             missing.append(self._why_no_attention(mlp))
         elif len(calls := self._calls(attention)) != self.holders[self.module(attention)]:
-            missing.append(f"{attention} attends {len(calls)} times in a forward")
+            for_all = "" if any(call.own for call in calls) else _FOR_ALL
+            missing.append(f"{attention} attends {len(calls)} times in a forward{for_all}")
             attention = None
         sites = self._others(attention or self._other_attention(), mlp, last, first)
         if attention is not None:
