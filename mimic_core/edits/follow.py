@@ -57,6 +57,10 @@ class Follower(TorchFunctionMode):
         """A product that may be of query and key. The query is another tensor times `factor`."""
         return product.run(), Scores(index, *self.sites(product, axes, factor), product.factor * factor)
 
+    def biased(self, scores: Scores, bias: Tensor, out: Tensor) -> None:
+        """A bias for every key was added to scores, which gave `out`."""
+        scores.added += 1
+
     def weighed(self, scores: Scores) -> None:
         """A softmax makes weights of scores."""
 
@@ -155,8 +159,11 @@ class Follower(TorchFunctionMode):
             return out
         row = self._tag(args[1]) if "sub" in func.__name__ and len(args) > 1 and not tag.weights else None
         if row is not None and row.of is tag.scores and (args[1].ndim == 0 or args[1].shape[-1] == 1):
-            less = args[1].expand(*out.shape[:-1], 1).reshape(tag.scores.shape[:3])
-            tag.scores.less = less if tag.scores.less is None else tag.scores.less + less
+            tag.scores.take(args[1].expand(*out.shape[:-1], 1))
+        if "add" in func.__name__ and len(args) == 2 and not tag.weights:
+            bias = args[1] if self._tag(args[0]) is tag else args[0]
+            if isinstance(bias, Tensor) and bias.ndim > 1 and bias.shape[-1] == out.shape[-1]:
+                self.biased(tag.scores, bias, out)
         return self._mark(out, tag)
 
     def _of_rows(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -101,6 +101,21 @@ def takes_largest(name: str, args: tuple[Any, ...], out: Tensor) -> bool:
     return (args[1].ndim == 0 or args[1].shape[-1] == 1) and bool((left == 0).all())
 
 
+def own_bias(call: Call) -> Tensor | None:
+    """Of a bias that counts from the last key, what the key of each token itself gets: [... t 1]. None: of another."""
+    if "add" not in getattr(call.func, "__name__", "") or len(call.tensors) != 2:
+        return None
+    for bias in call.tensors:
+        t, s = call.out.shape[-2:]
+        rows = bias.expand_as(call.out) if bias.ndim > 1 and bias.shape[-1] == s > 1 else None
+        if rows is None or t == 1 or not torch.equal(rows[..., 0, :1], rows[..., -1, :1]):
+            continue
+        slopes = rows[..., -1, 1:] - rows[..., -1, :-1]
+        if rows[..., -1, -1].eq(0).all() and slopes.gt(0).all() and torch.allclose(slopes, slopes[..., :1]):
+            return torch.stack([rows[..., i, s - t + i] for i in range(t)], -1)[..., None]
+    return None
+
+
 def nth(func: Callable[..., Any], n: int) -> Callable[..., Any]:
     """A function that gives one of what another one gives."""
     return wraps(func)(lambda *args, **kwargs: func(*args, **kwargs)[n])

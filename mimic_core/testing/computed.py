@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .calls import Call, Softmax, is_moved, mixes, nth, running, takes_largest, wide, with_heads
+from .calls import Call, Softmax, is_moved, mixes, nth, own_bias, running, takes_largest, wide, with_heads
 
 _LAST = 400
 _PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")
@@ -154,6 +154,8 @@ class Computed(TorchFunctionMode):
             if call.largest:
                 less, row = (others.get(id(y), y) for y in (call.out, call.tensors[1]))
                 whole = self._again(call.out, less + row, call)[id(args[0])]
+            elif (own := own_bias(call)) is not None:
+                whole = whole - own
         self._softmaxes = [*self._softmaxes[-8:], Softmax(module, *edited, x, out, b, whole)]
         return out
 
