@@ -194,6 +194,13 @@ def _tokens_in(model: nn.Module, example: Example) -> tuple[int, int]:
     if shape is None or shape[0] == shape[1]:
         found = "no tensor of tokens [b t ...] comes first" if shape is None else f"[b t] is {list(shape[:2])}"
         raise UnsupportedModelError(f"the example must tell samples from tokens by their numbers, but {found}")
+    ids = token_names(given)
+    for name, x in given.items():
+        if ids and isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 3 and x.shape[1] == shape[1]:
+            raise UnsupportedModelError(
+                f"attention to {name!r} of the example could not be told from attention to its tokens, because both "
+                f"are {shape[1]}: give it another number of either"
+            )
     return shape[0], shape[1]
 
 
