@@ -1,4 +1,7 @@
-"""Layers that run several times in a forward, and attention that is called twice or has an encoder's keys too."""
+"""Layers that run several times in a forward, and attention that is called twice or has an encoder's keys too.
+
+In older transformers, the first of these models is not there, and the second attends once.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,8 @@ CASES: dict[str, tuple[type[mc.PathAdapter], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param("hrm_text", marks=pytest.mark.newest), "diffllama", "t5gemma2"])
+@pytest.mark.newest
+@pytest.mark.parametrize("kind", CASES)
 def test_it_is_refused_and_an_adapter_that_names_it_is_exact(kind: str) -> None:
     adapter, head, why = CASES[kind]
     case = tiny(kind)
