@@ -75,6 +75,21 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The text decoder according to transformers, or else the model itself."""
+    get = getattr(model, "get_decoder", None)
+    found = get() if callable(get) else None
+    if not isinstance(found, nn.Module) or found not in set(model.modules()):
+        return model
+    # In some models, get_decoder returns the matrix that turns hidden states into logits.
+    return found if any(isinstance(m, nn.ModuleList) for m in found.modules()) else model
+
+
+def parts_of(layer: nn.Module) -> list[nn.Module]:
+    """The layer. Or its members, if it is a list without a forward: a norm, an attention or MLP, the addition."""
+    return [m for m in layer if m is not None] if isinstance(layer, nn.ModuleList) else [layer]
+
+
 class PathAdapter:
     """An adapter made of module paths: of the decoder's layers, and of attention and MLP in a layer.
 

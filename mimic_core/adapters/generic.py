@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..types import ATTENTION_SITES, SITES, LayerSpec, ModelSpec, Site
-from .base import is_of_transformers, name_of, text_config, unwrap
+from .base import is_of_transformers, name_of, parts_of, text_config, text_decoder, unwrap
 from .probe import AttentionSeen, Example, Passed, Probe, probe
 from .residual import adds_its_input
 
@@ -25,10 +25,11 @@ _MLP_PATHS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "ff", "fc
 _MLP_CLASS = re.compile(r"MLP|Mlp|FeedForward|FFN|MoE|Moe|MOE|Dense\w*ActDense")
 _ATTENTION_CLASS = re.compile(r"(?<!Linear)(?<!Cross)Attention$")
 # Classes that are not named as the reason why a layer has no attention: they do not mix tokens.
-_PLAIN = re.compile(r"Norm|Dropout|Identity|Rotary|Embedding|Linear|Router|Activation|Module")
+_PLAIN = re.compile(r"Norm|Dropout|Identity|Rotary|Embedding|Linear|Router|Activation|Module|Residual")
 # The last projection of an MLP or of attention, for modules that add the residual themselves (BLOOM, MPT).
 _LAST_PROJECTIONS = ("dense_4h_to_h", "down_proj", "dense", "out_proj", "o_proj")
 _LINEAR_CLASS = re.compile(r"Linear|Conv1D")  # also those with quantised weights, and LoRA's
+_FOR_ALL = "; an adapter that names its sites has one head for all of them"
 _LAYER_LISTS = ("layers", "h", "blocks", "block", "layer")
 
 
@@ -145,16 +146,6 @@ def _runs_layers(layers: str, decoder: str, seen: Probe) -> str:
     return next((path for path in above if len(seen.outputs.get(path, [])) == 1), decoder)
 
 
-def text_decoder(model: nn.Module) -> nn.Module:
-    """The text decoder according to transformers, or else the model itself."""
-    get = getattr(model, "get_decoder", None)
-    found = get() if callable(get) else None
-    if not isinstance(found, nn.Module) or found not in set(model.modules()):
-        return model
-    # In some models, get_decoder returns the matrix that turns hidden states into logits.
-    return found if any(isinstance(m, nn.ModuleList) for m in found.modules()) else model
-
-
 def _layer_list(
     model: nn.Module, decoder: nn.Module, seen: Probe, names: dict[nn.Module, str]
 ) -> tuple[str, nn.ModuleList | nn.Sequential]:
@@ -163,19 +154,23 @@ def _layer_list(
     Attention is seen at the interface. If nothing calls it, a list counts by its name, or as members of one class that
     have an attention module by its class.
     """
-    best: tuple[tuple[int, int, int, int, int], str, nn.ModuleList | nn.Sequential] | None = None
+    best: tuple[tuple[int, ...], str, nn.ModuleList | nn.Sequential] | None = None
     for module in decoder.modules():
-        if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) == 0 or module not in names:
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or module not in names:
+            continue
+        if len(module) == 0 or any(m is None for m in module):  # one that some layers have, beside them
             continue
         like = len(module) if len({type(m) for m in module}) == 1 and _has_attention(module[0], names, seen) else 0
         if isinstance(module, nn.Sequential) and not like:
             continue
         path = names[module]
-        inside = (name.removeprefix(f"{path}.") for name in seen.attention if name.startswith(f"{path}."))
-        attended = sum("." in name for name in inside)
-        ran = sum(1 for member in module if names.get(member) in seen.outputs)
+        inside = [name for name in seen.attention if name.startswith(f"{path}.") and "." in name[len(path) + 1 :]]
+        attended = len(inside)
+        # A vision tower may have as many layers as the decoder.
+        of_tokens = sum(all(call.tokens == seen.tokens for call in seen.attention[name]) for name in inside)
+        ran = sum(1 for member in module if any(names.get(m) in seen.outputs for m in parts_of(member)))
         named = path.rpartition(".")[2] in _LAYER_LISTS
-        key = (attended, int(named), like, ran, -path.count("."))
+        key = (of_tokens, attended, int(named), like, ran, -path.count("."))
         if ran and (attended or named or like) and (best is None or key > best[0]):
             best = key, path, module
     if best is None:
@@ -213,7 +208,9 @@ class _Layer:
         adds: dict[nn.Module, bool | None],
     ) -> None:
         self.layer, self.path, self.seen, self.names, self.holders, self.adds = layer, path, seen, names, holders, adds
-        runs = seen.outputs.get(names[layer], [])
+        # A list of parts returns what the last of them does.
+        ran = [found for m in parts_of(layer) if (found := seen.outputs.get(names[m]))]
+        runs = ran[-1] if ran else []
         self.runs, returned = len(runs), (runs or [None])[0]
         # Not always hidden states: some layers return several streams or a list. Their attention and MLP do not.
         self.returned = returned
@@ -222,12 +219,13 @@ class _Layer:
         tokens = returned[1] if returned is not None and len(returned) == 3 else t
         width = hidden_size or (returned[-1] if returned else 0)
         self.states = (b, tokens, width)
-        self.returns_states = returned == self.states and bool(adds.get(layer, True))
+        self.is_list = isinstance(layer, nn.ModuleList)
+        self.returns_states = returned == self.states and bool(adds.get(layer, True)) and not self.is_list
 
     def parts(self) -> Iterator[tuple[dict[str, Any], dict[Site, str]]]:
         """Sizes and sites of the layer. If it has several attention modules, each with an MLP: those of each pair."""
         if self.runs != 1:
-            times = f"runs {self.runs} times in a forward" if self.runs else "does not run on text alone"
+            times = f"runs {self.runs} times in a forward{_FOR_ALL}" if self.runs else "does not run on text alone"
             yield self._sizes(None, f"{type(self.layer).__name__} {times}"), {}
             return
         attention = [path for path in self._inside() if self._calls(path) and self._is_self_attention(path)]
@@ -250,7 +248,8 @@ class _Layer:
         if attention is None:
             missing.append(self._why_no_attention(mlp))
         elif len(calls := self._calls(attention)) != self.holders[self.module(attention)]:
-            missing.append(f"{attention} attends {len(calls)} times in a forward")
+            for_all = "" if any(call.own for call in calls) else _FOR_ALL
+            missing.append(f"{attention} attends {len(calls)} times in a forward{for_all}")
             attention = None
         sites = self._others(attention or self._other_attention(), mlp, last, first)
         if attention is not None:
@@ -260,7 +259,9 @@ class _Layer:
         down = sites.get("mlp_hidden", "").removeprefix(f"{self.path}.")
         if not down and mlp is not None:
             missing.append(f"no linear layer was seen to give the output of {mlp} alone, as with experts")
-        if not self.returns_states:
+        if self.is_list:
+            missing.append(f"a {type(self.layer).__name__} of parts has no input and output")
+        elif not self.returns_states:
             odd = "what does not hold its input" if self.returned == self.states else self.returned or "no tensor"
             missing.append(f"{type(self.layer).__name__} returns {odd}, not [b t c] of a residual stream")
         sizes = self._sizes(attention, "; ".join(missing))
@@ -350,6 +351,9 @@ class _Layer:
         outermost = sorted(self._inside(), key=lambda path: path.count("."))
         named = [p for p in outermost if _MLP_CLASS.search(type(self.module(p)).__name__) and p not in attention]
         within = [f"{p}.{last}" for p in named for last in _LAST_PROJECTIONS]
+        # In a layer around the decoder's own one.
+        around = attention[0].rpartition(".")[0] if len(attention) == 1 else ""
+        within += [f"{around}.{path}" for path in _MLP_PATHS if around and path != "output.dense"]
         return next((path for path in (*_MLP_PATHS, *named, *within) if self._returns_states(path)), None)
 
     def _passed(self, path: str) -> list[Passed]:
@@ -364,8 +368,8 @@ class _Layer:
         found = min(gives, key=lambda path: order[self.names[self.module(path)]], default=None)
         if found is None or None in wanted or not _LINEAR_CLASS.search(type(self.module(found)).__name__):
             return None
-        given = self._passed(found)
-        if any(x.shape is None or x.shape[:-1] not in (self.states[:2], self.states[1:2]) for x in given):
+        given, (b, t, _) = self._passed(found), self.states
+        if any(x.shape is None or x.shape[:-1] not in ((b, t), (b * t,)) for x in given):
             return None
         # A wrapper of it, such as LoRA's, gets the same, and would compute its share from the argument without edits.
         return min(path for path in gives if f"{found}.".startswith(f"{path}.") and self._passed(path) == given)
@@ -386,5 +390,8 @@ class _Layer:
         around = attention.rpartition(".")[0]
         beside = f"{around}.output.dense" if around else attention
         inside = (f"{attention}.{last}" for last in _LAST_PROJECTIONS)
-        paths = (beside, f"{attention}.output.dense", attention, *inside)
+        paths = [beside, f"{attention}.output.dense", attention, *inside]
+        # Of another model it is known whether what holds the attention adds the residual.
+        if around and self.adds.get(self.module(around)) is False:
+            paths.append(around)
         return next((path for path in paths if self._returns_states(path)), None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..edits.eager import Recipe
 from ..edits.follow import Follower
 from ..edits.products import Axes, Product
-from ..edits.scores import KINDS, Scores
+from ..edits.scores import KINDS, Scores, counts_from_last
 from ..edits.sdpa import Named, frames
 
 
@@ -54,6 +54,11 @@ class Looking(Follower):
         scores.samples_first = self._has_samples_first(product.second if axes.swapped else product.first)
         return out, scores
 
+    def biased(self, scores: Scores, bias: Tensor, out: Tensor) -> None:
+        if counts_from_last(bias):
+            scores.from_last = scores.added
+        super().biased(scores, bias, out)
+
     def attended(self, product: Product, axes: Axes, index: int, scores: Scores) -> Any:
         out = product.run()
         if axes.left.heads == "rows" and not scores.samples_first:
@@ -62,7 +67,7 @@ class Looking(Follower):
         (b, h, t, s), kv_heads, width = scores.shape, scores.key.shape[1], scores.query.shape[-1]
         logits = ("softcap",) if scores.caps else ()
         values = axes.out.site(out, h).shape[-1]
-        recipe = Recipe(scores.index, index, h, float(scores.scale))
+        recipe = Recipe(scores.index, index, h, float(scores.scale), scores.from_last)
         self.found.append((h, kv_heads, width, values, (b, t), s, logits, recipe))
         return out
 

@@ -189,11 +189,24 @@ def run_on_text(
 def _tokens_in(model: nn.Module, example: Example) -> tuple[int, int]:
     """b and t of an example."""
     args, kwargs = _like(model, example)
-    shape = shape_of_tokens(by_name(type(model).forward, args, kwargs))
+    given = by_name(type(model).forward, args, kwargs)
+    shape = shape_of_tokens({name: given[name] for name in (*token_names(given), *given)})
     if shape is None or shape[0] == shape[1]:
         found = "no tensor of tokens [b t ...] comes first" if shape is None else f"[b t] is {list(shape[:2])}"
         raise UnsupportedModelError(f"the example must tell samples from tokens by their numbers, but {found}")
+    ids = token_names(given)
+    for name, x in given.items():
+        if ids and isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 3 and x.shape[1] == shape[1]:
+            raise UnsupportedModelError(
+                f"attention to {name!r} of the example could not be told from attention to its tokens, because both "
+                f"are {shape[1]}: give it another number of either"
+            )
     return shape[0], shape[1]
+
+
+def token_names(given: Mapping[str, Any]) -> list[str]:
+    """The arguments that may be token ids [b t]: whole numbers. Images may come before them."""
+    return [k for k, x in given.items() if isinstance(x, Tensor) and x.ndim == 2 and x.dtype == torch.long]
 
 
 def _like(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -25,12 +25,14 @@ class Recipe:
         scores, weighed: Which of its products of two tensors is that of query and key, and which that with the values.
         heads: The number of attention heads.
         scale: The factor on query . key.
+        from_last: Which of the biases that it adds counts from the last key.
     """
 
     scores: int
     weighed: int
     heads: int
     scale: float
+    from_last: int | None = None
 
 
 class EagerView(AttentionView):
@@ -127,9 +129,23 @@ class EagerFrame(Follower):
         view.scores = Scores(index, view.query, view.key, product.factor * factor)
         return product.run(left, right), view.scores
 
+    def biased(self, scores: Scores, bias: Tensor, out: Tensor) -> None:
+        ours = self._view is not None and scores is self._view.scores
+        if ours and scores.added == self._recipe.from_last and scores.shape[2] > 1:
+            # In the LSE it counts from the key of the token itself, which is the same whatever follows.
+            (t, s), lowest = scores.shape[2:], torch.finfo(bias.dtype).min / 2
+            own = bias.expand_as(out).diagonal(s - t, -2, -1)
+            own = own.masked_fill(own < lowest, 0)  # padding, where the model has joined bias and mask
+            if not own.any():
+                self._refuse(_OTHERWISE)
+            scores.take(-own)
+        super().biased(scores, bias, out)
+
     def weighed(self, scores: Scores) -> None:
         if scores.index != self._recipe.scores or self._done:
             self._refuse("it attends several times, or another way than when it was looked at")
+        if self._recipe.from_last is not None and scores.added <= self._recipe.from_last:
+            self._refuse(_OTHERWISE)
 
     def attended(self, product: Product, axes: Axes, index: int, scores: Scores) -> Any:
         view = self._view

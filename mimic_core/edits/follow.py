@@ -17,12 +17,14 @@ from .scores import FIRST, KINDS, NOT_TURNED, Scores, is_number, is_one
 
 
 class _Tag:
-    """What a tensor is: scores or weights of `scores`, or another one times `factor`."""
+    """What a tensor is: scores or weights of `scores`, a number `of` each row, or another one times `factor`."""
 
-    __slots__ = ("factor", "scores", "weights")
+    __slots__ = ("factor", "of", "scores", "weights")
 
-    def __init__(self, scores: Scores | None = None, weights: bool = False, factor: Any = 1) -> None:
-        self.scores, self.weights, self.factor = scores, weights, factor
+    def __init__(
+        self, scores: Scores | None = None, weights: bool = False, factor: Any = 1, of: Scores | None = None
+    ) -> None:
+        self.scores, self.weights, self.factor, self.of = scores, weights, factor, of
 
 
 _NONE = _Tag()
@@ -54,6 +56,10 @@ class Follower(TorchFunctionMode):
     def scored(self, product: Product, axes: Axes, index: int, factor: Any) -> tuple[Any, Scores]:
         """A product that may be of query and key. The query is another tensor times `factor`."""
         return product.run(), Scores(index, *self.sites(product, axes, factor), product.factor * factor)
+
+    def biased(self, scores: Scores, bias: Tensor, out: Tensor) -> None:
+        """A bias for every key was added to scores, which gave `out`."""
+        scores.added += 1
 
     def weighed(self, scores: Scores) -> None:
         """A softmax makes weights of scores."""
@@ -145,9 +151,28 @@ class Follower(TorchFunctionMode):
         tag = self._tagged(args, kwargs)
         turned = func.__name__ in NOT_TURNED and tag is not self._tag(args[0])
         out = func(*args, **kwargs)
-        if tag is None or tag.scores is None or turned or not isinstance(out, Tensor):
+        if tag is None or turned or not isinstance(out, Tensor):
             return out
-        return self._mark(out, tag) if self._is_whole(out, tag.scores) else out
+        if tag.scores is None:
+            return out if tag.of is None else self._mark(out, tag)
+        if not self._is_whole(out, tag.scores):
+            return out
+        row = self._tag(args[1]) if "sub" in func.__name__ and len(args) > 1 and not tag.weights else None
+        if row is not None and row.of is tag.scores and (args[1].ndim == 0 or args[1].shape[-1] == 1):
+            tag.scores.take(args[1].expand(*out.shape[:-1], 1))
+        if "add" in func.__name__ and len(args) == 2 and not tag.weights:
+            bias = args[1] if self._tag(args[0]) is tag else args[0]
+            if isinstance(bias, Tensor) and bias.ndim > 1 and bias.shape[-1] == out.shape[-1]:
+                self.biased(tag.scores, bias, out)
+        return self._mark(out, tag)
+
+    def _of_rows(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func.__name__ == "max" and any(isinstance(x, Tensor) for x in (*args[1:], *kwargs.values())):
+            return self._each(func, args, kwargs)  # of two tensors
+        tag = self._tag(args[0]) if args else None
+        out = func(*args, **kwargs)
+        known = tag is not None and tag.scores is not None and not tag.weights
+        return self._mark(out, _Tag(of=tag.scores)) if known else out  # pyright: ignore[reportOptionalMemberAccess]
 
     def _shape(self, func: Any, args: Any, kwargs: Any) -> Any:
         tag = self._tag(args[0]) if args else None
@@ -195,7 +220,7 @@ class Follower(TorchFunctionMode):
         out = func(*args, **kwargs)
         if tag is None or tag.scores is None or tag.weights:
             return out
-        tag.scores.caps = True
+        tag.scores.caps, tag.scores.less = True, None
         return self._mark(out, tag)
 
     def _times(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -217,9 +242,11 @@ class Follower(TorchFunctionMode):
         if tag is not None and tag.scores is not None:
             if not tag.weights:
                 tag.scores.scale = tag.scores.scale / number if over else tag.scores.scale * number
+                if tag.scores.less is not None:
+                    tag.scores.less = tag.scores.less / number if over else tag.scores.less * number
             return self._mark(out, tag)
-        factor = 1 if tag is None else tag.factor
-        return self._mark(out, _Tag(factor=factor / number if over else factor * number))
+        factor, of = (1, None) if tag is None else (tag.factor, tag.of)
+        return self._mark(out, _Tag(factor=factor / number if over else factor * number, of=of))
 
 
 _FOLLOW = {name: getattr(Follower, kind) for name, kind in KINDS.items()}

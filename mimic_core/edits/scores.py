@@ -20,6 +20,8 @@ _EACH = ("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub
 _EACH += ("masked_fill", "masked_fill_", "where", "clamp", "clamp_", "max", "maximum", "nan_to_num", "nan_to_num_")
 _EACH += ("dropout", "dropout_", "feature_dropout", "alpha_dropout")
 _CAPS = ("tanh", "tanh_")
+# What gives a number of each row, or of all: code takes it away before the softmax, which gives the same weights then.
+_ROWS = ("amax", "max")
 _SAME = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach")
 # What keeps the order of rows.
 _SHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
@@ -35,6 +37,7 @@ KINDS = {
     **dict.fromkeys(_SHAPES, "_shape"),
     **dict.fromkeys(_MOVES, "_move"),
     **dict.fromkeys(("cat", "concat"), "_joined"),
+    **dict.fromkeys(_ROWS, "_of_rows"),
     "softmax": "_softmax",
     "scaled_dot_product_attention": "_sdpa",
 }
@@ -57,9 +60,15 @@ class Scores:
         given: What the softmax got.
         samples_first: If samples and heads of the query were one axis: whether the samples were seen to come first.
         caps: They went through a tanh.
+        less: What was taken away from each row, if it was made of the scores, as their maximum: it is in the LSE.
+        added: How many biases were added, each for every key.
+        from_last: Which of them counts from the last key, see `counts_from_last`.
     """
 
     given: Tensor
+    less: Any = None
+    added = 0
+    from_last: int | None = None
 
     def __init__(self, index: int, query: Tensor, key: Tensor, scale: Any) -> None:
         self.index, self.query, self.key, self.scale = index, query, key, scale
@@ -69,14 +78,32 @@ class Scores:
         self.dtype = query.dtype
         self.caps = self.samples_first = False
 
+    def take(self, less: Tensor) -> None:
+        """Note what was taken away from each row: one number for each."""
+        less = less.reshape(self.shape[:3])
+        self.less = less if self.less is None else self.less + less
+
     def lse(self, dtype: torch.dtype) -> Tensor:
         """The log-sum-exp of what the softmax got, [b h t], in fp32 or a wider `dtype`."""
         logits = self.given
         dtype, lowest = _how(logits.dtype, self.dtype, dtype)
         lse = torch.logsumexp(logits if logits.dtype == dtype else logits.to(dtype), -1)
+        if self.less is not None:
+            lse = lse.reshape(self.shape[:3]) + self.less.to(dtype)
         # A mask is the lowest number of its dtype. A row of it has no key: its softmax is the same for all.
         lse = functional.threshold(lse, lowest, -torch.inf)
         return lse if lse.shape == self.shape[:3] else lse.reshape(self.shape[:3])
+
+
+def counts_from_last(bias: Tensor) -> bool:
+    """Whether a bias grows evenly up to 0 at the last key, for all queries alike, as MPT's.
+
+    What it adds to a row then depends on how many tokens follow. The softmax does not, but the LSE would.
+    """
+    steps = bias[..., -1, :].diff()
+    even = steps.numel() > 0 and bool((steps[..., 0] > 0).all()) and torch.allclose(steps, steps[..., :1])
+    alike = (bias - bias[..., -1:, :]).tril() if bias.shape[-2] > 1 else bias.new_zeros(())
+    return even and not bool(bias[..., -1, -1].any()) and not bool(alike.any())
 
 
 def is_number(x: Any) -> bool:

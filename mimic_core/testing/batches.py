@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import is_of_transformers, text_config
+from ..adapters.probe import token_names
 
 _SPECIAL = re.compile(r"_ids?$|_index$|_token$")
 _TO_IMAGES = re.compile(r"^(cross|image)_attention_mask$")
@@ -32,9 +33,11 @@ class Batches:
         self.special = sorted({i for key, x in _entries(config) if _SPECIAL.search(key) for i in _ids(x)})
         parameters = inspect.signature(model.forward).parameters
         self._names = set(parameters)
-        self._anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         own = "input_ids" in parameters or is_of_transformers(model)
-        self.tokens = "input_ids" if own else next(iter(parameters), "input_ids")
+        # Elsewhere, other code gets what has no name, and not all names of transformers.
+        self._anything = own and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        ids = token_names({name: given[name] for name in parameters if name in given}) if given else []
+        self.tokens = "input_ids" if own else next(iter((*ids, *parameters)), "input_ids")
         """The name of the argument with the token ids."""
         self.given = self.text() if given is None else {k: x for k, x in given.items() if k != "labels"}
 

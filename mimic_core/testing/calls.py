@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 class Call(NamedTuple):
     """A call of torch, and for a product of two tensors: whose it is and how many samples that got.
 
-    `earlier` is the call that gave the same tensor before, which was written to since.
+    `earlier` is the call that gave the same tensor before, which was written to since. `largest`: it took away the
+    largest number of each row.
     """
 
     func: Callable[..., Any]
@@ -24,12 +26,16 @@ class Call(NamedTuple):
     module: nn.Module | None = None
     samples: int = 0
     earlier: int | None = None
+    largest: bool = False
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+        return tensors + [x for y in self.args if isinstance(y, list | tuple) for x in y if isinstance(x, Tensor)]
 
     @property
     def factors(self) -> list[Tensor]:
-        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
-        tensors += [x for y in self.args if isinstance(y, list | tuple) for x in y if isinstance(x, Tensor)]
-        return tensors[-2:]
+        return self.tensors[-2:]
 
     def again(self, old: list[Tensor], new: list[Tensor]) -> Any:
         """The same call with other tensors."""
@@ -43,7 +49,10 @@ class Call(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """The softmax of one attention: its module, query [b h t d], key [b g s d], its input and its output."""
+    """The softmax of one attention: its module, query [b h t d], key [b g s d], its input and its output.
+
+    `whole` is its input with the largest score of each row, if that was taken away before.
+    """
 
     module: nn.Module
     query: Tensor
@@ -51,11 +60,12 @@ class Softmax(NamedTuple):
     logits: Tensor
     out: Tensor
     samples: int
+    whole: Tensor
 
 
 def lse_of(found: Softmax) -> Tensor:
     """The log-sum-exp of what a softmax got, in fp64, [b h t]. -inf in a row of which each key is masked."""
-    logits = wide(found.logits)
+    logits = wide(found.whole)
     lowest = max(torch.finfo(x.dtype).min for x in (found.query, found.logits))
     none = (logits < lowest / 2).all(-1)
     lse = torch.logsumexp(logits.masked_fill(none[..., None], 0.0), -1).masked_fill(none, -torch.inf)
@@ -73,8 +83,42 @@ def with_heads(x: Tensor, b: int) -> Tensor:
 
 
 def mixes(way: list[Call]) -> bool:
-    """Whether calls after the first do not keep rows and columns."""
-    return any(getattr(call.func, "__name__", "") in ("cat", "transpose", "permute", "topk") for call in way[1:])
+    """Whether calls after the first do not keep rows and columns. More columns are sinks."""
+    for call in way[1:]:
+        name, width = getattr(call.func, "__name__", ""), way[0].out.shape[-1]
+        if name in ("transpose", "permute", "topk"):
+            return True
+        if name == "cat" and call.out.numel() * width != way[0].out.numel() * call.out.shape[-1]:
+            return True
+    return False
+
+
+def takes_largest(name: str, args: tuple[Any, ...], out: Tensor) -> bool:
+    """Whether the largest number of each row, or of all, was taken away. What is left may be written to later."""
+    if "sub" not in name or len(args) != 2 or not isinstance(args[1], Tensor) or out.ndim < 3:
+        return False
+    left = out.amax(-1) if args[1].ndim else out.max()
+    return (args[1].ndim == 0 or args[1].shape[-1] == 1) and bool((left == 0).all())
+
+
+def own_bias(call: Call) -> Tensor | None:
+    """Of a bias that counts from the last key, what the key of each token itself gets: [... t 1]. None: of another."""
+    if "add" not in getattr(call.func, "__name__", "") or len(call.tensors) != 2:
+        return None
+    for bias in call.tensors:
+        t, s = call.out.shape[-2:]
+        rows = bias.expand_as(call.out) if bias.ndim > 1 and bias.shape[-1] == s > 1 else None
+        if rows is None or t == 1 or not torch.equal(rows[..., 0, :1], rows[..., -1, :1]):
+            continue
+        slopes = rows[..., -1, 1:] - rows[..., -1, :-1]
+        if rows[..., -1, -1].eq(0).all() and slopes.gt(0).all() and torch.allclose(slopes, slopes[..., :1]):
+            return torch.stack([rows[..., i, s - t + i] for i in range(t)], -1)[..., None]
+    return None
+
+
+def nth(func: Callable[..., Any], n: int) -> Callable[..., Any]:
+    """A function that gives one of what another one gives."""
+    return wraps(func)(lambda *args, **kwargs: func(*args, **kwargs)[n])
 
 
 def is_moved(x: Tensor, out: Tensor) -> bool:

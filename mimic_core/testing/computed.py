@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .calls import Call, Softmax, is_moved, mixes, running, wide, with_heads
+from .calls import Call, Softmax, is_moved, mixes, nth, own_bias, running, takes_largest, wide, with_heads
 
 _LAST = 400
 _PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")
@@ -63,7 +63,11 @@ class Computed(TorchFunctionMode):
             module, samples = running()
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and name != "__get__":
-            self._keep(call._replace(out=out, module=module, samples=samples, earlier=self._index(out)))
+            call = call._replace(out=out, module=module, samples=samples, earlier=self._index(out))
+            self._keep(call._replace(largest=takes_largest(name, args, out)))
+        elif isinstance(out, tuple) and name in ("max", "topk"):
+            for n, one in enumerate(out):
+                self._keep(call._replace(func=nth(func, n), out=one))
         return out
 
     def _keep(self, call: Call) -> None:
@@ -95,17 +99,27 @@ class Computed(TorchFunctionMode):
         call = self._calls[index]
         if call.module is not None and ends(call):
             return [call]
-        for y in (*call.args, *call.kwargs.values()):
-            if isinstance(y, Tensor) and (way := self._way(y, ends, index, dead)) is not None:
+        for y in call.tensors:
+            if (way := self._way(y, ends, index, dead)) is not None:
                 return [*way, call]
         return None
+
+    def _again(self, old: Tensor, new: Tensor, after: Call | None = None) -> dict[int, Tensor]:
+        """All that was computed from a tensor, after a call, if it is another one: by the tensors that there were."""
+        olds, news, begun = [old], [new], after is None
+        for call in self._calls.values():
+            if begun and any(x is y for x in call.tensors for y in olds):
+                again = call.again(olds, news)
+                olds, news = [call.out, *olds], [again, *news]
+            begun = begun or call is after
+        return {id(x): y for x, y in zip(reversed(olds), reversed(news), strict=True)}
 
     def _softmax(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         x, *rest = args
         way = self._way(x, lambda end: isinstance(end, Call))
         if not way or x.ndim < 3 or way[0].module is None or mixes(way):
             return func(*args, **kwargs)
-        product, *others = way
+        product, others = way[0], {}
         module, b = way[0].module, product.samples
         name = getattr(product.func, "__name__", "")
         first, second = product.factors
@@ -133,12 +147,16 @@ class Computed(TorchFunctionMode):
                 new = [torch.einsum(f"{to_q}->{of_q}", new[0]), torch.einsum(f"{to_k}->{of_k}", new[1])]
             else:
                 new[1] = new[1].transpose(-1, -2)
-            before, now = product.out, product.again([q, k], new)
-            for call in others:
-                before, now = call.out, call.again([before], [now])
-            x = now
-        out = func(x, *rest, **kwargs)
-        self._softmaxes = [*self._softmaxes[-8:], Softmax(module, *edited, x, out, b)]
+            others = self._again(product.out, product.again([q, k], new), product)
+            x = others[id(x)]
+        out, whole = func(x, *rest, **kwargs), x
+        for call in way:
+            if call.largest:
+                less, row = (others.get(id(y), y) for y in (call.out, call.tensors[1]))
+                whole = self._again(call.out, less + row, call)[id(args[0])]
+            elif (own := own_bias(call)) is not None:
+                whole = whole - own
+        self._softmaxes = [*self._softmaxes[-8:], Softmax(module, *edited, x, out, b, whole)]
         return out
 
     def _times(self, x: Tensor) -> float:
@@ -188,7 +206,8 @@ class Computed(TorchFunctionMode):
             back = value
         computed = weights
         if self._is_plain(found.module):
-            computed = torch.softmax(wide(found.logits), -1).to(weights.dtype).reshape(weights.shape)
+            computed = torch.softmax(wide(found.logits), -1).to(found.out.dtype)
+            computed = self._again(found.out, computed)[id(weights)]
         out = call.again([weights, value], [computed, back])
         out = torch.einsum(f"{to}->{out_order}", out) if to else out
         shape = out.shape

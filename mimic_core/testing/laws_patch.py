@@ -88,7 +88,7 @@ def zero_shift_generates(s: Subject) -> str:
 def removal(s: Subject) -> str:
     """A removed or disabled patch leaves nothing: hooks, attributes, config and logits are the same as before."""
     stacks = _some(s.stacks())
-    before = Snapshot(s.model)
+    before = _settled(s)
     with s.patched(stacks):
         pass
     _unchanged(before, "patched and removed", attributes=True)
@@ -139,7 +139,7 @@ def all_or_nothing(s: Subject) -> str:
 def exception_in_forward(s: Subject) -> str:
     """After an exception inside a forward, patches still work and can be removed completely."""
     stacks = _some(zeroed(s.stacks()))
-    before = Snapshot(s.model)
+    before = _settled(s)
     sites: list[Site] = []
 
     def fail(value: Tensor, at: At) -> None:
@@ -173,7 +173,9 @@ def never_reached(s: Subject) -> str:
     if layers := s.layers_with("attn_heads"):
         bypassed[f"attention of layer {layers[-1]}"] = s.module(layers[-1], "attn_heads")
     layer = s.spec.layers[stacks[list(stacks)[-1]].layers[-1]]
-    bypassed[f"layer {layer.index}"] = s.inner.get_submodule(layer.path)
+    block = s.inner.get_submodule(layer.path)
+    if not isinstance(block, nn.ModuleList):
+        bypassed[f"layer {layer.index}"] = block
     raised = []
     for name, module in bypassed.items():
         inside = set(module.modules())
@@ -219,6 +221,13 @@ def saved_and_loaded(s: Subject) -> str:
             if not same_bits(s.run(), wanted):
                 raise BrokenLaw("loaded shifts give other logits")
     return f"{', '.join(stacks)}; {len(keys)} keys, config of {len(plain)} bytes"
+
+
+def _settled(s: Subject) -> Snapshot:
+    """The state after a forward of the unpatched model, which may keep masks or biases of this length."""
+    with torch.no_grad():
+        s.run()
+    return Snapshot(s.model)
 
 
 def _some(stacks: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.base import parts_of
 from ..capture import capture
+from ..errors import PatchStateError
 from ..patch import hook
-from ..types import ATTENTION_SITES, LayerSpec, Site
+from ..types import ATTENTION_SITES, At, LayerSpec, Site
 from .oracle import Edit, Oracle, Place, Seen
 from .subject import Subject, same_bits
 from .verdicts import BrokenLaw, NotApplicable
@@ -83,7 +85,11 @@ def _events(s: Subject) -> list[tuple[str, nn.Module]]:
         return value
 
     edits: dict[Place, Edit] = {(m, "query"): partial(attends, module=m) for m in called}
-    hooks = [m.register_forward_pre_hook(lambda m, args: events.append(("begin", m))) for m in watched]
+    hooks = [
+        part.register_forward_pre_hook(partial(lambda m, part, args: events.append(("begin", m)), m))
+        for m in watched
+        for part in parts_of(m)
+    ]
     hooks += [m.register_forward_hook(lambda m, args, out: events.append(("end", m))) for m in watched]
     try:
         with Oracle(edits), torch.no_grad():
@@ -143,7 +149,8 @@ def decoder_only(s: Subject) -> str:
                 kept.append(output.detach().clone())
 
         hooks = [m.register_forward_hook(keep) for m in outside]
-        hooks += [block.register_forward_pre_hook(lambda m, args: begun.append(True)) for block in blocks]
+        parts = [part for block in blocks for part in parts_of(block)]
+        hooks += [part.register_forward_pre_hook(lambda m, args: begun.append(True)) for part in parts]
         try:
             with torch.no_grad():
                 s.run()
@@ -181,10 +188,8 @@ def shapes(s: Subject) -> str:
         layers = [i for i in s.layers_with(site) if site != "lse" or i not in refused]
         if not layers:
             continue
-        with torch.no_grad(), capture(s.model, site, layers=layers) as seen:
-            s.run()
-        for i in layers:
-            found, layer = seen[site][i], s.spec.layers[i]
+        for i, found in _captured(s, site, layers):
+            layer = s.spec.layers[i]
             wanted = _shape(site, layer)
             if found.ndim != len(wanted) or any(
                 w is not None and w != n for w, n in zip(wanted, found.shape, strict=True)
@@ -195,6 +200,25 @@ def shapes(s: Subject) -> str:
     if not count:
         raise NotApplicable("the spec lists no site")
     return f"{count} tensors"
+
+
+def _captured(s: Subject, site: Site, layers: list[int]) -> list[tuple[int, Tensor]]:
+    """What a capture holds. It refuses layers that run several times: of these, what a hook sees."""
+    try:
+        with torch.no_grad(), capture(s.model, site, layers=layers) as seen:
+            s.run()
+        return [(i, seen[site][i]) for i in layers]
+    except PatchStateError:
+        passes: list[tuple[int, Tensor]] = []
+
+        def watch(value: Tensor, at: At) -> None:
+            passes.append((at.layer, value))
+
+        with torch.no_grad(), hook(s.model, site, watch, layers=layers):
+            s.run()
+        if len(passes) == len(layers):
+            raise
+        return passes
 
 
 def _all_sites(s: Subject) -> list[Site]:

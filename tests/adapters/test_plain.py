@@ -175,7 +175,12 @@ def test_an_example_says_what_a_model_runs_on() -> None:
     adapter = mc.GenericAdapter(example=(inputs["tokens"], inputs["image"]))
     assert mc.build_shifts(model, "live", adapter=adapter).layers == (0, 1)
     square = {name: x[:, :2] for name, x in inputs.items()}
-    for example, message in ((square, r"\[b t\] is \[2, 2\]"), ({"tokens": 3}, "no tensor of tokens")):
+    alike = {"tokens": inputs["tokens"][:, :5], "image": inputs["image"]}
+    for example, message in (
+        (square, r"\[b t\] is \[2, 2\]"),
+        ({"tokens": 3}, "no tensor of tokens"),
+        (alike, "attention to 'image' of the example could not be told .* because both are 5"),
+    ):
         with pytest.raises(mc.UnsupportedModelError, match=message):
             mc.adapter_for(model, mc.GenericAdapter(example=example))
     mc.adapter_for(model.double(), mc.GenericAdapter(example=inputs))  # it is cast as the model was

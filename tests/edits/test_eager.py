@@ -91,7 +91,7 @@ def test_reads_and_edits(style: str) -> None:
         assert not torch.allclose(found, plain)
 
 
-@pytest.mark.parametrize("style", ["before", pytest.param("einsum", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("style", ["before", "sinks", pytest.param("einsum", marks=pytest.mark.exhaustive)])
 def test_every_law(style: str) -> None:
     torch.manual_seed(0)
     model = NanoGPT(layer_of(style)).eval().requires_grad_(False)

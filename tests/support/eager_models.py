@@ -11,7 +11,7 @@ from .plain_models import MLP, WIDTH, Cache
 HEADS, D = 4, WIDTH // 4
 SCALE, CAP = D**-0.5, 2.0
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
-STYLES = ("after", "before", "in", "einsum", "sinks")
+STYLES = ("after", "before", "in", "einsum", "sinks", "last")
 
 
 def alibi(t: int, s: int) -> Tensor:
@@ -38,7 +38,9 @@ class Computed(nn.Module):
         b, _, t, s = *q.shape[:3], k.shape[2]
         barred = ~torch.ones(t, s, dtype=torch.bool).tril(s - t)
         if self.style == "after":
-            scores = torch.matmul(q, k.transpose(-1, -2)) / D**0.5
+            scores = torch.matmul(q, k.transpose(-1, -2))
+            scores -= scores.max(-1, keepdim=True).values
+            scores = scores / D**0.5
             weights = F.softmax(scores.masked_fill(barred, torch.finfo(scores.dtype).min).float(), dim=-1)
             out = self.drop(weights.to(v.dtype)) @ v
         elif self.style == "before":
@@ -58,11 +60,15 @@ class Computed(nn.Module):
             scores = CAP * torch.tanh(SCALE * torch.einsum("bthd,bshd->bhts", q, k) / CAP)
             weights = torch.where(barred, -torch.inf, scores).softmax(dim=3)
             return self.c_proj(torch.einsum("bhts,bshd->bthd", weights, v).flatten(2))
+        elif self.style == "last":  # as MPT counts
+            scores = q @ k.mT * SCALE + SLOPES[:, None, None] * torch.arange(1 - s, 1)
+            out = scores.masked_fill(barred, -torch.inf).softmax(-1) @ v
         else:
             scores = (q @ k.mT * SCALE).masked_fill(barred, -torch.inf)
             column = self.sinks[:, None, None].expand(b, -1, t, 1)
-            weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-            out = weights @ v
+            scores = torch.cat([scores, column], -1)
+            scores = scores - scores.amax(-1, keepdim=True).detach()
+            out = scores.softmax(-1)[..., :-1] @ v
         return self.c_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -92,7 +98,7 @@ def formula(attention: Computed, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tenso
     logits = SCALE * (q[:, :, :, None] * k[:, :, None]).sum(-1)
     if style == "einsum":
         logits = CAP * torch.tanh(logits / CAP)
-    if style == "in":
+    if style in ("in", "last"):
         logits = logits + alibi(t, s).to(logits)
     later = torch.arange(s) > torch.arange(s - t, s)[:, None]
     numbers = logits.exp() * ~later
