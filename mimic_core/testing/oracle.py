@@ -18,6 +18,7 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import by_name
 from .calls import Softmax, lse_of
 from .computed import Computed
 
@@ -98,6 +99,7 @@ class Oracle:
             lambda module: id(module) in self._plain,
             lambda: self._is_busy,
         )
+        self._replaced = by_name.Replaced(functools.partial(self._busily, self._named))
         self.seen: list[Seen] = []
 
     def __enter__(self) -> Oracle:
@@ -123,11 +125,13 @@ class Oracle:
         for module, wrap in self._wraps:
             self._forwards.append((module, vars(module).get("forward")))
             module.forward = functools.partial(wrap, module.forward)
+        self._replaced.put()
         self._computed.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._computed.__exit__(None, None, None)
+        self._replaced.restore()
         self._interface.get_interface = self._below
         functional.scaled_dot_product_attention = self._sdpa
         for module, forward in reversed(self._forwards):
@@ -193,6 +197,28 @@ class Oracle:
         seen = Seen(module, query, key, value, lse, out, plain, own=True)
         self.seen.append(seen)
         return self._edit(module, "attn_heads", out, seen).transpose(1, 2)
+
+    def _named(self, kind: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A function of a package. It is the attention of the innermost module that runs."""
+        module, batch = (None, None) if self._is_inside else by_name.caller(1)
+        if module is None:
+            return function(*args, **kwargs)
+        call = by_name.read(kind, function, args, kwargs, batch)
+        given = zip(("query", "key", "value"), call[:3], strict=True)
+        query, key, value = (self._edit(module, site, x) for site, x in given)
+        plain, lse = id(module) in self._plain, None
+        if plain:
+            reading = Reading(causal=False, extras=True)
+            out, lse = plain_attention(module, query, key, value, call.mask, call.options, reading)
+        else:
+            self._is_inside = True
+            try:
+                out = call.run(query, key, value)
+            finally:
+                self._is_inside = False
+        seen = Seen(module, query, key, value, lse, out, plain, own=True)
+        self.seen.append(seen)
+        return call.back(self._edit(module, "attn_heads", out, seen))
 
     def _attention(
         self,
