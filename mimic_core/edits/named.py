@@ -24,10 +24,13 @@ from .replaced import ReplacedMethod
 _TORCHS: Any = torch._C._nn.scaled_dot_product_attention  # pyright: ignore[reportAttributeAccessIssue]
 SDPA, TORCHS_FILE = "scaled_dot_product_attention", "torch.nn.functional"
 # The functions and where packages have them.
-FLASH = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
+_FLASH = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
+XFORMERS, FLEX = "memory_efficient_attention", "flex_attention"
 _HOMES = {
     TORCHS_FILE: (SDPA,),
-    **dict.fromkeys(("flash_attn", "flash_attn.flash_attn_interface", "flash_attn_interface"), FLASH),
+    "torch.nn.attention.flex_attention": (FLEX,),
+    **dict.fromkeys(("xformers.ops", "xformers.ops.fmha"), (XFORMERS,)),
+    **dict.fromkeys(("flash_attn", "flash_attn.flash_attn_interface", "flash_attn_interface"), _FLASH),
 }
 # They call what they have replaced: `original`.
 _OURS = (__name__, "mimic_core.testing.oracle")
@@ -138,6 +141,12 @@ def _known() -> dict[int, str]:
     return {**found, id(_TORCHS): SDPA}
 
 
+def _own_name(file: str) -> str:
+    """What a file calls itself: it can be loaded under several names."""
+    name = getattr(sys.modules.get(file), "__name__", file)
+    return name if sys.modules.get(name) is sys.modules.get(file) else file
+
+
 def _names(file: str, known: dict[int, str]) -> Iterator[tuple[str, str]]:
     """The names that a file has for the functions, each with the function."""
     has = getattr(sys.modules.get(file), "__dict__", None)
@@ -159,8 +168,7 @@ class Named:
     @staticmethod
     def everywhere() -> Named:
         """All files that are loaded."""
-        files = [file for file in sys.modules if not file.startswith(_NOT_SEARCHED)]
-        return Named((*_HOMES, *(file for file in files if file not in _HOMES)))
+        return Named((*_HOMES, *(file for file in list(sys.modules) if not file.startswith(_NOT_SEARCHED))))
 
     @staticmethod
     def seen(file: str, module: nn.Module) -> Named:
@@ -173,7 +181,11 @@ class Named:
     def retain(self, holder: object) -> Callable[[], object]:
         """As `ReplacedMethod.retain`, for all names in the files."""
         known = _known()
-        found = [_replaced(kind, file, name) for file in self.files for name, kind in _names(file, known)]
+        found = [
+            _replaced(kind, file, name)
+            for file in set(map(_own_name, self.files))
+            for name, kind in _names(file, known)
+        ]
         releases = [one.retain(holder) for one in found]
 
         def release() -> None:

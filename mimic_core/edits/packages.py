@@ -26,14 +26,14 @@ class Odd(Exception):  # noqa: N818
 
 
 @cache
-def _parameters(function: Callable[..., Any]) -> dict[str, Any]:
+def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     """The names of its parameters, each with the default."""
     return {name: p.default for name, p in inspect.signature(function).parameters.items()}
 
 
 def arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name. `inspect.Signature.bind` takes ten times as long."""
-    return {**dict(zip(_parameters(function), args, strict=False)), **kwargs}
+    return {**dict(zip(parameters(function), args, strict=False)), **kwargs}
 
 
 class PackageCall(AttentionView):
@@ -139,7 +139,7 @@ class FlashCall(PackageCall):
         given = arguments(function, args, kwargs)
         super().__init__(function, module, given)
         odd = [x for x in given if x not in _KNOWN and given[x] is not None]
-        if odd := [x for x in odd if given[x] is not _parameters(function).get(x)]:
+        if odd := [x for x in odd if given[x] is not parameters(function).get(x)]:
             raise Odd(f"got {', '.join(odd)}, which is not understood")
         q: Tensor = given["q"]
         self._cached, self._is_packed = "k_cache" in given, "cu_seqlens_q" in given
@@ -209,7 +209,7 @@ class FlashCall(PackageCall):
         else:
             self._lengths  # noqa: B018  # before the module adds to them
         edited = {name: self._argument(x) for name, x in sites.items() if x is not self._unedited.get(name)}
-        given, known = self.given, _parameters(self._function)
+        given, known = self.given, parameters(self._function)
         ask = next((name for name in _RETURNS_LSE if name in known), None) if reads_lse else None
         asks = {} if ask is None or given.get(ask) or not self._lse_is_the_functions() else {ask: True}
         raw = self._function(**{**given, **edited, **asks})

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .biased import FlexCall, XformersCall
 from .call import SDPACall
-from .named import SDPA, Called
+from .named import FLEX, SDPA, XFORMERS, Called
 from .packages import FlashCall, Odd, PackageCall
 
 
@@ -29,6 +30,10 @@ def reading(
         call = SDPACall(called.original, module, *args, **kwargs)
         return call if call.query.ndim == 4 else f"got queries {list(call.query.shape)}, but [b h t d] is needed"
     try:
+        if called.kind == XFORMERS:
+            return XformersCall(called.original, module, args, kwargs)
+        if called.kind == FLEX:
+            return FlexCall(called.original, module, args, kwargs)
         return FlashCall(called.original, module, args, kwargs, _tokens((*given, *given_by_name.values())))
     except Odd as odd:
         return str(odd)

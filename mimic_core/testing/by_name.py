@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 _FLASH = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
 _WHERE = {"flash_attn": _FLASH, "flash_attn_interface": _FLASH, "flash_attn.flash_attn_interface": _FLASH}
+_WHERE |= {"xformers.ops": ("memory_efficient_attention",), "torch.nn.attention.flex_attention": ("flex_attention",)}
 
 
 class Given(NamedTuple):
     """What a call means: query [b h t d], key [b g s d], value [b g s e], what is attended to, and how it is run.
 
     Attributes:
-        mask: bool or additive, [b h t s] with axes that may be 1.
-        options: `scaling`, `softcap` and `s_aux` (sinks).
+        mask: bool or additive, [b h t s] with axes that may be 1, or flex attention's.
+        options: `scaling`, `softcap`, `s_aux` (sinks) and `score_mod`.
         run: The function with another query, key and value. It returns the output [b t h e].
         back: What the function returns for such an output.
     """
@@ -30,7 +31,7 @@ class Given(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    mask: Tensor | None
+    mask: Any
     options: dict[str, Any]
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
     back: Callable[[Tensor], Any]
@@ -45,7 +46,7 @@ class Replaced:
 
     def put(self) -> None:
         functions = {
-            id(function): name
+            id(_below(function)): name
             for file, names in _WHERE.items()
             for name in names
             if (function := getattr(sys.modules.get(file), name, None)) is not None
@@ -54,9 +55,7 @@ class Replaced:
             return
         for file in list(sys.modules.values()):
             for name, x in list(getattr(file, "__dict__", {}).items()):
-                inner = x.func if type(x) is partial else x
-                while type(inner) is FunctionType and hasattr(inner, "original"):  # a patch is in some other model
-                    inner = inner.original  # pyright: ignore[reportFunctionMemberAccess]
+                inner = _below(x)
                 if id(inner) in functions and not getattr(file, "__name__", "").startswith("mimic_core."):
                     bound = x if type(x) is partial else partial(x)
                     attend = partial(self._attention, functions[id(inner)], bound.func)
@@ -69,14 +68,24 @@ class Replaced:
         self._before = []
 
 
+def _below(x: Any) -> Any:
+    """The function that a `partial`, torch.compile, or a patch in a model has put something around."""
+    while True:
+        names = ("func",) if type(x) is partial else ("original", "_torchdynamo_orig_callable")
+        found = next((n for n in names if type(x) in (partial, FunctionType) and hasattr(x, n)), None)
+        if found is None:
+            return x
+        x = getattr(x, found)
+
+
 def read(kind: str, function: Callable[..., Any], args: Any, kwargs: Any, batch: tuple[int, int] | None) -> Given:
     """What a call means. `batch` is b and t of the states of the module that calls."""
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     given = dict(bound.arguments)
-    return {"flash_attn_varlen_func": _varlen, "flash_attn_with_kvcache": _kvcache}.get(kind, _flash)(
-        function, given, batch
-    )
+    readers = {"flash_attn_varlen_func": _varlen, "flash_attn_with_kvcache": _kvcache}
+    readers |= {"memory_efficient_attention": _xformers, "flex_attention": _flex}
+    return readers.get(kind, _flash)(function, given, batch)
 
 
 def _first(found: Any) -> Tensor:
@@ -170,6 +179,40 @@ def _kvcache(function: Callable[..., Any], given: dict[str, Any], batch: Any) ->
         return _first(function(**{**given, **moved, **rest}))
 
     return Given(q, k, v, mask[:, None], _flash_options(given), run, lambda out: out)
+
+
+def _xformers(function: Callable[..., Any], given: dict[str, Any], batch: Any) -> Given:
+    names = ("query", "key", "value")
+    q, k, v = (rearrange(given[name], "b t h d -> b h t d") for name in names)
+    t, s, bias = q.shape[2], k.shape[2], given["attn_bias"]
+    mask, everything = bias, torch.ones(t, s, dtype=torch.bool, device=q.device)[None, None]
+    if type(bias).__name__ == "LowerTriangularMask":
+        mask = everything.tril()
+    elif type(bias).__name__ == "LowerTriangularFromBottomRightMask":
+        mask = everything.tril(s - t)
+    elif bias is not None and not isinstance(bias, Tensor):
+        mask = bias.materialize((1, 1, t, s), dtype=torch.float32, device=q.device)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        moved = {n: rearrange(x, "b h t d -> b t h d") for n, x in zip(names, (q, k, v), strict=True)}
+        return function(**{**given, **moved})
+
+    return Given(q, k, v, mask, {"scaling": given["scale"], "is_causal": False}, run, lambda out: out)
+
+
+def _flex(function: Callable[..., Any], given: dict[str, Any], batch: Any) -> Given:
+    kept: list[Any] = []
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kept.append(function(**{**given, "query": q, "key": k, "value": v}))
+        return rearrange(_first(kept[-1]), "b h t e -> b t h e")
+
+    def back(out: Tensor) -> Any:
+        moved = rearrange(out, "b t h e -> b h t e")
+        return (moved, *kept[-1][1:]) if kept and isinstance(kept[-1], tuple) else moved
+
+    options = {"scaling": given["scale"], "is_causal": False, "score_mod": given["score_mod"]}
+    return Given(given["query"], given["key"], given["value"], given["block_mask"], options, run, back)
 
 
 def states_of(args: Any, kwargs: Any) -> tuple[int, int] | None:

@@ -281,6 +281,12 @@ def plain_attention(
     softcap = options.get("softcap") if reading.extras else None
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if (score_mod := options.get("score_mod")) is not None:
+        sizes = (logits.shape[0], h, logits.shape[2], s)
+        axes = [
+            torch.arange(n, device=q.device).view([-1 if i == j else 1 for j in range(4)]) for i, n in enumerate(sizes)
+        ]
+        logits = score_mod(logits, *axes)
     attends, bias = _read_mask(module, query, s, mask, options, reading)
     if bias is not None:
         logits = logits + bias.to(exact)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 import mimic_core as mc
 from mimic_core.edits import named
+from mimic_core.edits.biased import FlexCall, XformersCall
 from mimic_core.edits.packages import FlashCall
 from tests.support import flash_stand_ins, named_models
 from tests.support.cases import random_shifts
 from tests.support.flash_stand_ins import logits_of
-from tests.support.named_models import STYLES, Flash, decode, made
+from tests.support.named_models import PACKED, STYLES, Flash, decode, made
 from tests.support.plain_models import pad_right
 
 pytestmark = pytest.mark.usefixtures("no_shape_checks")
@@ -31,7 +32,7 @@ SITES = ("query", "key", "value", "attn_heads", "lse")
 
 @pytest.fixture(autouse=True)
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return named_models.put_flash_attn(monkeypatch)
+    return named_models.put_packages(monkeypatch)
 
 
 def calling(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Any:
@@ -48,18 +49,20 @@ def usual(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_every_law(style: str) -> None:
-    report = mc.testing.check_adapter(made(style), decode=None if style == "packed" else decode, pad=pad_right)
+    report = mc.testing.check_adapter(made(style), decode=None if style in PACKED else decode, pad=pad_right)
     report.raise_for_failures()
-    laws = {*SITES, "MimIC", "padding", "removal"} | ({"cached decoding"} if style != "packed" else set())
+    laws = {*SITES, "MimIC", "padding", "removal"} | ({"cached decoding"} if style not in PACKED else set())
     assert {law for law in laws if report[law].verdict != "passed"} == set()
 
 
 def mask_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     def lse(self: FlashCall) -> Tensor:
-        return (self.query @ self.key.repeat_interleave(2, 1).mT * self.scale).logsumexp(-1)
+        key = self.key.repeat_interleave(4 // self.key.shape[1], 1)
+        return (self.query @ key.mT * self.scale).logsumexp(-1)
 
     monkeypatch.setattr(FlashCall, "_lse_is_the_functions", lambda self: False)
-    monkeypatch.setattr(FlashCall, "compute_lse", lse)
+    for kind in (FlashCall, XformersCall):
+        monkeypatch.setattr(kind, "compute_lse", lse)
 
 
 def before_rope(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +77,13 @@ def before_rope(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FlashCall, "__init__", wrong)
 
 
+def bias_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lse(self: FlexCall) -> tuple[Tensor, Tensor]:
+        return self._call(), self._call(score_mod=None, return_lse=True)[1]
+
+    monkeypatch.setattr(FlexCall, "_with_lse", lse)
+
+
 def without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FlashCall, "_lse_is_the_functions", lambda self: True)
 
@@ -86,19 +96,21 @@ class Shifted(mc.PathAdapter):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "adapter", "expected"),
+    ("style", "wrong", "adapter", "expected"),
     [
-        (mask_forgotten, None, {"lse", "MimIC"}),
-        (before_rope, None, {"query", "MimIC"}),
-        (without_gradient, None, {"MimIC"}),
-        (lambda monkeypatch: None, Shifted, {"own layer", "query"}),
+        ("flash", mask_forgotten, None, {"lse", "MimIC"}),
+        ("xformers", mask_forgotten, None, {"lse", "MimIC"}),
+        ("flex", bias_forgotten, None, {"lse", "MimIC"}),
+        ("flash", before_rope, None, {"query", "MimIC"}),
+        ("flash", without_gradient, None, {"MimIC"}),
+        ("flash", lambda monkeypatch: None, Shifted, {"own layer", "query"}),
     ],
 )
 def test_the_kit_sees_a_wrong_call(
-    wrong: Any, adapter: Any, expected: set[str], monkeypatch: pytest.MonkeyPatch
+    style: str, wrong: Any, adapter: Any, expected: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong(monkeypatch)
-    failed = {row.law for row in mc.testing.check_adapter(made("flash"), adapter=adapter).failures}
+    failed = {row.law for row in mc.testing.check_adapter(made(style), adapter=adapter).failures}
     assert failed >= expected
 
 
@@ -296,6 +308,70 @@ def test_attention_that_is_called_twice_is_refused() -> None:
         twice.append(1)
         with pytest.raises(mc.UnsupportedModelError, match="flash_attn_func is called several times"):
             model(IDS)
+
+
+def test_torchs_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no backward on a CPU, so the laws are checked on a stand-in."""
+    model = made("flex")
+    with torch.no_grad(), mc.patch(model, shifts := random_shifts(model, "mimic")):
+        wanted = model(IDS)[0]
+    monkeypatch.undo()
+    with torch.no_grad(), mc.patch(other := made("flex"), shifts):
+        torch.testing.assert_close(other(IDS)[0], wanted)
+        assert not torch.equal(other(IDS)[0], model(IDS)[0])
+
+
+@pytest.mark.parametrize("style", ["flash", "packed", "kept", "xformers", "blocks"])
+def test_an_edit_is_told_the_mask(style: str) -> None:
+    """And the LSE over all keys, in a prompt and in two tokens after it."""
+    model, told = made(style), []
+
+    def check(value: Tensor, at: mc.At) -> None:
+        t, key = at.query.shape[2], at.key.repeat_interleave(4 // at.key.shape[1], 1)
+        scores = at.query @ key.mT * at.scale
+        if style != "blocks":
+            torch.testing.assert_close(at.lse_all_keys, scores.logsumexp(-1))
+        mask = torch.ones(t, t, dtype=torch.bool).tril() if at.is_causal else at.mask
+        told.append(at.is_causal)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        torch.testing.assert_close(at.lse, scores.logsumexp(-1))
+
+    # It reads the LSE before attention has run.
+    with torch.no_grad(), mc.hook(model, "query", check):
+        if style in PACKED:
+            model(IDS)
+        else:
+            past = named_models.empty_cache(model, 2)
+            for step in IDS.split((5, 2), 1):
+                model(step, past=past)
+    assert told == ([style == "packed"] * 3 if style in PACKED else [style != "kept"] * 3 + [False] * 3)
+
+
+def test_a_bias_of_xformers() -> None:
+    bias = torch.randn(2, 4, 7, 7, generator=torch.Generator().manual_seed(1))
+    given: dict[str, Any] = {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(2, 2) for x in (k, v))
+        return named_models.memory_efficient_attention(q, k, v, **given)
+
+    mc.adapter_for(model := calling(attend))
+    given["attn_bias"] = bias
+    with torch.no_grad(), mc.capture(model, ("query", "key", "lse"), layers=[0]) as seen:
+        model(IDS)
+    q, k, lse = (seen[site][0] for site in ("query", "key", "lse"))
+    torch.testing.assert_close(lse, (q @ k.mT * 8**-0.5 + bias).logsumexp(-1))
+    for wrong, message in (
+        ({"attn_bias": bias.clone().requires_grad_()}, "its attn_bias requires a gradient"),
+        ({"attn_bias": None, "output_dtype": torch.float32}, "got output_dtype, which is not understood"),
+    ):
+        with mc.patch(model, random_shifts(model, "mimic")):
+            given.clear()
+            given |= wrong
+            with pytest.raises(mc.UnsupportedModelError, match=message):
+                model(IDS)
+        given.clear()
 
 
 def test_half_precision() -> None:

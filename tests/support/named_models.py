@@ -10,22 +10,32 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from . import flash_stand_ins
+from . import flash_stand_ins, flex_stand_in, xformers_stand_in
 from .flash_stand_ins import flash_attn_func, flash_attn_with_kvcache
 from .flash_stand_ins import flash_attn_varlen_func as flash_attn_unpadded_func
 from .plain_models import WIDTH, Block, NanoGPT
+from .xformers_stand_in import (
+    BlockDiagonalCausalMask,
+    LowerTriangularFromBottomRightMask,
+    LowerTriangularMask,
+    memory_efficient_attention,
+)
 
 HEADS, GROUPS, DIM, LONGEST = 4, 2, 8, 16
 
 
-def put_flash_attn(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Let the stand-ins be a package."""
+def put_packages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Let the stand-ins be packages. Returns flash-attn's."""
     package = ModuleType("flash_attn")
     package.__spec__ = ModuleSpec("flash_attn", None)
     for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
         setattr(package, name, getattr(flash_stand_ins, name))
     monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", xformers_stand_in)
+    for place in ("torch.nn.attention.flex_attention", __name__):
+        monkeypatch.setattr(f"{place}.flex_attention", flex_stand_in.flex_attention)
     return package
 
 
@@ -81,6 +91,38 @@ class Packed(Flash):
         return flash_attn_unpadded_func(*rows, starts, starts, t, t, causal=True).unflatten(0, (-1, t))
 
 
+class Xformers(Flash):
+    """The upper left corner of a mask is where the first key is; with a cache it is the lower right one."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, old: Any) -> Tensor:
+        k, v = (x.repeat_interleave(HEADS // GROUPS, 2) for x in (k, v))
+        mask = LowerTriangularMask() if q.shape[1] == k.shape[1] else LowerTriangularFromBottomRightMask()
+        return memory_efficient_attention(q, k, v, attn_bias=mask)
+
+
+class Blocks(Flash):
+    """All samples in one row, without a cache."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, old: Any) -> Tensor:
+        b, t = q.shape[:2]
+        k, v = (x.repeat_interleave(HEADS // GROUPS, 2) for x in (k, v))
+        rows = (x.flatten(0, 1)[None] for x in (q, k, v))
+        return memory_efficient_attention(*rows, BlockDiagonalCausalMask([t] * b), 0.0, 0.3)[0].unflatten(0, (b, t))
+
+
+class Flex(Flash):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, old: Any) -> Tensor:
+        t, s = q.shape[1], k.shape[1]
+        mask = create_block_mask(lambda b, h, i, j: i + s - t >= j, None, None, t, s, device="cpu")
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flex_attention(q, k, v, nearer, mask, enable_gqa=True).transpose(1, 2)
+
+
+def nearer(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """A bias that grows with the key, and differs between heads."""
+    return score + 0.1 * (h + 1) * j
+
+
 class Kept(Flash):
     """It decodes with a cache in which the function itself puts the new keys: how many it has, and [b s g d]."""
 
@@ -95,6 +137,8 @@ class Kept(Flash):
 
 
 STYLES: dict[str, type[Flash]] = {"flash": Flash, "capped": Capped, "packed": Packed, "kept": Kept}
+STYLES |= {"xformers": Xformers, "blocks": Blocks, "flex": Flex}
+PACKED = ("packed", "blocks")
 
 
 def made(style: str | type[nn.Module]) -> Any:
