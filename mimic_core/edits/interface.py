@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
-from ..errors import UnsupportedModelError
+from ..errors import PatchStateError, UnsupportedModelError
 from .call import UNUSUAL, AttentionCall, Plan, shifted
 from .eager import EagerFrame, Recipe
 from .entry import Entry
@@ -107,16 +107,20 @@ class Attending:
         elif around and isinstance(around[-1], EagerFrame) and around[-1].module is self._module:
             around.append(around[-1])  # it has several edits, and something stands around it for each
         else:
+            if _may_be_one_kernel(self._module):
+                raise _one_kernel(self._module)
             frame = EagerFrame(self._module, slot.own, plan)
             frame.__enter__()
             around.append(frame)
 
     def leave(self, raised: bool) -> None:
         frame = frames().pop()
-        if isinstance(frame, EagerFrame) and frame not in frames()[-1:]:
+        if isinstance(frame, EagerFrame):
+            if frame in frames()[-1:]:
+                return
             frame.__exit__(None, None, None)
-            if not raised:
-                frame.end()
+        if isinstance(frame, EagerFrame | _Frame) and not raised:
+            frame.end()
 
     def traced(self) -> None: ...
 
@@ -155,6 +159,32 @@ class _Frame:
         self._ran = True
         with by_nobody():
             return call.answer(plan)
+
+    def end(self) -> None:
+        """The forward ends.
+
+        Raises:
+            PatchStateError: torch ran the module as one kernel, without the edits.
+        """
+        around = frames()[-1:]
+        if self._ran and around and isinstance(around[0], _Frame) and around[0]._slot is self._slot:
+            around[0]._ran = True  # the module has several edits, and something stands around it for each
+        if not self._ran and self._slot.plan is not None and _may_be_one_kernel(self._module):
+            raise _one_kernel(self._module)
+
+
+def _may_be_one_kernel(module: nn.Module) -> bool:
+    """Whether torch may run a module as one kernel, in which it calls no function that can be seen."""
+    if not isinstance(module, nn.MultiheadAttention) or module.training:
+        return False
+    return module.batch_first and torch.backends.mha.get_fastpath_enabled()
+
+
+def _one_kernel(module: nn.Module) -> PatchStateError:
+    return PatchStateError(
+        f"the edits inside the attention of {type(module).__name__} can't be made: in eval mode, torch runs it as one "
+        f"kernel, which gives other bits too; call torch.backends.mha.set_fastpath_enabled(False) first"
+    )
 
 
 def _attention(

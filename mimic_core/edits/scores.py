@@ -37,6 +37,7 @@ KINDS = {
     **dict.fromkeys(("cat", "concat"), "_joined"),
     "softmax": "_softmax",
     "scaled_dot_product_attention": "_sdpa",
+    "multi_head_attention_forward": "_opened",
 }
 
 
@@ -89,5 +90,5 @@ def is_one(factor: Any) -> bool:
     return isinstance(factor, int | float) and factor == 1
 
 
-FIRST = frozenset(("_product", "_times", "_over", "_softmax", "_sdpa"))
+FIRST = frozenset(("_product", "_times", "_over", "_softmax", "_sdpa", "_opened"))
 """The kinds of calls that matter where no tensor has been marked yet."""

@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -120,6 +120,12 @@ class Oracle:
 
         sdpa.original = self._sdpa  # pyright: ignore[reportFunctionMemberAccess]
         functional.scaled_dot_product_attention = sdpa
+        # torch's multi-head attention does not run under a mode if it knows of one.
+        self._multi_head = multi_head = functional.multi_head_attention_forward
+        blind = {**multi_head.__globals__, "has_torch_function": lambda tensors: False}
+        functional.multi_head_attention_forward = FunctionType(
+            multi_head.__code__, blind, multi_head.__name__, multi_head.__defaults__
+        )
         # A module can have edits of several sites. Each one wraps the forward that is there.
         self._forwards: list[tuple[nn.Module, Any]] = []
         for module, wrap in self._wraps:
@@ -134,6 +140,7 @@ class Oracle:
         self._replaced.restore()
         self._interface.get_interface = self._below
         functional.scaled_dot_product_attention = self._sdpa
+        functional.multi_head_attention_forward = self._multi_head
         for module, forward in reversed(self._forwards):
             if forward is None:
                 del module.forward
