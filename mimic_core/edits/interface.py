@@ -143,6 +143,7 @@ class _Frame:
         slot = self._slot
         plan = slot.asked() if slot.asks else slot.plan
         if plan is None:
+            self._ran = True
             return called.original(*args, **kwargs)
         call = reading(called, self._module, args, kwargs, *self._given)
         odd = ""
@@ -164,13 +165,20 @@ class _Frame:
         """The forward ends.
 
         Raises:
-            PatchStateError: torch ran the module as one kernel, without the edits.
+            PatchStateError: there are edits, and the module called no function, or torch ran it as one kernel.
         """
         around = frames()[-1:]
         if self._ran and around and isinstance(around[0], _Frame) and around[0]._slot is self._slot:
             around[0]._ran = True  # the module has several edits, and something stands around it for each
-        if not self._ran and self._slot.plan is not None and _may_be_one_kernel(self._module):
+        if self._ran or self._slot.plan is None:
+            return
+        if _may_be_one_kernel(self._module):
             raise _one_kernel(self._module)
+        raise PatchStateError(
+            f"the edits inside the attention of {type(self._module).__name__} can't be made: it attends another way "
+            f"than when it was looked at, as some do if there is padding or for a dtype; let it be looked at on inputs "
+            f"like these, with adapter=mimic_core.GenericAdapter(example=...), or give it others"
+        )
 
 
 def _may_be_one_kernel(module: nn.Module) -> bool:
