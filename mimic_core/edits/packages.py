@@ -153,11 +153,11 @@ class FlashCall(PackageCall):
             self._rows = tokens[0]
         before, after = given.get("window_size") or (-1, -1)
         after = 0 if given.get("causal") else after
-        self._window = tuple(None if x is None or x < 0 else x for x in (before, after))
-        self.query, self._unedited = self._site(q), {}
+        self._window = None if before is None or before < 0 else before, None if after is None or after < 0 else after
+        self.query = self._site(q)
         if not self._cached:
             self.key, self.value = self._site(given["k"]), self._site(given["v"])
-            self._unedited = {"q": self.query, "k": self.key, "v": self.value}
+            self._unedited = self.query, self.key, self.value
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("key", "value"):
@@ -201,14 +201,7 @@ class FlashCall(PackageCall):
         return found if new is None else found + new.shape[1]
 
     def attend(self, reads_lse: bool) -> Tensor:
-        sites = {"q": self.query}
-        if not self._cached:
-            sites |= {"k": self.key, "v": self.value}
-        elif "key" in vars(self):
-            sites |= {"k_cache": self.key, "v_cache": self.value}
-        else:
-            self._lengths  # noqa: B018  # before the module adds to them
-        edited = {name: self._argument(x) for name, x in sites.items() if x is not self._unedited.get(name)}
+        edited = self._edited()
         given, known = self.given, parameters(self._function)
         ask = next((name for name in _RETURNS_LSE if name in known), None) if reads_lse else None
         asks = {} if ask is None or given.get(ask) or not self._lse_is_the_functions() else {ask: True}
@@ -218,6 +211,23 @@ class FlashCall(PackageCall):
             self._lse = self._of_function(raw[1])
         self.attended = out if asks else raw
         return self._site(out).transpose(1, 2)
+
+    def _edited(self) -> dict[str, Tensor]:
+        """The arguments that are edited."""
+        sites = {"q": self.query}
+        if not self._cached:
+            before = q, k, v = self._unedited
+            if self.query is q and self.key is k and self.value is v:
+                return {}
+            sites |= {"k": self.key, "v": self.value}
+            return {
+                name: self._argument(x) for (name, x), old in zip(sites.items(), before, strict=True) if x is not old
+            }
+        if "key" in vars(self):
+            sites |= {"k_cache": self.key, "v_cache": self.value}
+        else:
+            self._lengths  # noqa: B018  # before the module adds to them
+        return {name: self._argument(x) for name, x in sites.items()}
 
     def _lse_is_the_functions(self) -> bool:
         """Whether it can be taken from the function, which drops its gradient."""
@@ -230,8 +240,11 @@ class FlashCall(PackageCall):
         b, h, t, _ = self.query.shape
         if lse.shape != ((h, b * t) if self._is_packed else (b, h, t)):
             return None
-        lse = lse.unflatten(1, (b, t)).transpose(0, 1) if self._is_packed else lse
-        return lse.masked_fill(lse == torch.inf, -torch.inf)
+        empty = lse == torch.inf
+        if self._is_packed:  # after the last sequence there is anything
+            empty = empty | (torch.arange(b * t, device=lse.device) >= self.given["cu_seqlens_q"][-1])
+        lse = lse.masked_fill(empty, -torch.inf)
+        return lse.unflatten(1, (b, t)).transpose(0, 1) if self._is_packed else lse
 
     def returned(self, out: Tensor) -> Any:
         out = self._argument(out.transpose(1, 2))

@@ -232,6 +232,27 @@ def test_packed_rows_of_several_samples() -> None:
         torch.testing.assert_close(lse[0, :, a:b], scores.logsumexp(-1))
 
 
+@pytest.mark.parametrize("shape", ["[h n]", "[b h t]"])
+def test_the_lse_of_the_function_in_packed_rows(shape: str) -> None:
+    """That of tokens after the last sequence is no number; older packages have another layout, which is not used."""
+
+    def function(q: Tensor, *rest: Any, **more: Any) -> Any:
+        lse = torch.full((4, 9), torch.nan) if shape == "[h n]" else torch.zeros(2, 4, 5)
+        lse[:, :7] = 3.0 if shape == "[h n]" else 0.0
+        return q, lse, None
+
+    wrapped = wraps(flash_stand_ins.flash_attn_varlen_func)(function)
+    q, starts = torch.randn(9, 4, 8), torch.tensor([0, 5, 7], dtype=torch.int32)
+    call = FlashCall(wrapped, nn.Module(), (q, q, q, starts, starts, 5, 5), {"causal": True}, None)
+    call.attend(reads_lse=True)
+    assert (call.lse[..., 7:] == -torch.inf).all()
+    if shape == "[h n]":
+        assert (call.lse[..., :7] == 3.0).all()
+    else:
+        scores = logits_of(q[5:7], q[5:7], None, True, (-1, -1), 0.0)
+        torch.testing.assert_close(call.lse[0, :, 5:7], scores.logsumexp(-1))
+
+
 def test_a_cache_that_the_function_writes() -> None:
     """Samples of several lengths, three new tokens, edits of key and value, and a read of them."""
     generator = torch.Generator().manual_seed(2)
