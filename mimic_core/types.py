@@ -162,8 +162,8 @@ class AttentionAdapter(Protocol):
 class Located(NamedTuple):
     """A model without its wrappers, its adapter, the spec that the adapter found, and how it is split.
 
-    `own` says how attention goes in layers where it does not ask transformers' interface: True if it calls torch's
-    SDPA, or how it was seen to compute.
+    `own` says how attention goes in layers where it does not ask transformers' interface: where it calls a function by
+    name, or how it was seen to compute.
     """
 
     model: nn.Module

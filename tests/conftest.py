@@ -144,8 +144,8 @@ def let_go_of_patched_models() -> Callable[[], None]:
         prompts = sys.modules.get("mimic_core.edits.prompts")
         if interface is None:
             return
-        wrapped = (interface.wrapper, interface.watched_sdpa, prompts.watched_generate)
-        if any(one.holders for one in wrapped):
+        named = sys.modules["mimic_core.edits.named"]
+        if named.is_replaced() or any(one.holders for one in (interface.wrapper, prompts.watched_generate)):
             gc.collect()
 
     collect()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..edits.eager import Recipe
 from ..edits.follow import Follower
+from ..edits.named import frames
 from ..edits.products import Axes, Product
 from ..edits.scores import KINDS, Scores, counts_from_last
-from ..edits.sdpa import Named, frames
 
 
 class Looking(Follower):
@@ -72,24 +72,9 @@ class Looking(Follower):
         return out
 
     def sdpa(self, func: Any, args: Any, kwargs: Any) -> Any:
-        out = func(*args, **kwargs)
-        if frames() and frames()[-1] is None:
-            return out  # it was seen by its usual name
-        named, call = Named.of_caller(), of_sdpa(args, kwargs, out)
-        if named is None or call is None:
-            self.odd.append("scaled_dot_product_attention by a name that is not global, or not with [b h t d]")
-        else:
-            self.found.append((*call, (), named))
-        return out
-
-
-def of_sdpa(args: Any, kwargs: Any, out: Tensor) -> tuple[Any, ...] | None:
-    """What `AttentionSeen` says of a call of torch's SDPA."""
-    q, k = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key")))
-    if q.ndim != 4:
-        return None
-    (b, h, t, d), (_, g, s, _) = q.shape, k.shape
-    return h, g, d, out.shape[-1], (b, t), s
+        if not frames() or frames()[-1] is not None:  # otherwise it was seen by its name
+            self.odd.append("scaled_dot_product_attention by a name that is not global")
+        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -17,11 +17,12 @@ from ..edits.eager import Recipe
 from ..edits.entry import Bystander, Entry, SiteEdit
 from ..edits.frames import by_name
 from ..edits.interface import SLOT, AttentionSlot
-from ..edits.sdpa import Named, by_nobody, frames, watched_sdpa
+from ..edits.named import Called, Named, by_nobody, frames
+from ..edits.signatures import reading
 from ..edits.watch import shape_of_tokens
 from ..errors import PatchStateError, UnsupportedModelError
 from ..types import At
-from .looking import Looking, followed, of_sdpa
+from .looking import Looking, followed
 
 TOKENS = 4
 """Number of tokens of a probe. With one token it would be a decoding step."""
@@ -34,7 +35,7 @@ _OF_OTHERS = ("key_value_states", "encoder_hidden_states", "cross_attention_stat
 
 @dataclass(frozen=True)
 class AttentionSeen:
-    """One call of the attention interface. Or `own`: True or a name for one of torch's SDPA, or a recipe.
+    """One call of the attention interface. Or `own`: of a function by its name, or a recipe.
 
     `tokens` is b and t of the queries, `keys` the number of keys, `logits` as in `At`.
     """
@@ -46,7 +47,7 @@ class AttentionSeen:
     tokens: tuple[int, int]
     keys: int
     logits: tuple[str, ...] = ()
-    own: Recipe | Named | bool = False
+    own: Recipe | Named | None = None
 
 
 class Value(NamedTuple):
@@ -297,18 +298,23 @@ def may_attend_alone(model: nn.Module) -> bool:
 
 
 class _Attends:
-    """A module that runs: its calls of torch's SDPA are recorded."""
+    """A module that runs: its calls of attention functions are recorded."""
 
     is_on = True
 
-    def __init__(self, calls: list[AttentionSeen]) -> None:
-        self._calls = calls
+    def __init__(self, module: nn.Module, args: Any, kwargs: Any, calls: list[AttentionSeen], odd: list[str]) -> None:
+        self._module, self._given, self._calls, self._odd = module, (args, kwargs), calls, odd
 
-    def attend(self, original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def attend(self, called: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = reading(called, self._module, args, kwargs, *self._given)
         with by_nobody():
-            out = original(*args, **kwargs)
-        if (call := of_sdpa(args, kwargs, out)) is not None:
-            self._calls.append(AttentionSeen(*call, own=True))
+            out = called.original(*args, **kwargs)
+        if isinstance(call, str):
+            self._odd.append(f"{called.kind} {call}")
+            return out
+        (b, h, t, d), (_, g, s, _) = call.query.shape, call.key.shape
+        own, width = Named.seen(called.file, self._module), call.value.shape[-1]
+        self._calls.append(AttentionSeen(h, g, d, width, (b, t), s, call.logits, own))
         return out
 
 
@@ -336,7 +342,9 @@ def _watched(modules: list[nn.Module], names: dict[nn.Module, str], seen: Probe,
         if any(kwargs.get(name) is not None for name in _OF_OTHERS):
             seen.crossed.add(names[module])
         if alone:
-            frames().append(_Attends(own.setdefault(names[module], [])))
+            path = names[module]
+            found = own.setdefault(path, []), odd.setdefault(path, [])
+            frames().append(_Attends(module, args, kwargs, *found))
 
     def attended(out: Tensor, at: At) -> None:
         b, h, t, d = at.query.shape
@@ -344,8 +352,9 @@ def _watched(modules: list[nn.Module], names: dict[nn.Module, str], seen: Probe,
         seen.attention.setdefault(names[at.module], []).append(call)
 
     own: dict[str, list[AttentionSeen]] = {}
+    odd: dict[str, list[str]] = {}
     depth = len(frames())
-    release = watched_sdpa.retain(seen) if alone else lambda: None
+    release = Named.everywhere().retain(seen) if alone else lambda: None
     watch = Entry(SiteEdit(0, "attn_heads", attended), Bystander(), bit=1)
     hooks = [m.register_forward_hook(ran, with_kwargs=True) for m in modules]
     hooks += [m.register_forward_pre_hook(enters, with_kwargs=True) for m in modules]
@@ -361,6 +370,7 @@ def _watched(modules: list[nn.Module], names: dict[nn.Module, str], seen: Probe,
         yield
         # Transformers' functions call SDPA too.
         seen.attention.update({name: calls for name, calls in own.items() if calls and name not in seen.attention})
+        seen.odd.update({name: "; ".join(dict.fromkeys(words)) for name, words in odd.items() if words})
     finally:
         release()
         del frames()[depth:]

@@ -19,7 +19,7 @@ from ..types import At, AttentionView
 from .entry import Entry
 from .flash import flash_lse, why_not
 from .given import LSEInside
-from .sdpa import is_sdpa_of_torch
+from .named import is_sdpa_of_torch
 
 # Arguments that change the logits. The LSE includes the first group, if the attention implementation does. The second
 # group is not supported.
@@ -258,6 +258,10 @@ class SDPACall(AttentionCall):
             attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
         options = {"scaling": scale, "is_causal": is_causal, "dropout": dropout_p}
         super().__init__(base, "sdpa", module, query, key, value, attn_mask, options)
+
+    def answer(self, plan: Plan) -> Tensor:
+        """What the function returns, with the edits."""
+        return self.run(plan)[0].transpose(1, 2)
 
     @property
     def is_causal(self) -> bool:

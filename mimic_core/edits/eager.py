@@ -13,6 +13,7 @@ from ..errors import PatchStateError, UnsupportedModelError
 from ..types import AttentionView
 from .call import Plan
 from .follow import Follower
+from .named import Called
 from .products import Axes, Product
 from .scores import Scores, is_one
 
@@ -91,7 +92,7 @@ _OTHERWISE = "it attends another way than when it was looked at"
 class EagerFrame(Follower):
     """One forward of such a module with edits."""
 
-    is_on = False  # calls of SDPA are another module's
+    is_on = False  # calls of functions are another module's
 
     def __init__(self, module: nn.Module, recipe: Recipe, plan: Plan) -> None:
         super().__init__()
@@ -100,8 +101,8 @@ class EagerFrame(Follower):
         self._done = False
         self._has_grad = torch.is_grad_enabled()
 
-    def attend(self, original: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return original(*args, **kwargs)
+    def attend(self, called: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return called.original(*args, **kwargs)
 
     def heads(self, product: Product) -> int:
         if product.first.ndim == 3 and product.first.shape[0] % self._recipe.heads:

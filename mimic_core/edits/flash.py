@@ -50,10 +50,20 @@ def flash_lse(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options:
         lse = empty.index_put((real_q.nonzero()[:, 0], real_q.nonzero()[:, 1]), rearrange(found, "h n -> n h"))
     else:
         starts = _starts(b, t, s, query.device, options)
-        sequences = Sequences(*starts, is_causal=causal, window=before)
-        q, k = rearrange(q, "b t h d -> (b t) h d"), rearrange(k, "b s g d -> (b s) g d")
-        lse = rearrange(sequences_lse(q, k, sequences, scale, softcap), "h (b t) -> b t h", b=b)
+        lse = rows_lse(q, k, Sequences(*starts, is_causal=causal, window=before), scale, softcap).transpose(1, 2)
     return with_sinks(rearrange(lse, "b t h -> b h t"), options.get("s_aux"))
+
+
+def rows_lse(q: Tensor, k: Tensor, sequences: Sequences, scale: float, softcap: float | None) -> Tensor:
+    """The LSE [b h t] of q [b t h d] and k [b s g d], whose rows are one after another in the sequences."""
+    lse = sequences_lse(q.flatten(0, 1), k.flatten(0, 1), sequences, scale, softcap)
+    return rearrange(lse, "h (b t) -> b h t", b=q.shape[0])
+
+
+def each_row(b: int, t: int, s: int, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """Starts and greatest lengths where each sample is one sequence."""
+    each = torch.arange(b + 1, dtype=torch.int32, device=device)
+    return each * t, each * s, t, s
 
 
 def why_not(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> str | None:
@@ -92,5 +102,4 @@ def _starts(b: int, t: int, s: int, device: torch.device, options: dict[str, Any
     if flash._is_packed_sequence(positions, b):
         (starts_q, starts_k), (longest_q, longest_k) = flash.prepare_fa_kwargs_from_position_ids(positions)
         return starts_q, starts_k, int(longest_q), int(longest_k)
-    each = torch.arange(b + 1, dtype=torch.int32, device=device)
-    return each * t, each * s, t, s
+    return each_row(b, t, s, device)

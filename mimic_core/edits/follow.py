@@ -6,6 +6,7 @@ of these with the values is the output of the attention heads.
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 from weakref import ref
 
@@ -146,6 +147,13 @@ class Follower(TorchFunctionMode):
 
     def _sdpa(self, func: Any, args: Any, kwargs: Any) -> Any:
         return self.sdpa(func, args, kwargs)
+
+    def _opened(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """torch's multi-head attention calls a mode instead of running under it. So it runs without that question."""
+        names = {**func.__globals__, "has_torch_function": lambda tensors: False}
+        body = FunctionType(func.__code__, names, func.__name__, func.__defaults__)
+        with self:
+            return body(*args, **kwargs)
 
     def _each(self, func: Any, args: Any, kwargs: Any) -> Any:
         tag = self._tagged(args, kwargs)

@@ -92,7 +92,7 @@ class Installation:
                     self._forwards.append(EditedForward.claim(layer, around=scope))
                 entry = Entry(edit, self, 1 << i, scope)
                 self._entries.append(entry)
-                self._attach(entry, module, found.own.get(edit.layer, False))
+                self._attach(entry, module, found.own.get(edit.layer))
             self._decoder = found.adapter.decoder(model)
             self._came_inside = is_called_anywhere(self._decoder)
             self._standing = Places(model, (self._decoder, *self._edited))

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
-from ..errors import UnsupportedModelError
-from .call import UNUSUAL, AttentionCall, Plan, SDPACall, shifted
+from ..errors import PatchStateError, UnsupportedModelError
+from .call import UNUSUAL, AttentionCall, Plan, shifted
 from .eager import EagerFrame, Recipe
 from .entry import Entry
+from .named import Called, Named, by_nobody, frames, is_sdpa_of_torch
 from .replaced import ReplacedMethod
-from .sdpa import Named, by_nobody, frames, is_sdpa_of_torch, watched_sdpa
+from .signatures import reading
 
 SLOT = "_mimic_core_sites"
 """Key of a module's slot in its `__dict__`. So deepcopy and pickle include the slot, and state_dict does not."""
@@ -31,8 +32,8 @@ class AttentionSlot:
     """The edits inside the attention of one module, in order. The wrapper stays while any slot exists.
 
     Args:
-        own: The module does not ask the interface. True: it calls torch's SDPA by itself, or by a name of its own. A
-            recipe: it computes its attention by itself.
+        own: The module does not ask the interface. Where it calls an attention function by name, or how it was seen to
+            compute its attention by itself.
 
     Attributes:
         plan: The edits of a call. It is made when edits change, because making it at each decoded token is too slow.
@@ -41,7 +42,7 @@ class AttentionSlot:
 
     plan: Plan | None
 
-    def __init__(self, own: Recipe | Named | bool = False) -> None:
+    def __init__(self, own: Recipe | Named | None = None) -> None:
         self.own = own
         self.hold(())
         self._retain()
@@ -50,8 +51,7 @@ class AttentionSlot:
         if isinstance(self.own, Recipe):
             self._release = lambda: None
         else:
-            found = self.own if isinstance(self.own, Named) else watched_sdpa if self.own else wrapper
-            self._release = found.retain(self)
+            self._release = (self.own or wrapper).retain(self)
 
     def hold(self, entries: tuple[Entry, ...]) -> None:
         self.entries = entries
@@ -87,7 +87,7 @@ class AttentionSlot:
 
 
 class Attending:
-    """Stands around the forward of a module that attends by itself: by torch's SDPA, or by products and a softmax.
+    """Stands around the forward of a module that attends by itself: by a function, or by products and a softmax.
 
     Attributes:
         owner: Whose edits it serves.
@@ -103,20 +103,24 @@ class Attending:
         around, slot = frames(), self._slot
         plan = slot.asked() if slot.asks else slot.plan
         if not isinstance(slot.own, Recipe) or plan is None:
-            around.append(_Frame(slot, self._module))
+            around.append(_Frame(slot, self._module, args, kwargs))
         elif around and isinstance(around[-1], EagerFrame) and around[-1].module is self._module:
             around.append(around[-1])  # it has several edits, and something stands around it for each
         else:
+            if _may_be_one_kernel(self._module):
+                raise _one_kernel(self._module)
             frame = EagerFrame(self._module, slot.own, plan)
             frame.__enter__()
             around.append(frame)
 
     def leave(self, raised: bool) -> None:
         frame = frames().pop()
-        if isinstance(frame, EagerFrame) and frame not in frames()[-1:]:
+        if isinstance(frame, EagerFrame):
+            if frame in frames()[-1:]:
+                return
             frame.__exit__(None, None, None)
-            if not raised:
-                frame.end()
+        if isinstance(frame, EagerFrame | _Frame) and not raised:
+            frame.end()
 
     def traced(self) -> None: ...
 
@@ -124,38 +128,71 @@ class Attending:
 class _Frame:
     """One forward of such a module."""
 
-    __slots__ = ("_has_grad", "_module", "_ran", "_slot")
+    __slots__ = ("_given", "_has_grad", "_module", "_ran", "_slot")
 
-    def __init__(self, slot: AttentionSlot, module: nn.Module) -> None:
+    def __init__(self, slot: AttentionSlot, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._slot, self._module, self._ran = slot, module, False
+        self._given = args, kwargs
         self._has_grad = torch.is_grad_enabled()
 
     @property
     def is_on(self) -> bool:
         return self._slot.plan is not None
 
-    def attend(self, original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def attend(self, called: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         slot = self._slot
         plan = slot.asked() if slot.asks else slot.plan
         if plan is None:
-            return original(*args, **kwargs)
-        call = SDPACall(original, self._module, *args, **kwargs)
+            self._ran = True
+            return called.original(*args, **kwargs)
+        call = reading(called, self._module, args, kwargs, *self._given)
         odd = ""
         if self._ran:
             odd = "is called several times in one forward of it, and it is not known which call is its attention"
-        elif call.query.ndim != 4:
-            odd = f"got queries {list(call.query.shape)}, but [b h t d] is needed"
+        elif isinstance(call, str):
+            odd = call
         elif self._has_grad and not torch.is_grad_enabled():
             odd = "runs in reentrant gradient checkpointing inside of it, which would run it again without the edits"
-        if odd:
+        if odd or isinstance(call, str):
             raise UnsupportedModelError(
-                f"the edits inside the attention of {type(self._module).__name__} can't be made: "
-                f"scaled_dot_product_attention {odd}"
+                f"the edits inside the attention of {type(self._module).__name__} can't be made: {called.kind} {odd}"
             )
         self._ran = True
         with by_nobody():
-            out, _ = call.run(plan)
-        return out.transpose(1, 2)
+            return call.answer(plan)
+
+    def end(self) -> None:
+        """The forward ends.
+
+        Raises:
+            PatchStateError: there are edits, and the module called no function, or torch ran it as one kernel.
+        """
+        around = frames()[-1:]
+        if self._ran and around and isinstance(around[0], _Frame) and around[0]._slot is self._slot:
+            around[0]._ran = True  # the module has several edits, and something stands around it for each
+        if self._ran or self._slot.plan is None:
+            return
+        if _may_be_one_kernel(self._module):
+            raise _one_kernel(self._module)
+        raise PatchStateError(
+            f"the edits inside the attention of {type(self._module).__name__} can't be made: it attends another way "
+            f"than when it was looked at, as some do if there is padding or for a dtype; let it be looked at on inputs "
+            f"like these, with adapter=mimic_core.GenericAdapter(example=...), or give it others"
+        )
+
+
+def _may_be_one_kernel(module: nn.Module) -> bool:
+    """Whether torch may run a module as one kernel, in which it calls no function that can be seen."""
+    if not isinstance(module, nn.MultiheadAttention) or module.training:
+        return False
+    return module.batch_first and torch.backends.mha.get_fastpath_enabled()
+
+
+def _one_kernel(module: nn.Module) -> PatchStateError:
+    return PatchStateError(
+        f"the edits inside the attention of {type(module).__name__} can't be made: in eval mode, torch runs it as one "
+        f"kernel, which gives other bits too; call torch.backends.mha.set_fastpath_enabled(False) first"
+    )
 
 
 def _attention(

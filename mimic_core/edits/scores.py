@@ -40,6 +40,7 @@ KINDS = {
     **dict.fromkeys(_ROWS, "_of_rows"),
     "softmax": "_softmax",
     "scaled_dot_product_attention": "_sdpa",
+    "multi_head_attention_forward": "_opened",
 }
 
 
@@ -116,5 +117,5 @@ def is_one(factor: Any) -> bool:
     return isinstance(factor, int | float) and factor == 1
 
 
-FIRST = frozenset(("_product", "_times", "_over", "_softmax", "_sdpa"))
+FIRST = frozenset(("_product", "_times", "_over", "_softmax", "_sdpa", "_opened"))
 """The kinds of calls that matter where no tensor has been marked yet."""

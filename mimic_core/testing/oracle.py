@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import by_name
 from .calls import Softmax, lse_of
 from .computed import Computed
 
@@ -98,6 +99,7 @@ class Oracle:
             lambda module: id(module) in self._plain,
             lambda: self._is_busy,
         )
+        self._replaced = by_name.Replaced(functools.partial(self._busily, self._named))
         self.seen: list[Seen] = []
 
     def __enter__(self) -> Oracle:
@@ -118,18 +120,27 @@ class Oracle:
 
         sdpa.original = self._sdpa  # pyright: ignore[reportFunctionMemberAccess]
         functional.scaled_dot_product_attention = sdpa
+        # torch's multi-head attention does not run under a mode if it knows of one.
+        self._multi_head = multi_head = functional.multi_head_attention_forward
+        blind = {**multi_head.__globals__, "has_torch_function": lambda tensors: False}
+        functional.multi_head_attention_forward = FunctionType(
+            multi_head.__code__, blind, multi_head.__name__, multi_head.__defaults__
+        )
         # A module can have edits of several sites. Each one wraps the forward that is there.
         self._forwards: list[tuple[nn.Module, Any]] = []
         for module, wrap in self._wraps:
             self._forwards.append((module, vars(module).get("forward")))
             module.forward = functools.partial(wrap, module.forward)
+        self._replaced.put()
         self._computed.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._computed.__exit__(None, None, None)
+        self._replaced.restore()
         self._interface.get_interface = self._below
         functional.scaled_dot_product_attention = self._sdpa
+        functional.multi_head_attention_forward = self._multi_head
         for module, forward in reversed(self._forwards):
             if forward is None:
                 del module.forward
@@ -194,6 +205,28 @@ class Oracle:
         self.seen.append(seen)
         return self._edit(module, "attn_heads", out, seen).transpose(1, 2)
 
+    def _named(self, kind: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A function of a package. It is the attention of the innermost module that runs."""
+        module, batch = (None, None) if self._is_inside else by_name.caller(1)
+        if module is None:
+            return function(*args, **kwargs)
+        call = by_name.read(kind, function, args, kwargs, batch)
+        given = zip(("query", "key", "value"), call[:3], strict=True)
+        query, key, value = (self._edit(module, site, x) for site, x in given)
+        plain, lse = id(module) in self._plain, None
+        if plain:
+            reading = Reading(causal=False, extras=True)
+            out, lse = plain_attention(module, query, key, value, call.mask, call.options, reading)
+        else:
+            self._is_inside = True
+            try:
+                out = call.run(query, key, value)
+            finally:
+                self._is_inside = False
+        seen = Seen(module, query, key, value, lse, out, plain, own=True)
+        self.seen.append(seen)
+        return call.back(self._edit(module, "attn_heads", out, seen))
+
     def _attention(
         self,
         base: Callable[..., Any],
@@ -255,6 +288,12 @@ def plain_attention(
     softcap = options.get("softcap") if reading.extras else None
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if (score_mod := options.get("score_mod")) is not None:
+        sizes = (logits.shape[0], h, logits.shape[2], s)
+        axes = [
+            torch.arange(n, device=q.device).view([-1 if i == j else 1 for j in range(4)]) for i, n in enumerate(sizes)
+        ]
+        logits = score_mod(logits, *axes)
     attends, bias = _read_mask(module, query, s, mask, options, reading)
     if bias is not None:
         logits = logits + bias.to(exact)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -36,22 +38,42 @@ def logits_of(
     return scores.masked_fill(~allowed(q.shape[0], k.shape[0], causal, window), -torch.inf)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None = None, **options: Any) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+    """The output [t h d] and the LSE [h t], without a gradient and +inf in a row without keys."""
     scores = logits_of(q, k, **options)
     empty = (scores == -torch.inf).all(-1, keepdim=True)
+    lse = (
+        scores.detach()
+        .to(torch.promote_types(q.dtype, torch.float32))
+        .logsumexp(-1)
+        .masked_fill(empty[..., 0], torch.inf)
+    )
     if s_aux is not None:
         scores = torch.cat([scores, s_aux[:, None, None].expand(*scores.shape[:2], 1).to(scores.dtype)], -1)
     weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)[..., : k.shape[0]]
     values = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-    return torch.einsum("hts,shd->thd", weights, values)
+    return torch.einsum("hts,shd->thd", weights, values), lse
 
 
+def opaque(function: Callable[..., Any]) -> Any:
+    """The same function, of which a mode of torch sees nothing, as of a kernel."""
+
+    @functools.wraps(function)
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return kernel
+
+
+@opaque
 def flash_attn_varlen_func(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
     dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, deterministic: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False, block_table: Tensor | None = None,
     s_aux: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Any:  # fmt: skip
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     assert max_seqlen_q >= max(b - a for a, b in pairwise(starts_q))
     assert (starts_q[-1], starts_k[-1]) == (q.shape[0], k.shape[0])
@@ -60,16 +82,43 @@ def flash_attn_varlen_func(
         _attention(q[a:b], k[c:d], v[c:d], **options)
         for (a, b), (c, d) in zip(pairwise(starts_q), pairwise(starts_k), strict=True)
     ]
-    return torch.cat(parts)
+    out = torch.cat([part[0] for part in parts])
+    return (out, torch.cat([part[1] for part in parts], 1), None) if return_attn_probs else out
 
 
+@opaque
 def flash_attn_func(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, deterministic: bool = False,
-    s_aux: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False, s_aux: Tensor | None = None,
+) -> Any:  # fmt: skip
     options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap, "s_aux": s_aux}
-    return torch.stack([_attention(*x, **options) for x in zip(q, k, v, strict=True)])
+    parts = [_attention(*x, **options) for x in zip(q, k, v, strict=True)]
+    out = torch.stack([part[0] for part in parts])
+    return (out, torch.stack([part[1] for part in parts]), None) if return_attn_probs else out
+
+
+@opaque
+@torch.no_grad()
+def flash_attn_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None,
+    rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None, cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None, cache_leftpad: Tensor | None = None, block_table: Tensor | None = None,
+    softmax_scale: float | None = None, causal: bool = False, window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0, rotary_interleaved: bool = True, alibi_slopes: Tensor | None = None, num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:  # fmt: skip
+    held = k_cache.shape[1] if cache_seqlens is None else cache_seqlens
+    options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
+    parts = []
+    for row, start in enumerate(torch.as_tensor(held).expand(len(q)).tolist()):
+        end = start
+        if k is not None and v is not None:
+            end = start + k.shape[1]
+            k_cache[row, start:end], v_cache[row, start:end] = k[row], v[row]
+        parts.append(_attention(q[row], k_cache[row, :end], v_cache[row, :end], **options))
+    out = torch.stack([part[0] for part in parts])
+    return (out, torch.stack([part[1] for part in parts])) if return_softmax_lse else out
 
 
 def without(function: Any, *names: str) -> Any:

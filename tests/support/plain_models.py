@@ -128,3 +128,28 @@ class Encoded(nn.Module):
         x = self.words(ids)
         mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], dtype=x.dtype)
         return self.head(self.encoder(x, mask, is_causal=True))
+
+
+class MultiHead(nn.Module):
+    """torch's multi-head attention, with a mask of numbers or of truths."""
+
+    needs_weights, batch_first, numbers = True, True, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.MultiheadAttention(WIDTH, 4, batch_first=self.batch_first)
+
+    def forward(self, x: Tensor, past: Cache | None) -> Tensor:
+        mask: Tensor = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        if self.numbers:
+            mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(mask, -torch.inf)
+        x = x if self.batch_first else x.transpose(0, 1)
+        out, weights = self.inside(x, x, x, attn_mask=mask, need_weights=self.needs_weights)
+        assert (weights is not None) == self.needs_weights
+        return out if self.batch_first else out.transpose(0, 1)
+
+
+def multi_head(**options: bool) -> Block:
+    block = Block()
+    block.attn = type("MultiHead", (MultiHead,), options)()
+    return block

@@ -1,0 +1,243 @@
+"""The oracle's view of functions of packages that code calls by name. It shares no code with the library."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import lru_cache, partial
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+_FLASH = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
+_WHERE = {"flash_attn": _FLASH, "flash_attn_interface": _FLASH, "flash_attn.flash_attn_interface": _FLASH}
+_WHERE |= {"xformers.ops": ("memory_efficient_attention",), "torch.nn.attention.flex_attention": ("flex_attention",)}
+
+
+class Given(NamedTuple):
+    """What a call means: query [b h t d], key [b g s d], value [b g s e], what is attended to, and how it is run.
+
+    Attributes:
+        mask: bool or additive, [b h t s] with axes that may be 1, or flex attention's.
+        options: `scaling`, `softcap`, `s_aux` (sinks) and `score_mod`.
+        run: The function with another query, key and value. It returns the output [b t h e].
+        back: What the function returns for such an output.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    options: dict[str, Any]
+    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    back: Callable[[Tensor], Any]
+
+
+class Replaced:
+    """The names of the functions, in all files, replaced between `put` and `restore`."""
+
+    def __init__(self, attention: Callable[..., Any]) -> None:
+        self._attention = attention
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def put(self) -> None:
+        functions = {
+            id(_below(function)): name
+            for file, names in _WHERE.items()
+            for name in names
+            if (function := getattr(sys.modules.get(file), name, None)) is not None
+        }
+        for file, name in _places(frozenset(functions), len(sys.modules)):
+            x = getattr(file, name, None)
+            if id(_below(x)) in functions:
+                bound = x if type(x) is partial else partial(x)  # pyright: ignore[reportCallIssue, reportArgumentType]
+                attend = partial(self._attention, functions[id(_below(x))], bound.func)
+                self._before.append((file, name, x))
+                setattr(file, name, partial(attend, *bound.args, **bound.keywords))
+
+    def restore(self) -> None:
+        for file, name, x in self._before:
+            setattr(file, name, x)
+        self._before = []
+
+
+@lru_cache(maxsize=1)
+def _places(functions: frozenset[int], loaded: int) -> list[tuple[ModuleType, str]]:
+    """The files that have the functions, and under which names. To look through all files takes a tenth of a second."""
+    return [
+        (file, name)
+        for file in list(sys.modules.values())
+        if isinstance(file, ModuleType) and not file.__name__.startswith("mimic_core.")
+        for name, x in list(vars(file).items())
+        if type(x) in (FunctionType, partial) and id(_below(x)) in functions
+    ]
+
+
+def _below(x: Any) -> Any:
+    """The function that a `partial`, torch.compile, or a patch in a model has put something around."""
+    while True:
+        names = ("func",) if type(x) is partial else ("original", "_torchdynamo_orig_callable")
+        found = next((n for n in names if type(x) in (partial, FunctionType) and hasattr(x, n)), None)
+        if found is None:
+            return x
+        x = getattr(x, found)
+
+
+def read(kind: str, function: Callable[..., Any], args: Any, kwargs: Any, batch: tuple[int, int] | None) -> Given:
+    """What a call means. `batch` is b and t of the states of the module that calls."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = dict(bound.arguments)
+    readers = {"flash_attn_varlen_func": _varlen, "flash_attn_with_kvcache": _kvcache}
+    readers |= {"memory_efficient_attention": _xformers, "flex_attention": _flex}
+    return readers.get(kind, _flash)(function, given, batch)
+
+
+def _first(found: Any) -> Tensor:
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _flash_options(given: dict[str, Any]) -> dict[str, Any]:
+    options = {"scaling": given["softmax_scale"], "is_causal": False}
+    options |= {"softcap": given["softcap"]} if given.get("softcap") else {}
+    return options | ({"s_aux": given["s_aux"]} if given.get("s_aux") is not None else {})
+
+
+def _seen(rows: Tensor, columns: Tensor, given: dict[str, Any]) -> Tensor:
+    """Which keys are attended to, by the places of queries and keys in their sequence, counted from its end."""
+    distance = rows[..., :, None] - columns[..., None, :]
+    before, after = given.get("window_size") or (-1, -1)
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if given.get("causal"):
+        seen = seen & (distance >= 0)
+    elif after is not None and after >= 0:
+        seen = seen & (distance >= -after)
+    if before is not None and before >= 0:
+        seen = seen & (distance <= before)
+    return seen
+
+
+def _flash(function: Callable[..., Any], given: dict[str, Any], batch: Any) -> Given:
+    q, k, v = (rearrange(given[name], "b t h d -> b h t d") for name in "qkv")
+    t, s = q.shape[2], k.shape[2]
+    mask = _seen(torch.arange(-t, 0, device=q.device), torch.arange(-s, 0, device=q.device), given)
+    kept: list[Any] = []
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        moved = {n: rearrange(x, "b h t d -> b t h d") for n, x in zip("qkv", (q, k, v), strict=True)}
+        kept.append(function(**{**given, **moved}))
+        return _first(kept[-1])
+
+    def back(out: Tensor) -> Any:
+        found = kept[-1] if kept else function(**given) if given.get("return_attn_probs") else None
+        return (out, *found[1:]) if isinstance(found, tuple) else out
+
+    return Given(q, k, v, mask[None, None], _flash_options(given), run, back)
+
+
+def _varlen(function: Callable[..., Any], given: dict[str, Any], batch: tuple[int, int] | None) -> Given:
+    n, rows = len(given["q"]), 1
+    if batch is not None and batch[0] * batch[1] == n == len(given["k"]):
+        rows = batch[0]
+    q, k, v = (rearrange(given[name], "(b t) h d -> b h t d", b=rows) for name in "qkv")
+    of_tokens = []
+    for name, count in (("cu_seqlens_q", n), ("cu_seqlens_k", len(given["k"]))):
+        ends = given[name].tolist()
+        sample = torch.tensor([next((i for i, end in enumerate(ends[1:]) if j < end), -1) for j in range(count)])
+        place = torch.tensor([j - ends[i + 1] for j, i in enumerate(sample.tolist())])
+        of_tokens.append((sample.to(q.device).view(rows, -1), place.to(q.device).view(rows, -1)))
+    (sample_q, place_q), (sample_k, place_k) = of_tokens
+    mask = _seen(place_q, place_k, given) & (sample_q[..., :, None] == sample_k[..., None, :])
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        moved = {n: rearrange(x, "b h t d -> (b t) h d") for n, x in zip("qkv", (q, k, v), strict=True)}
+        return rearrange(_first(function(**{**given, **moved})), "(b t) h e -> b t h e", b=rows)
+
+    def back(out: Tensor) -> Tensor:
+        return rearrange(out, "b t h e -> (b t) h e")
+
+    return Given(q, k, v, mask[:, None], _flash_options(given), run, back)
+
+
+def _kvcache(function: Callable[..., Any], given: dict[str, Any], batch: Any) -> Given:
+    q = rearrange(given["q"], "b t h d -> b h t d")
+    b, t = len(given["q"]), given["q"].shape[1]
+    held = given["cache_seqlens"] if given["cache_seqlens"] is not None else given["k_cache"].shape[1]
+    held = [int(held)] * b if not isinstance(held, Tensor) else held.tolist()
+    if given["k"] is not None:
+        new = given["k"].shape[1]
+        for row, start in enumerate(held):
+            given["k_cache"][row, start : start + new] = given["k"][row]
+            given["v_cache"][row, start : start + new] = given["v"][row]
+        held = [start + new for start in held]
+    s = max(held)
+    k, v = (rearrange(given[name][:, :s], "b s g d -> b g s d") for name in ("k_cache", "v_cache"))
+    ends = torch.tensor(held, device=q.device)[:, None]
+    places = torch.arange(s, device=q.device) - ends
+    mask = _seen(torch.arange(-t, 0, device=q.device).expand(b, t), places, given) & (places < 0)[:, None, :]
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        moved = {
+            n: rearrange(x, "b h t d -> b t h d") for n, x in zip(("q", "k_cache", "v_cache"), (q, k, v), strict=True)
+        }
+        rest = {"k": None, "v": None, "cache_seqlens": ends[:, 0].int()}
+        return _first(function(**{**given, **moved, **rest}))
+
+    return Given(q, k, v, mask[:, None], _flash_options(given), run, lambda out: out)
+
+
+def _xformers(function: Callable[..., Any], given: dict[str, Any], batch: Any) -> Given:
+    names = ("query", "key", "value")
+    q, k, v = (rearrange(given[name], "b t h d -> b h t d") for name in names)
+    t, s, bias = q.shape[2], k.shape[2], given["attn_bias"]
+    mask, everything = bias, torch.ones(t, s, dtype=torch.bool, device=q.device)[None, None]
+    if type(bias).__name__ == "LowerTriangularMask":
+        mask = everything.tril()
+    elif type(bias).__name__ == "LowerTriangularFromBottomRightMask":
+        mask = everything.tril(s - t)
+    elif bias is not None and not isinstance(bias, Tensor):
+        mask = bias.materialize((1, 1, t, s), dtype=torch.float32, device=q.device)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        moved = {n: rearrange(x, "b h t d -> b t h d") for n, x in zip(names, (q, k, v), strict=True)}
+        return function(**{**given, **moved})
+
+    return Given(q, k, v, mask, {"scaling": given["scale"], "is_causal": False}, run, lambda out: out)
+
+
+def _flex(function: Callable[..., Any], given: dict[str, Any], batch: Any) -> Given:
+    kept: list[Any] = []
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kept.append(function(**{**given, "query": q, "key": k, "value": v}))
+        return rearrange(_first(kept[-1]), "b h t e -> b t h e")
+
+    def back(out: Tensor) -> Any:
+        moved = rearrange(out, "b t h e -> b h t e")
+        return (moved, *kept[-1][1:]) if kept and isinstance(kept[-1], tuple) else moved
+
+    options = {"scaling": given["scale"], "is_causal": False, "score_mod": given["score_mod"]}
+    return Given(given["query"], given["key"], given["value"], given["block_mask"], options, run, back)
+
+
+def states_of(args: Any, kwargs: Any) -> tuple[int, int] | None:
+    """b and t of the first states [b t c] among arguments."""
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, Tensor) and x.ndim == 3 and x.is_floating_point():
+            return x.shape[0], x.shape[1]
+    return None
+
+
+def caller(depth: int) -> tuple[nn.Module | None, tuple[int, int] | None]:
+    """The innermost module whose call this code runs in, and b and t of what it got."""
+    frame = sys._getframe(depth)
+    while frame is not None:
+        module = frame.f_locals.get("self") if frame.f_code.co_name == "_call_impl" else None
+        if isinstance(module, nn.Module):
+            return module, states_of(frame.f_locals.get("args", ()), frame.f_locals.get("kwargs", {}))
+        frame = frame.f_back
+    return None, None
