@@ -191,9 +191,11 @@ def test_torchs_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad(), mc.patch(model, shifts := random_shifts(model, "mimic")):
         wanted = model(IDS)[0]
     monkeypatch.undo()
-    with torch.no_grad(), mc.patch(other := made("flex"), shifts):
-        torch.testing.assert_close(other(IDS)[0], wanted)
-        assert not torch.equal(other(IDS)[0], model(IDS)[0])
+    for function in (named_models.flex_attention, torch.compile(named_models.flex_attention, backend="eager")):
+        monkeypatch.setattr(named_models, "flex_attention", function)
+        with torch.no_grad(), mc.patch(other := made("flex"), shifts):
+            torch.testing.assert_close(other(IDS)[0], wanted)
+            assert not torch.equal(other(IDS)[0], model(IDS)[0])
 
 
 @pytest.mark.parametrize("style", ["flash", "packed", "kept", "xformers", "blocks"])
