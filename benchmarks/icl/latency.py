@@ -16,7 +16,6 @@ import mimic_core as mc
 
 from ..measure import Effort, interleaved
 from .fit import fit
-from .methods import TRAINED
 from .rows import Row
 from .worlds import World, world
 
@@ -71,7 +70,7 @@ def contestants(place: World) -> dict[str, Contestant]:
     for name, shifts in stacks.items():
         found[name] = Contestant(place.model, inputs(0), partial(mc.patch, place.model, shifts))
     for name in ("lora", "mimic+lora"):
-        fitted = fit(place, task, TRAINED[name], 0, steps=1)
+        fitted = fit(place, task, name, 0, steps=1)
         found[name] = Contestant(fitted.model, inputs(0), fitted.applied)
     return {name: found[name] for name in METHODS}
 
