@@ -80,10 +80,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def time_queries(worlds: Sequence[str], rows: list[Row], path: Path, quick: bool) -> list[Row]:
-    """Measure the times that are missing, one model after another, without other jobs on the machine."""
+    """Measure times anew, one model after another, without other jobs on the machine."""
     machine = records.this_machine(torch.device("cpu"))
-    missing = [name for name in worlds if not any(row.world == name and row.what in latency.WHAT for row in rows)]
-    for name in tqdm(missing, desc="time of a query", unit="model", file=sys.stderr):
+    for name in tqdm(worlds, desc="time of a query", unit="model", file=sys.stderr):
+        rows = [row for row in rows if row.world != name or row.what not in latency.WHAT]
         rows += records.stamped(latency.rows(name, QUICK if quick else FULL), machine)
         records.write(path, rows, Row)
     return rows

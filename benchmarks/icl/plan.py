@@ -1,6 +1,6 @@
 """The plan: which jobs there are, and what counts as different. It was written before the run.
 
-- Seeds from 0 are the result. Learning rates were chosen on seed 100 (`trials.py`), three trials for each method.
+- Seeds from 0 are the result. Learning rates were chosen on seed 100 (`trials.py`), four trials for each method.
 - Each method has the same loop, training samples, batches and number of steps (`setups.py`, `fit.py`).
 - Two methods differ if the 95% interval of their difference leaves out zero: paired bootstrap over seeds and questions
   (`stats.py`), with 4,000 resamples. It is not corrected for the number of comparisons. Every method is compared with

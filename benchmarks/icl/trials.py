@@ -1,4 +1,4 @@
-"""`python -m benchmarks.icl.trials`: try three learning rates of each method, with seed 100, which is in no table.
+"""`python -m benchmarks.icl.trials`: try four learning rates of each method, with seed 100, which is in no table.
 
 Writes docs/results/trials.csv, and prints what was best: `methods.CHOSEN`. Finished trials are kept.
 """

@@ -22,7 +22,7 @@ from benchmarks.icl import latency, plan, running, smolvlm, trials
 from benchmarks.icl.__main__ import main
 from benchmarks.icl.fit import Samples, fit
 from benchmarks.icl.jobs import do
-from benchmarks.icl.methods import ABLATIONS, CHOSEN, LABELS, MIDDLE, PROMPTED, TAKEN, TRAINED
+from benchmarks.icl.methods import ABLATIONS, CHOSEN, FACTORS, LABELS, MAIN, MIDDLE, PROMPTED, TAKEN, TRAINED
 from benchmarks.icl.pictures import PICTURE_TASKS, picture_task
 from benchmarks.icl.report import README_BEGIN, README_END, Results, headline, page, text
 from benchmarks.icl.rows import Job, Row
@@ -197,7 +197,7 @@ def test_learning_rates_are_those_that_the_trials_found_best() -> None:
     for kind in (0, 1):
         tried = trials.jobs(kind)
         assert {job.seed for job in tried} == {trials.SEED}
-        assert {sum(job.method == method for job in tried) for method in MIDDLE} == {3}
+        assert {sum(job.method == method for job in tried) for method in MIDDLE} == {len(FACTORS)}
     assert trials.SEED not in {job.seed for job in plan.full()}
     assert trials.chosen(records.read(trials.FILE, Row)) == CHOSEN
 
@@ -317,6 +317,14 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     marked = [replace(once[0], value=0.123)]
     assert measure([job], marked, path, processes=1) == marked
     assert measure([replace(job, seed=101)], marked, path, processes=1)[0].job.seed == 101
+
+
+def test_every_method_decodes_a_token_to_be_timed(llava: World) -> None:
+    found = latency.contestants(llava)
+    assert set(found) == {"zero-shot", "icl", *TAKEN, *MAIN, "mimic+lora"}
+    for one in found.values():
+        with one.decoding():
+            assert one.token().logits.shape[:2] == (1, 1)
 
 
 def test_a_job_gives_the_same_rows_again() -> None:

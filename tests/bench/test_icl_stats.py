@@ -13,7 +13,8 @@ def test_a_difference_is_a_paired_bootstrap_over_seeds_and_questions() -> None:
     """Against loops over Python's own random numbers: the same distribution, not the same draws."""
     draw = random.Random(0)
     one = {seed: [draw.random() < 0.5 + 0.15 * seed for _ in range(40)] for seed in range(3)}
-    other = {seed: [right != (draw.random() < 0.2) for right in one[seed]] for seed in one}
+    # Seeds differ much, so that it matters that they are drawn too.
+    other = {seed: [right and draw.random() > 0.35 * seed for right in one[seed]] for seed in one}
     means = []
     for _ in range(4000):
         gained = []
@@ -24,7 +25,7 @@ def test_a_difference_is_a_paired_bootstrap_over_seeds_and_questions() -> None:
     means.sort()
     found = difference([one], [other])
     assert found.mean == pytest.approx(sum(sum(one[s]) - sum(other[s]) for s in one) / 120)
-    assert (found.low, found.high) == pytest.approx((means[100], means[3899]), abs=0.013)
+    assert (found.low, found.high) == pytest.approx((means[100], means[3899]), abs=0.02)
     # Paired: where two methods answer alike, nothing is left to chance, however hard the questions are.
     assert difference([one, one], [one, one]).high == 0
     assert not difference([one], [one]).counts
