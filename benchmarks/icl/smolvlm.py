@@ -59,8 +59,9 @@ def build() -> tuple[Any, Any]:
 
 
 def eyes(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The encoder's parameters by name."""
-    return {name: p for name, p in model.named_parameters() if name.startswith(EYES)}
+    """The encoder's parameters by name: as later versions of transformers name them, without `vision_model`."""
+    named = {name: p for name, p in model.named_parameters() if name.startswith(EYES)}
+    return {name.replace("vision_tower.vision_model.", "vision_tower."): p for name, p in named.items()}
 
 
 def load() -> tuple[Any, Any]:

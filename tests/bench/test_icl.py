@@ -24,6 +24,7 @@ from benchmarks.icl.fit import Samples, fit
 from benchmarks.icl.jobs import do
 from benchmarks.icl.methods import ABLATIONS, CHOSEN, FACTORS, LABELS, MAIN, MIDDLE, PROMPTED, TAKEN, TRAINED
 from benchmarks.icl.pictures import PICTURE_TASKS, picture_task
+from benchmarks.icl.pretrain_eyes import seen
 from benchmarks.icl.report import README_BEGIN, README_END, Results, headline, page, text
 from benchmarks.icl.rows import Job, Row
 from benchmarks.icl.running import measure
@@ -224,7 +225,7 @@ def test_the_encoder_reads_pictures_it_has_not_seen(monkeypatch: pytest.MonkeyPa
 
     def tokens(indices: list[int]) -> Tensor:
         with torch.no_grad():
-            return model.get_image_features(known.pixels[indices].bfloat16()).pooler_output[0].float()
+            return seen(model, known.pixels[indices].bfloat16()).float()
 
     held_out = known.held_out[:200]
     middles = torch.stack([tokens([i for i in known.train if known.digits[i] == d][:30]).mean(0) for d in range(10)])
