@@ -6,11 +6,9 @@ Finished jobs are kept. If a run was stopped, the next run continues it.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -23,8 +21,8 @@ from .. import records
 from ..errors import BenchmarkError
 from ..measure import FULL, QUICK
 from . import latency, plan, report
-from .jobs import do
-from .rows import Job, Row
+from .rows import Row
+from .running import measure
 from .setups import SETUPS
 
 RESULTS = records.ROOT / "docs" / "results"
@@ -48,6 +46,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--jobs", type=int, default=os.cpu_count(), help="number of processes of one thread each (default: all cores)"
     )
     parser.add_argument("--fresh", action="store_true", help="ignore the results of earlier runs")
+    parser.add_argument(
+        "--times", action="store_true", help="measure only the times of a query; nothing else may run on the machine"
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing; only write the tables and pictures")
     parser.add_argument(
         "--out", type=Path, help="output folder (default: docs/results; icl-part with --quick or some of the models)"
@@ -62,48 +63,27 @@ def run(options: argparse.Namespace) -> None:
     folder = options.out or (RESULTS if whole else Path("icl-part"))
     path = folder / "icl.csv"
     rows = records.read(path, Row) if path.is_file() and not options.fresh else []
-    if not options.report:
-        jobs = [job for job in (plan.quick() if options.quick else plan.full()) if job.world in options.worlds]
-        rows = measure(jobs, rows, path, options.jobs)
+    jobs = [job for job in (plan.quick() if options.quick else plan.full()) if job.world in options.worlds]
+    if options.times:
         rows = time_queries(options.worlds, rows, path, quick=options.quick)
+    elif not options.report:
+        rows = measure(jobs, rows, path, options.jobs)
+    if not options.report:
         # The file rounds. A report of what it holds is the same, to the byte, as one made from it later.
         records.write(path, rows, Row)
         rows = records.read(path, Row)
     if not rows:
         raise BenchmarkError(f"there is nothing to report in {path}; run without --report to measure first")
-    print(report.text(rows))
-    for written in report.write(rows, folder, into_readme=folder == RESULTS):
+    print(report.text(rows, jobs))
+    for written in report.write(rows, folder, into_readme=folder == RESULTS, jobs=jobs):
         print(written)
 
 
-def measure(jobs: Sequence[Job], rows: list[Row], path: Path, processes: int) -> list[Row]:
-    """Run the jobs that have no rows yet. The rows of each job are written as soon as it ends."""
-    jobs = list(dict.fromkeys(jobs))
-    rows = [row for row in rows if row.job in set(jobs) or row.what in latency.WHAT]
-    done = {row.job for row in rows}
-    missing = [job for job in jobs if job not in done]
-    machine = records.this_machine(torch.device("cpu"))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context) as pool, tqdm(total=len(missing), unit="job", file=sys.stderr) as bar:
-        waiting: dict[Future[list[Row]], Job] = {pool.submit(do, job): job for job in missing}
-        try:
-            for future in as_completed(waiting):
-                job = waiting[future]
-                bar.set_description(f"{job.world} {job.task} {job.method} {job.seed}")
-                rows += records.stamped(future.result(), machine)
-                records.write(path, rows, Row)
-                bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return rows
-
-
 def time_queries(worlds: Sequence[str], rows: list[Row], path: Path, quick: bool) -> list[Row]:
-    """Measure the times that are missing, one model after another, without other jobs on the machine."""
+    """Measure times anew, one model after another, without other jobs on the machine."""
     machine = records.this_machine(torch.device("cpu"))
-    missing = [name for name in worlds if not any(row.world == name and row.what in latency.WHAT for row in rows)]
-    for name in tqdm(missing, desc="time of a query", unit="model", file=sys.stderr):
+    for name in tqdm(worlds, desc="time of a query", unit="model", file=sys.stderr):
+        rows = [row for row in rows if row.world != name or row.what not in latency.WHAT]
         rows += records.stamped(latency.rows(name, QUICK if quick else FULL), machine)
         records.write(path, rows, Row)
     return rows

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from .methods import LABELS
-from .plan import CURVE, CURVE_TASK
+from .plan import CURVE, CURVE_SAMPLES, CURVES
 from .results import Results
 
 # Colours of the Okabe-Ito palette, and shapes beside them: told apart without colour too.
@@ -68,20 +68,27 @@ def _line(
 
 
 def _samples(results: Results) -> Any:
-    counts = sorted({r.samples or 0 for r in results.rows if (r.world, r.task) == ("llava", CURVE_TASK)})
-    if len(counts) < 3:
+    found = [
+        (w, t) for w, t in sorted(CURVES) if any(results.accuracies(w, t, CURVE[0], 0, n) for n in CURVE_SAMPLES[:-2])
+    ]
+    if not found:
         return None
-    figure, (axes,) = _figure(1, f"Accuracy by training samples, Llava, {CURVE_TASK}")
-    figure.set_size_inches(6, 4)
-    for method in (*CURVE, "icl"):
-        shots = results.most_shots("llava") if method == "icl" else 0
-        _line(axes, method, counts, lambda n, m=method, k=shots: results.accuracies("llava", CURVE_TASK, m, k, n))
-    axes.set_xscale("log")
-    axes.set_xticks(counts, [str(n) for n in counts])
-    axes.minorticks_off()
-    axes.set_xlabel("training samples (of demonstrations: to draw from)")
-    axes.set_ylabel("held-out accuracy")
-    axes.legend(frameon=False, fontsize=8)
+    figure, grid = _figure(len(found), "Accuracy by training samples")
+    for axes, (world, task) in zip(grid, found, strict=True):
+        for method in (*CURVE, "icl"):
+            shots = results.most_shots(world) if method == "icl" else 0
+
+            def values(n: int, one: tuple[str, str, str, int] = (world, task, method, shots)) -> Sequence[float]:
+                return results.accuracies(*one, n)
+
+            _line(axes, method, CURVE_SAMPLES, values)
+        axes.set_title(f"{world}, {task}", fontsize=10)
+        axes.set_xscale("log")
+        axes.set_xticks(CURVE_SAMPLES, [str(n) for n in CURVE_SAMPLES])
+        axes.minorticks_off()
+        axes.set_xlabel("training samples")
+    grid[0].set_ylabel("held-out accuracy")
+    grid[0].legend(frameon=False, fontsize=8)
     return figure
 
 

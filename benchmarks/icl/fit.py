@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,8 +21,16 @@ from mimic_core.demo.experiment import warm_cosine
 from mimic_core.demo.prompts import Batch
 from mimic_core.demo.tasks import Task
 
-from .methods import Method
+from .methods import TRAINED, Method, rate
 from .worlds import World
+
+# Demonstrations whose mean output is what I2CL begins with.
+TAKEN_FROM = 32
+
+
+def without_cache(inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Arguments of a forward whose logits are not wanted."""
+    return {**inputs, "use_cache": False, "logits_to_keep": 1}
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,15 @@ class Fitted:
     shifts: mc.ShiftStack | None
     parameters: int
     seconds: float
+
+    def bytes(self) -> int:
+        """The size of its files, as the library that trained it saves them."""
+        with TemporaryDirectory() as folder:
+            if self.shifts is not None:
+                mc.save_shifts(self.shifts, Path(folder, "shifts"))
+            if hasattr(self.model, "peft_config"):
+                self.model.save_pretrained(Path(folder, "lora"))
+            return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
     @contextmanager
     def applied(self) -> Iterator[Any]:
@@ -68,8 +87,15 @@ class Samples:
         return collate(with_demonstrations), collate([write(pool[i]) for i in chosen])
 
 
-def fit(world: World, task: Task[Any], method: Method, seed: int, steps: int) -> Fitted:
-    """Train a method on a task's training samples; the world's model is left as it was."""
+def fit(world: World, task: Task[Any], name: str, seed: int, steps: int, chosen: float | None = None) -> Fitted:
+    """Train a method on a task's training samples; the world's model is left as it was.
+
+    Args:
+        chosen: In place of the learning rate that was chosen for it; of MimIC + LoRA, that of MimIC.
+    """
+    method = TRAINED[name]
+    own = chosen or rate(method.like or name, world.name)
+    rates = (own, rate("lora", world.name) if method.head is not None else own)
     torch.manual_seed(seed)
     start = time.perf_counter()
     model = world.model
@@ -77,11 +103,14 @@ def fit(world: World, task: Task[Any], method: Method, seed: int, steps: int) ->
         options = LoraConfig(r=method.lora, lora_alpha=2 * method.lora, target_modules=world.lora)
         model = get_peft_model(copy.deepcopy(model), options)
     shifts = None if method.head is None else mc.build_shifts(model, method.head)
-    groups = _groups(model, shifts, method.rates(world.name))
+    groups = _groups(model, shifts, rates)
     learned = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps))
     samples = Samples(world, task, seed)
+    if shifts is not None and next(iter(shifts)).taken:
+        shown = [world.prompter(sample) for sample in task.train[:TAKEN_FROM]]
+        mc.estimate(model, shifts, [without_cache(world.prompter.collate(shown, left=True).inputs)])
     with nullcontext() if shifts is None else mc.patch(model, shifts) as handle:
         for _ in range(steps):
             _loss(model, handle, method, *samples()).backward()
@@ -98,8 +127,8 @@ def _groups(model: nn.Module, shifts: mc.ShiftStack | None, rates: tuple[float, 
     if shifts is not None:
         named = list(shifts.named_parameters())
         # LIVE's scales learn twice as fast as its vectors, as published.
-        scales = [p for name, p in named if name.endswith("scale")]
-        others = [p for name, p in named if not name.endswith("scale")]
+        scales = [p for name, p in named if name.rpartition(".")[2] == "scale"]
+        others = [p for name, p in named if name.rpartition(".")[2] != "scale"]
         groups += [{"params": others, "lr": rate}, {"params": scales, "lr": 2 * rate}]
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]
     return [group for group in [*groups, {"params": adapters, "lr": lora_rate}] if group["params"]]
@@ -116,21 +145,33 @@ def _teaching(model: Any, handle: mc.Handle | None) -> Iterator[None]:
         yield
 
 
+def _student(model: Any, handle: mc.Handle | None, method: Method, alone: Batch) -> Tensor:
+    """The logits without demonstrations. Heads that act on a part of the prompt are told where it ends."""
+    tells = handle is not None and method.head is not None and method.head.positions != "all"
+    prompt = alone.inputs["attention_mask"].bool() & ~alone.answer_tokens
+    with handle.at(prompt=prompt) if handle is not None and tells else nullcontext():
+        return model(**alone.inputs, use_cache=False).logits
+
+
 def _loss(model: Any, handle: mc.Handle | None, method: Method, shown: Batch, alone: Batch) -> Tensor:
     def lm(logits: Tensor) -> Tensor:
         return mc.losses.lm(logits, alone.inputs["input_ids"], alone.answer_tokens)
 
     if method.loss == "lm":
-        return mc.losses.recipe("lm")(lm=lm(model(**alone.inputs, use_cache=False).logits))
+        return mc.losses.recipe("lm")(lm=lm(_student(model, handle, method, alone)))
     if method.loss == "kl":
         with _teaching(model, handle):
             teacher = model(**shown.inputs, use_cache=False).logits
-        student = model(**alone.inputs, use_cache=False).logits
+        student = _student(model, handle, method, alone)
         kl = mc.losses.logits_kl(student, teacher, alone.before_answer, shown.before_answer)
         return mc.losses.recipe("live")(kl=kl, lm=lm(student))
     with _teaching(model, handle), mc.capture(model, method.site, where=shown.context_tokens) as teacher_states:
-        model(**shown.inputs, use_cache=False, logits_to_keep=1)
+        model(**without_cache(shown.inputs))
     with mc.capture(model, method.site, where=alone.context_tokens) as student_states:
-        logits = model(**alone.inputs, use_cache=False).logits
-    align = mc.losses.layer_mse(student_states, teacher_states)
+        logits = _student(model, handle, method, alone)
+    if method.loss == "lorentz":
+        align = mc.losses.layer_lorentz(student_states, teacher_states)
+    else:
+        align = mc.losses.layer_mse(student_states, teacher_states, weights=method.weights)
+    # Half the likelihood, in MimIC and in Hyper-ICL.
     return mc.losses.recipe("mimic")(align=align, lm=lm(logits))

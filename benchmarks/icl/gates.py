@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from ..report import with_results
 from . import gate_figures, gate_reading, gate_report
 from .fit import fit
 from .gate_report import WHO, GateRow
-from .methods import TRAINED
+from .setups import SETUPS
 from .worlds import World, world
 
 IMAGES = records.ROOT / "docs" / "images"
@@ -56,6 +57,7 @@ RUNS = (
     Run("smollm2", "past-tense", 1),
     Run("smollm2", "capitals", 0),
 )
+RATES = {"llava": 0.2, "smollm2": 1e-2}
 WORLDS = tuple(dict.fromkeys(run.world for run in RUNS))
 
 
@@ -108,8 +110,8 @@ def run(options: argparse.Namespace) -> None:
 
 def rows_of(one: Run, quick: bool, keep: Path | None = None) -> list[GateRow]:
     """Train, if it hasn't been, and read."""
-    place = world(one.world)
-    setup = place.setup
+    setup = replace(SETUPS["smollm2"], steps=160, batch=1) if one.world == "smollm2" else SETUPS[one.world]
+    place = world(one.world, setup, torch.float32)
     steps, questions = (setup.steps // 40, 4) if quick else (setup.steps, setup.held_out)
     task = place.task(one.task, setup.samples, one.seed, questions)
     before, learned = (stack(place, task, one, n, keep) for n in (0, steps))
@@ -214,7 +216,7 @@ def stack(place: World, task: Task[Any], one: Run, steps: int, keep: Path | None
     folder = keep / "-".join(map(str, (*one, steps))) if keep and steps else None
     if folder and folder.is_dir():
         return mc.load_shifts(folder, place.model)
-    shifts = fit(place, task, TRAINED["mimic"], one.seed, steps).shifts
+    shifts = fit(place, task, "mimic", one.seed, steps, RATES[one.world]).shifts
     assert shifts is not None
     if folder:
         mc.save_shifts(shifts, folder)

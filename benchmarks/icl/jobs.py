@@ -15,9 +15,10 @@ from mimic_core.demo.prompts import Prompt
 from mimic_core.demo.tasks import Task
 
 from .fit import Fitted, fit
-from .methods import PROMPTED, TAKEN, TRAINED
+from .methods import PROMPTED, TAKEN
 from .rows import Job, Row
-from .vectors import take
+from .stats import packed
+from .vectors import best_demonstrations, take
 from .worlds import CHUNK, World, last_token, world
 
 
@@ -31,23 +32,33 @@ def do(job: Job) -> list[Row]:
     def accuracy(model: Any, prompts: Sequence[Prompt], shots: int, **more: Any) -> Row:
         right = place.right(model, prompts)
         length = sum(prompt.answer_at for prompt in prompts) / len(prompts)
-        return replace(blank, what="accuracy", shots=shots, value=sum(right) / len(right), prompt_tokens=length, **more)
+        found = {"value": sum(right) / len(right), "right": packed(right), "prompt_tokens": length, **more}
+        return replace(blank, what="accuracy", shots=shots, **found)
 
     if job.method in PROMPTED:
-        counts = {"zero-shot": (0,), "icl": place.setup.shots, "retrieval": place.setup.similar}[job.method]
+        counts = {
+            "zero-shot": (0,),
+            "icl": place.setup.shots,
+            "best-of": (place.shots,),
+            "retrieval": place.setup.similar,
+        }[job.method]
         counts = [count for count in counts if count <= job.samples]
         rows = []
         for count in counts:
-            prompts = place.prompts(task, count, job.seed, similar=job.method == "retrieval")
+            if job.method == "best-of":
+                shown = best_demonstrations(place, task, count, job.seed)
+                prompts = [place.prompter(sample, shown) for sample in task.held_out]
+            else:
+                prompts = place.prompts(task, count, job.seed, similar=job.method == "retrieval")
             rows.append(accuracy(place.model, prompts, count))
         if "distance" in job.also:
             rows += _distances(place, task, job, blank, Fitted(place.model, None, 0, 0.0))
         return rows
     if job.method in TAKEN:
-        fitted = take(place, task, job.method, job.seed)
+        fitted = take(place, task, job.method, job.seed, job.rate)
     else:
-        fitted = fit(place, task, TRAINED[job.method], job.seed, job.steps)
-    cost = {"parameters": fitted.parameters, "seconds": fitted.seconds}
+        fitted = fit(place, task, job.method, job.seed, job.steps, job.rate)
+    cost = {"parameters": fitted.parameters, "bytes": fitted.bytes()}
     rows = []
     with fitted.applied() as model:
         rows.append(accuracy(model, place.prompts(task, 0, job.seed), 0, **cost))

@@ -16,13 +16,14 @@ import mimic_core as mc
 
 from ..measure import Effort, interleaved
 from .fit import fit
-from .methods import TRAINED
+from .methods import MAIN, TRAINED
 from .rows import Row
 from .worlds import World, world
 
-METHODS = ("zero-shot", "icl", "task-vector", "function-vector", "live", "lora", "mimic", "mimic+lora")
 WHAT = ("first token", "token")
-TASKS = {"llava": "3-digits", "idefics2": "3-digits", "smollm2": "capitals"}
+TASKS = {"llava": "3-digits", "idefics2": "3-digits", "smollm2": "capitals", "smolvlm": "in-french"}
+# Heads that act in one layer.
+SINGLE = {"task-vector": "task_vector", "function-vector": "function_vector", "caa": "caa"}
 
 
 @dataclass
@@ -62,18 +63,15 @@ def contestants(place: World) -> dict[str, Contestant]:
 
     found = {"zero-shot": Contestant(place.model, inputs(0)), "icl": Contestant(place.model, inputs(place.shots))}
     middle = (len(mc.adapter_for(place.model).spec(place.model).layers) // 3,)
-    stacks = {
-        "task-vector": mc.build_shifts(place.model, "task_vector", layers=middle),
-        "function-vector": mc.build_shifts(place.model, "function_vector", layers=middle),
-        "live": mc.build_shifts(place.model, "live"),
-        "mimic": mc.build_shifts(place.model, "mimic"),
-    }
+    stacks = {name: mc.build_shifts(place.model, head, layers=middle) for name, head in SINGLE.items()}
+    stacks |= {name: mc.build_shifts(place.model, name) for name in ("mtv", "icv")}
+    stacks |= {name: mc.build_shifts(place.model, head) for name in MAIN if (head := TRAINED[name].head) is not None}
     for name, shifts in stacks.items():
         found[name] = Contestant(place.model, inputs(0), partial(mc.patch, place.model, shifts))
     for name in ("lora", "mimic+lora"):
-        fitted = fit(place, task, TRAINED[name], 0, steps=1)
+        fitted = fit(place, task, name, 0, steps=1)
         found[name] = Contestant(fitted.model, inputs(0), fitted.applied)
-    return {name: found[name] for name in METHODS}
+    return found
 
 
 def rows(name: str, effort: Effort) -> list[Row]:

@@ -1,4 +1,16 @@
-"""Which jobs there are. Seeds from 0 are the result; settings were chosen on seeds from 100."""
+"""The plan: which jobs there are, and what counts as different. It was written before the run.
+
+- Seeds from 0 are the result. Learning rates were chosen on seed 100 (`trials.py`), four trials for each method.
+- Each method has the same loop, training samples, batches and number of steps (`setups.py`, `fit.py`).
+- Two methods differ if the 95% interval of their difference leaves out zero: paired bootstrap over seeds and questions
+  (`stats.py`), with 4,000 resamples. It is not corrected for the number of comparisons. Every method is compared with
+  MimIC, task by task and over all tasks of a model.
+- The mean rank is over the tasks of a model, by the mean accuracy over seeds, among the methods without demonstrations.
+- A mean over tasks or seeds is shown only if all of its jobs have run.
+- Times are not measured here: `--times` does that, on a machine without other work.
+
+A part of a run should be worth something: the jobs of one seed come before those of the next.
+"""
 
 from __future__ import annotations
 
@@ -6,54 +18,84 @@ from collections.abc import Iterator, Sequence
 
 from mimic_core.demo.digits import RULES
 
-from .methods import ABLATIONS, MAIN, PROMPTED, TAKEN, TRAINED
+from .methods import ABLATIONS, MAIN, PROMPTED, TAKEN, TRAINED, other_rate
+from .pictures import PICTURE_TASKS
 from .rows import Job
-from .setups import DIGITS, SETUPS
+from .setups import SETUPS
+from .words import WORD_TASKS
 
-WORD_TASKS = ("capitals", "past-tense", "plural", "upper-case")
+SEEDS = {"smolvlm": 3, "smollm2": 5, "llava": 3, "idefics2": 3}
+# Methods are compared with this one.
+REFERENCE = "mimic"
 # Variations are tried where there is something to tell apart.
 VARIED = ("8-digits", "2-words")
-# Accuracy against the number of training samples: of these methods, on this task.
-CURVE, CURVE_TASK, CURVE_SAMPLES = ("live", "lora", "mimic"), "8-digits", (25, 200)
+# In MimIC's loss, the last layer counts most. This one is tried on all tasks.
+VARIATION = "mimic-teacher"
+# Accuracy against the number of training samples: of these methods, on these tasks.
+CURVE = ("live", "lora", "mimic")
+CURVES = {("smolvlm", "in-french"), ("smolvlm", "made-up"), ("llava", "8-digits")}
+CURVE_SAMPLES = (5, 10, 20, 50, 100, 200)
+# Whose hidden states are compared with those of demonstrations in SmolLM2, and on which task.
+DISTANCES, DISTANCE_TASK = ("zero-shot", "live", "lora", "mimic", "hyper-icl", "virtual-kv-4"), "past-tense"
 
 
-def _jobs(world: str, tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], quick: bool) -> Iterator[Job]:
+def _job(world: str, task: str, seed: int, method: str, samples: int = 0, quick: bool = False) -> Job:
     setup = SETUPS[world]
-    for seed in seeds:
-        for task in tasks:
-            for method in methods:
-                steps = setup.steps // (4 if quick else 1) if method in TRAINED else 0
-                held_out = setup.held_out // (3 if quick else 1)
-                yield Job(world, task, seed, method, setup.samples, steps, held_out, _also(world, method))
+    steps = setup.steps // (4 if quick else 1) if method in TRAINED else 0
+    held_out = setup.held_out // (3 if quick else 1)
+    also = "" if samples or quick else _also(world, task, method)
+    return Job(world, task, seed, method, samples or setup.samples, steps, held_out, also, other_rate(method, world))
 
 
-def _also(world: str, method: str) -> str:
+def _also(world: str, task: str, method: str) -> str:
     """What is looked at beside accuracy."""
-    if world == "idefics2" or method in ("icl", "retrieval", *ABLATIONS):
-        return ""
-    return "distance shots" if method in ("live", "mimic") and world == "llava" else "distance"
+    if world == "llava" and method in ("zero-shot", "task-vector", "function-vector", *CURVE, "mimic+lora"):
+        return "distance shots" if method in ("live", "mimic") else "distance"
+    return "distance" if world == "smollm2" and task == DISTANCE_TASK and method in DISTANCES else ""
+
+
+def tasks(world: str) -> Sequence[str]:
+    """The tasks of a world."""
+    return tuple({"smolvlm": PICTURE_TASKS, "smollm2": WORD_TASKS}.get(world, RULES))
+
+
+def _of(world: str, seed: int) -> Iterator[Job]:
+    few = tuple(name for name in (*PROMPTED, "task-vector", "function-vector", *CURVE) if name != "best-of")
+    methods = few if world == "idefics2" else (*PROMPTED, *TAKEN, *MAIN)
+    for task in tasks(world):
+        yield from (_job(world, task, seed, method) for method in methods)
+        if world != "idefics2":
+            yield _job(world, task, seed, VARIATION)
+        if world == "llava":
+            yield _job(world, task, seed, "mimic+lora")
+            yield from (_job(world, task, seed, one) for one in ABLATIONS if task in VARIED and one != VARIATION)
+
+
+def _curves(seed: int) -> Iterator[Job]:
+    for world, task in sorted(CURVES):
+        for samples in CURVE_SAMPLES:
+            if samples != SETUPS[world].samples:
+                asked = (*CURVE, "icl") if samples >= min(SETUPS[world].shots) else CURVE
+                yield from (_job(world, task, seed, method, samples) for method in asked)
 
 
 def full() -> list[Job]:
     """Everything the report shows."""
-    seeds, asked = range(3), (*PROMPTED, *TAKEN)
-    # Words take half of all the time: a third seed would not fit into an hour. They come first, as the last jobs
-    # should be short: while one is left, the other cores wait.
-    jobs = [*_jobs("smollm2", WORD_TASKS, (*asked, "live", "lora", "mimic"), (0, 1), quick=False)]
-    jobs += _jobs("llava", tuple(RULES), (*asked, *MAIN), seeds, quick=False)
-    jobs += _jobs("llava", VARIED, ABLATIONS, seeds, quick=False)
-    jobs += _jobs("idefics2", tuple(RULES), (*asked, "live", "lora", "mimic"), seeds, quick=False)
-    for samples in CURVE_SAMPLES:
-        for seed in seeds:
-            for method in (*CURVE, "retrieval", "icl"):
-                steps = DIGITS.steps if method in TRAINED else 0
-                jobs.append(Job("llava", CURVE_TASK, seed, method, samples, steps, DIGITS.held_out))
+    jobs: list[Job] = []
+    for seed in range(max(SEEDS.values())):
+        for world, seeds in SEEDS.items():
+            if seed < seeds:
+                jobs += _of(world, seed)
+        if seed < SEEDS["smolvlm"]:
+            jobs += _curves(seed)
     return jobs
 
 
 def quick() -> list[Job]:
-    """A little of each kind, to see that it works, the longest first."""
-    jobs = [*_jobs("smollm2", ("past-tense",), ("mimic", "icl", "zero-shot"), (0,), quick=True)]
-    jobs += _jobs("llava", ("3-digits", "2-groups"), (*PROMPTED, *TAKEN, "live", "lora", "mimic"), (0,), quick=True)
-    jobs += _jobs("idefics2", ("3-digits",), ("zero-shot", "icl", "live", "mimic"), (0,), quick=True)
+    """A little of each kind, to see that it works."""
+    jobs = [_job("smollm2", "past-tense", 0, method, quick=True) for method in ("zero-shot", "icl", "mimic")]
+    jobs += [_job("smolvlm", "made-up", 0, method, quick=True) for method in ("zero-shot", "icl", "mimic", "mtv")]
+    jobs += [_job("llava", "2-groups", 0, method, quick=True) for method in (*PROMPTED, *TAKEN, *MAIN)]
+    jobs += [_job("llava", "3-digits", 0, method, quick=True) for method in ("zero-shot", "icl", "live", "mimic")]
+    jobs += [_job("idefics2", "3-digits", 0, method, quick=True) for method in ("zero-shot", "icl", "mimic")]
     return jobs

@@ -6,10 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import mean, stdev
 
 from .methods import LABELS
-from .rows import Row
+from .plan import REFERENCE
+from .rows import Job, Row
 from .setups import SETUPS
+from .stats import Answers, Difference, difference, ranks, unpacked
 
 MODELS = {
+    "smolvlm": "Pictures, SmolLM2-135M-Instruct with eyes",
     "llava": "Digits, Llava (SigLIP and Qwen2)",
     "idefics2": "Digits, Idefics2",
     "smollm2": "Words, SmolLM2-135M-Instruct",
@@ -20,15 +23,29 @@ class Results:
     """Rows, to be asked for numbers.
 
     A gap is what demonstrations add: accuracy with the most of them, drawn at random, less accuracy without.
+
+    Args:
+        jobs: All that were planned. Without them, what has rows counts as all.
     """
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    def __init__(self, rows: Iterable[Row], jobs: Iterable[Job] = ()) -> None:
         self.rows = list(rows)
         self.worlds = [name for name in MODELS if any(row.world == name for row in self.rows)]
+        self._cells: dict[tuple[str, ...], dict[int, Row]] = {}
+        self._planned: dict[tuple[str, ...], set[int]] = {}
+        for row in self.rows:
+            if row.layer is None and row.task:
+                key = (row.world, row.task, row.method, str(row.shots or 0), str(row.samples), row.what)
+                self._cells.setdefault(key, {})[row.seed or 0] = row
+                self._planned.setdefault((*key[:3], key[4]), set()).add(row.seed or 0)
+        self.jobs = set(jobs)
+        for job in self.jobs:
+            self._planned.setdefault((job.world, job.task, job.method, str(job.samples)), set()).add(job.seed)
 
     def tasks(self, world: str) -> list[str]:
-        """In the order they were planned in."""
-        return list(dict.fromkeys(row.task for row in self.rows if row.world == world and row.task))
+        """Those that have rows or were planned, in the order of the rows, then by name."""
+        seen = dict.fromkeys(row.task for row in self.rows if row.world == world and row.task)
+        return [*seen, *sorted({job.task for job in self.jobs if job.world == world} - set(seen))]
 
     def most_shots(self, world: str) -> int:
         found = [row.shots or 0 for row in self.rows if row.world == world and row.method == "icl"]
@@ -39,12 +56,61 @@ class Results:
     ) -> dict[int, Row]:
         """By seed."""
         samples = samples or SETUPS[world].samples
-        wanted = (world, task, method, shots, samples, what)
-        return {
-            row.seed or 0: row
-            for row in self.rows
-            if (row.world, row.task, row.method, row.shots, row.samples, row.what) == wanted and row.layer is None
-        }
+        return dict(self._cells.get((world, task, method, str(shots), str(samples), what), {}))
+
+    def planned(self, world: str, task: str, method: str, samples: int | None = None) -> int:
+        """How many seeds there are to be."""
+        return len(self._planned.get((world, task, method, str(samples or SETUPS[world].samples)), ()))
+
+    def whole(self, world: str, method: str, shots: int = 0, tasks: Sequence[str] = ()) -> bool:
+        """Whether every seed of every planned task has been measured; a task that the method isn't asked has none."""
+        asked = [task for task in tasks or self.tasks(world) if self.planned(world, task, method)]
+        return bool(asked) and all(
+            len(self.of(world, task, method, shots)) == self.planned(world, task, method) for task in asked
+        )
+
+    def cell(self, world: str, task: str, method: str, shots: int = 0, samples: int | None = None) -> str:
+        """Mean and spread over seeds, and how many of them there are, if some are missing. Bold: differs."""
+        found = self.accuracies(world, task, method, shots, samples)
+        wanted = self.planned(world, task, method, samples)
+        if not found:
+            return "-"
+        differs = None if method == REFERENCE else self.difference(world, method, [task], shots, samples)
+        text = spread(found) if differs is None or not differs.counts else f"**{spread(found)}**"
+        return text if len(found) == wanted else f"{text} ({len(found)} of {wanted})"
+
+    def difference(
+        self, world: str, method: str, tasks: Sequence[str], shots: int = 0, samples: int | None = None
+    ) -> Difference | None:
+        """To the reference, on the same questions; None if a seed or a question's answer is missing."""
+        sides: tuple[list[Answers], list[Answers]] = ([], [])
+        for task in tasks:
+            for side, (name, count) in zip(sides, ((method, shots), (REFERENCE, 0)), strict=True):
+                found = self.of(world, task, name, count, samples)
+                if not found or len(found) < self.planned(world, task, name, samples):
+                    return None
+                if not all(row.right for row in found.values()):
+                    return None
+                side.append({seed: unpacked(row.right) for seed, row in found.items()})
+            if sides[0][-1].keys() != sides[1][-1].keys():
+                return None
+        return difference(*sides)
+
+    def ranks(self, world: str, methods: Sequence[str]) -> dict[str, float]:
+        """The mean rank over tasks of the methods that were planned; empty if a part of one of them is missing."""
+        tasks = self.tasks(world)
+        there = [m for m in methods if any(self.planned(world, task, m) for task in tasks)]
+        if not there or not all(self.whole(world, m) and all(self.planned(world, t, m) for t in tasks) for m in there):
+            return {}
+        of_task = [ranks([mean(self.accuracies(world, task, method)) for method in there]) for task in tasks]
+        return {method: mean(one[i] for one in of_task) for i, method in enumerate(there)}
+
+    def missing(self) -> dict[str, tuple[int, int]]:
+        """By model: how many jobs have no rows yet, and how many there are."""
+        done = {row.job for row in self.rows}
+        worlds = sorted({job.world for job in self.jobs})
+        of = {world: [job for job in self.jobs if job.world == world] for world in worlds}
+        return {world: (len([job for job in jobs if job not in done]), len(jobs)) for world, jobs in of.items()}
 
     def accuracies(self, world: str, task: str, method: str, shots: int = 0, samples: int | None = None) -> list[float]:
         return [row.value or 0.0 for row in self.of(world, task, method, shots, samples).values()]
@@ -62,8 +128,11 @@ class Results:
         return found
 
     def mean_share(self, world: str, method: str, shots: int = 0, tasks: Sequence[str] = ()) -> str:
-        """Mean over tasks, and the spread of that mean over seeds."""
-        by_task = [self.shares(world, task, method, shots) for task in tasks or self.tasks(world)]
+        """Mean over tasks, and the spread of that mean over seeds; a dash if a part is missing."""
+        tasks = tasks or self.tasks(world)
+        if not all(self.whole(world, *one, tasks) for one in ((method, shots), ("icl", self.most_shots(world)))):
+            return "-"
+        by_task = [self.shares(world, task, method, shots) for task in tasks]
         by_task = [shares for shares in by_task if shares]
         if not by_task:
             return "-"
@@ -74,7 +143,8 @@ class Results:
         """(label, method, shots) of the lines that have rows."""
         for method in methods:
             setup = SETUPS[world]
-            for shots in {"icl": setup.shots, "retrieval": setup.similar}.get(method, (0,)):
+            shown = {"icl": setup.shots, "retrieval": setup.similar, "best-of": (max(setup.shots),)}
+            for shots in shown.get(method, (0,)):
                 if any(self.accuracies(world, task, method, shots) for task in self.tasks(world)):
                     name = LABELS[method] if shots != 1 else LABELS[method].replace("demonstrations", "demonstration")
                     yield (f"{shots} {name}" if shots else name), method, shots

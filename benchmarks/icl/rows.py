@@ -12,12 +12,13 @@ class Job:
     """One method on one task, with one seed: the unit of work, and of going on after a stop.
 
     Attributes:
-        world: "llava", "idefics2" or "smollm2".
+        world: "smolvlm", "smollm2", "llava" or "idefics2".
         samples: Training samples; demonstrations come from them too.
         steps: Of training; 0: nothing is trained.
         held_out: Held-out questions asked.
         also: What is measured besides accuracy without demonstrations: "distance" (of states to the teacher's), "shots"
             (with demonstrations added).
+        rate: In place of the middle one that was tried (`methods.MIDDLE`).
     """
 
     world: str
@@ -28,6 +29,7 @@ class Job:
     steps: int
     held_out: int
     also: str = ""
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,10 @@ class Row(Machine):
             unpatched model's without demonstrations).
         shots: Demonstrations in the prompt.
         value: The number; `low` and `high` around it where it is a median.
+        right: Of an accuracy: which questions were answered right (`stats.packed`). The oldest rows lack it.
         parameters: Learned, or taken from activations.
-        seconds: Of training or taking, on one thread.
+        bytes: Size on disk of what was learned or taken.
+        seconds: Of training or taking, on one thread; empty where other work was on the machine.
         prompt_tokens: Mean length of a prompt.
     """
 
@@ -54,12 +58,15 @@ class Row(Machine):
     steps: int | None = None
     held_out: int | None = None
     also: str = ""
+    rate: float | None = None
     shots: int | None = None
     layer: int | None = None
     value: float | None = None
+    right: str = ""
     low: float | None = None
     high: float | None = None
     parameters: int | None = None
+    bytes: int | None = None
     seconds: float | None = None
     prompt_tokens: float | None = None
 
@@ -75,4 +82,5 @@ class Row(Machine):
             self.steps or 0,
             self.held_out or 0,
             self.also,
+            self.rate,
         )

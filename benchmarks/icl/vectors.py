@@ -1,4 +1,4 @@
-"""Task Vector and Function Vector: taken from the model's own activations, put into shift heads."""
+"""Task Vector, Function Vector, MTV, ICV and CAA: taken from the model's own activations, put into shift heads."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 
 import mimic_core as mc
-from mimic_core.demo.digits import Line
 from mimic_core.demo.prompts import Prompt
 from mimic_core.demo.tasks import Task
 
-from .fit import Fitted
+from .fit import Fitted, without_cache
+from .methods import MIDDLE, rate
 from .worlds import World, last_token
 
-# Prompts to average over, prompts to see an effect on, training samples to choose the layer with.
-MEAN_OVER, EFFECT_ON, CHOOSE_ON = 16, 4, 24
+# Prompts to average over, prompts to see an effect on, training samples to choose the layer with, pairs of ICV.
+MEAN_OVER, EFFECT_ON, CHOOSE_ON, PAIRS = 16, 4, 24, 32
 # Attention heads whose effect is measured, the likeliest by the gradient, and how many of them make the vector.
 CANDIDATES, HEADS = 20, 10
+# Of MTV's choice of attention heads: steps, choices in each, and samples that a choice is judged by.
+CHOICES = {"steps": 15, "samples": 4}
+JUDGED_BY = 16
+DEMONSTRATION_CHOICES = 8
 
 State = Callable[[Tensor, mc.At], Tensor | None]
 
@@ -35,7 +39,7 @@ class Asked:
         self.targets = torch.tensor([prompt.ids[prompt.answer_at] for prompt in prompts])
 
     def _logits(self) -> Tensor:
-        return self._model(**self.inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return self._model(**self.inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
 
     def log_likelihood(self) -> Tensor:
         """Of the first answer tokens, [b], in nats."""
@@ -62,7 +66,11 @@ class Taker:
 
     def _shown(self, count: int, shuffled: bool = False) -> Asked:
         """Questions with demonstrations, whose answers may be shuffled among them."""
-        prompts = []
+        return self._pairs(count, shuffled)[0]
+
+    def _pairs(self, count: int, shuffled: bool = False) -> tuple[Asked, Asked]:
+        """Questions with demonstrations, and the same questions without."""
+        prompts, alone = [], []
         for _ in range(count):
             question, *shown = self._draw.sample(
                 self._task.train, min(self._world.shots, len(self._task.train) - 1) + 1
@@ -71,13 +79,13 @@ class Taker:
                 answers = self._draw.sample([sample[-1] for sample in shown], len(shown))
                 shown = [_answered(sample, answer) for sample, answer in zip(shown, answers, strict=True)]
             prompts.append(self._world.prompter(question, shown))
-        return Asked(self._world, prompts)
+            alone.append(self._world.prompter(question))
+        return Asked(self._world, prompts), Asked(self._world, alone)
 
     def _taken(self, head: str) -> mc.ShiftStack:
         """Means at the end of a prompt."""
         shifts = mc.build_shifts(self._model, head)
-        inputs = self._shown(MEAN_OVER).inputs
-        mc.estimate(self._model, shifts, [inputs | {"use_cache": False, "logits_to_keep": 1}])
+        mc.estimate(self._model, shifts, [without_cache(self._shown(MEAN_OVER).inputs)])
         return shifts
 
     def _means(self) -> dict[int, Tensor]:
@@ -88,6 +96,35 @@ class Taker:
         """The mean state at the end of a prompt, at the layer where it answers training questions best."""
         return self._best("task_vector", {head.layer.index: head.state_dict() for head in self._taken("task_vector")})
 
+    def mtv(self, rate: float) -> mc.ShiftStack:
+        """Mean outputs of attention heads at the end of a prompt, in the heads where they raise the likelihood."""
+        shifts = self._taken("mtv")
+        asked = Asked(self._world, [self._world.prompter(sample) for sample in self._task.train[:JUDGED_BY]])
+        generator = torch.Generator().manual_seed(self._draw.randrange(2**31))
+        with mc.patch(self._model, shifts):
+            mc.choose_heads(shifts, lambda: -asked.log_likelihood().mean(), rate=rate, generator=generator, **CHOICES)
+        return shifts
+
+    def icv(self, scale: float) -> mc.ShiftStack:
+        """The first principal component of what is different after the answer of a training sample."""
+        shifts = mc.build_shifts(self._model, "icv", scale=scale)
+        prompts = [self._world.prompter(sample) for sample in self._task.train[:PAIRS]]
+        collate = self._world.prompter.collate
+        before, after = (collate(p, left=True).inputs for p in ([prompt.question for prompt in prompts], prompts))
+        mc.estimate(self._model, shifts, [(without_cache(before), without_cache(after))])
+        return shifts
+
+    def caa(self, scale: float) -> mc.ShiftStack:
+        """What demonstrations add at the end of a question, at the layer where it answers training questions best.
+
+        In the paper, the two texts differ in a behaviour. Here it is to answer as shown.
+        """
+        options = {"scale": scale, "positions": "prompt_end"}
+        shifts = mc.build_shifts(self._model, "caa", **options)
+        shown, alone = self._pairs(MEAN_OVER)
+        mc.estimate(self._model, shifts, [(without_cache(alone.inputs), without_cache(shown.inputs))])
+        return self._best("caa", {head.layer.index: head.state_dict() for head in shifts}, **options)
+
     def function_vector(self) -> mc.ShiftStack:
         """What the attention heads that carry the task add to the residual stream, at the layer where it works best."""
         means = self._means()
@@ -95,9 +132,9 @@ class Taker:
         vector = self._written(means, chosen) - self._written(means, [])
         return self._best("function_vector", {layer: {"vector": vector} for layer in means})
 
-    def _best(self, head: str, values: dict[int, dict[str, Any]]) -> mc.ShiftStack:
+    def _best(self, head: str, values: dict[int, dict[str, Any]], **options: Any) -> mc.ShiftStack:
         def stack(layer: int) -> mc.ShiftStack:
-            shifts = mc.build_shifts(self._model, head, layers=(layer,))
+            shifts = mc.build_shifts(self._model, head, layers=(layer,), **options)
             with torch.no_grad():
                 for name, value in values[layer].items():
                     shifts[layer].get_parameter(name).copy_(torch.as_tensor(value))
@@ -168,13 +205,28 @@ def _one_head(mean: Tensor, head: int) -> State:
 
 
 def _answered(sample: Any, answer: Any) -> Any:
-    return sample._replace(answer=answer) if isinstance(sample, Line) else (sample[0], answer)
+    return (sample[0], answer) if type(sample) is tuple else sample._replace(answer=answer)
 
 
-def take(world: World, task: Task[Any], method: str, seed: int) -> Fitted:
-    """Task or function vector of a task, and what it took."""
+def best_demonstrations(world: World, task: Task[Any], shots: int, seed: int) -> list[Any]:
+    """Of some random choices of demonstrations, the one with which the other training samples are answered best."""
+    draw, found = random.Random(seed), []
+    for _ in range(DEMONSTRATION_CHOICES):
+        chosen = set(draw.sample(range(len(task.train)), min(shots, len(task.train) - 1)))
+        shown = [task.train[i] for i in chosen]
+        others = [sample for i, sample in enumerate(task.train) if i not in chosen][:JUDGED_BY]
+        found.append((Asked(world, [world.prompter(sample, shown) for sample in others]).score(), shown))
+    return max(found, key=lambda one: one[0])[1]
+
+
+def take(world: World, task: Task[Any], method: str, seed: int, chosen: float | None = None) -> Fitted:
+    """What is taken from the activations of a task's samples, and what it took.
+
+    Args:
+        chosen: In place of what was chosen for the method.
+    """
     start = time.perf_counter()
-    taker = Taker(world, task, seed)
-    shifts = taker.task_vector() if method == "task-vector" else taker.function_vector()
+    make = getattr(Taker(world, task, seed), method.replace("-", "_"))
+    shifts = make(chosen or rate(method, world.name)) if method in MIDDLE else make()
     size = sum(head.get_parameter("vector").numel() for head in shifts)
     return Fitted(world.model, shifts, size, time.perf_counter() - start)

@@ -1,22 +1,23 @@
-"""Word tasks beside the demo's: plurals, opposites, capital letters."""
+"""The tasks of SmolLM2: those of the demo, opposites, French, and sentences."""
 
 from __future__ import annotations
 
 from mimic_core.demo.tasks import TASKS, Pair, Task, split
 
-# Common nouns; every third or so does not just take an s.
-_PLURALS = """
-man men, woman women, child children, foot feet, tooth teeth, mouse mice, goose geese, person people, life lives,
-knife knives, wife wives, leaf leaves, wolf wolves, half halves, shelf shelves, thief thieves, loaf loaves,
-city cities, country countries, story stories, baby babies, party parties, lady ladies, family families, body bodies,
-army armies, enemy enemies, factory factories, company companies, library libraries, box boxes, church churches,
-class classes, dish dishes, bus buses, glass glasses, match matches, watch watches, beach beaches, branch branches,
-tax taxes, potato potatoes, tomato tomatoes, hero heroes, echo echoes, book books, car cars, dog dogs, cat cats,
-house houses, tree trees, river rivers, road roads, school schools, table tables, chair chairs, window windows,
-door doors, garden gardens, bird birds, horse horses, king kings, queen queens, letter letters, word words,
-number numbers, day days, boy boys, girl girls, key keys, toy toys, phone phones, street streets, mountain mountains,
-island islands, flower flowers, apple apples, teacher teachers, student students, doctor doctors, friend friends,
-brother brothers, sister sisters, film films, song songs, game games, picture pictures, idea ideas, problem problems
+from .sentences import contractions, dates, places, sentiment
+
+_FRENCH = """
+house maison, dog chien, cat chat, tree arbre, book livre, water eau, bread pain, milk lait, wine vin, cheese fromage,
+apple pomme, sun soleil, moon lune, star étoile, sky ciel, sea mer, river fleuve, mountain montagne, forest forêt,
+flower fleur, bird oiseau, horse cheval, cow vache, fish poisson, king roi, queen reine, man homme, woman femme,
+boy garçon, girl fille, child enfant, mother mère, father père, brother frère, sister soeur, friend ami, hand main,
+head tête, eye oeil, heart coeur, day jour, night nuit, week semaine, month mois, year an, time temps, world monde,
+city ville, street rue, school école, church église, door porte, window fenêtre, table table, chair chaise, bed lit,
+kitchen cuisine, garden jardin, car voiture, train train, boat bateau, money argent, work travail, game jeu, word mot,
+letter lettre, language langue, question question, answer réponse, life vie, death mort, love amour, war guerre,
+peace paix, red rouge, black noir, white blanc, green vert, blue bleu, big grand, small petit, good bon, bad mauvais,
+new nouveau, old vieux, young jeune, hot chaud, cold froid, yes oui, no non, today aujourd'hui, tomorrow demain,
+winter hiver, summer été, spring printemps, monday lundi, friday vendredi, sunday dimanche, july juillet, august août
 """
 _OPPOSITES = """
 hot cold, big small, tall short, fast slow, high low, hard soft, old young, new old, good bad, rich poor, dark light,
@@ -38,9 +39,9 @@ def _pairs(text: str) -> list[Pair]:
     return [(first, second) for first, second in found]
 
 
-def plurals() -> list[Pair]:
-    """Nouns and their plurals, some irregular."""
-    return _pairs(_PLURALS)
+def french() -> list[Pair]:
+    """English words, and the French ones. Words that are the same in both are left out."""
+    return [(english, word) for english, word in _pairs(_FRENCH) if english != word]
 
 
 def opposites() -> list[Pair]:
@@ -48,12 +49,15 @@ def opposites() -> list[Pair]:
     return _pairs(_OPPOSITES)
 
 
-def upper_case() -> list[Pair]:
-    """Nouns, in capital letters as the answer."""
-    return [(noun, noun.upper()) for noun, _ in plurals()]
-
-
-WORD_TASKS = {**TASKS, "plural": plurals, "opposite": opposites, "upper-case": upper_case}
+WORD_TASKS = {
+    **TASKS,
+    "opposite": opposites,
+    "french": french,
+    "sentiment": sentiment,
+    "place": places,
+    "contraction": contractions,
+    "date": dates,
+}
 
 
 def word_task(name: str, samples: int, seed: int, held_out: int | None) -> Task[Pair]:

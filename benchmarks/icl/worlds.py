@@ -17,7 +17,9 @@ from mimic_core.demo.models import load_digit_model, load_model
 from mimic_core.demo.prompts import Prompt, Prompter
 from mimic_core.demo.tasks import Pair, Task
 
-from .setups import SETUPS
+from . import smolvlm
+from .pictures import PicturePrompter, picture_task
+from .setups import SETUPS, Setup
 from .words import word_task
 
 CHUNK = 64
@@ -34,31 +36,39 @@ class World:
     """A model and its tasks.
 
     Attributes:
-        name: "llava", "idefics2" or "smollm2".
-        model: Frozen, unpatched.
+        name: "smolvlm", "smollm2", "llava" or "idefics2".
+        model: Frozen, unpatched. SmolLM2 is in bf16, the others in fp32.
         setup: How much of everything its tasks get.
         shots: Demonstrations a teacher sees, and the k of k-shot.
         lora: The modules LoRA goes into, as a regular expression.
+
+    Args:
+        setup: Another one than the comparison's.
+        dtype: Another one for SmolLM2 without eyes.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, setup: Setup | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
         self.name = name
-        self.setup = SETUPS[name]
+        self.setup = setup or SETUPS[name]
         self.shots = max(self.setup.shots)
         self.model: Any
         self.prompter: Any
+        self.lora = r".*(language_model|text_model).*self_attn\.(q_proj|k_proj|v_proj|o_proj)"
         if name == "smollm2":
             self.model, tokenizer = load_model()
+            self.model.to(dtype)
             self.prompter = Prompter(tokenizer, next(self.model.parameters()).device)
             self.lora = r".*self_attn\.(q_proj|k_proj|v_proj|o_proj)"
+        elif name == "smolvlm":
+            self.model, tokenizer = smolvlm.load()
+            self.prompter = PicturePrompter(tokenizer, next(self.model.parameters()).device)
         else:
             self.model = load_digit_model(name)
             self.prompter = DigitPrompter(self.model)
-            self.lora = r".*(language_model|text_model).*self_attn\.(q_proj|k_proj|v_proj|o_proj)"
 
     def task(self, name: str, samples: int, seed: int, held_out: int | None = None) -> Task[Any]:
         """A task with so many training samples; the seed draws its rule, if it has one, and the split."""
-        make = word_task if self.name == "smollm2" else digit_task
+        make = {"smollm2": word_task, "smolvlm": picture_task}.get(self.name, digit_task)
         return make(name, samples, seed, held_out)
 
     @torch.no_grad()
@@ -89,6 +99,9 @@ class World:
 
     def _likeness(self, samples: Sequence[Any]) -> Tensor:
         """Unit vectors whose products say how alike samples are: pixels, or letter pairs."""
+        if self.name == "smolvlm":
+            pixels = images().pixels[[list(scene.images) for scene in samples]].flatten(1)
+            return F.normalize(pixels - pixels.mean(), dim=1)
         if self.name != "smollm2":
             lines: Sequence[Line] = samples
             pixels = images().pixels[[line.image for line in lines]].flatten(1)
@@ -104,6 +117,6 @@ class World:
 
 
 @cache
-def world(name: str) -> World:
+def world(name: str, setup: Setup | None = None, dtype: torch.dtype = torch.bfloat16) -> World:
     """A world, loaded once a process."""
-    return World(name)
+    return World(name, setup, dtype)

@@ -7,26 +7,32 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import mimic_core as mc
 from benchmarks import records
 from benchmarks.icl import __main__ as command
-from benchmarks.icl import latency, plan
-from benchmarks.icl.__main__ import main, measure
+from benchmarks.icl import latency, plan, running, smolvlm, trials
+from benchmarks.icl.__main__ import main
 from benchmarks.icl.fit import Samples, fit
 from benchmarks.icl.jobs import do
-from benchmarks.icl.methods import ABLATIONS, LABELS, PROMPTED, TAKEN, TRAINED
+from benchmarks.icl.methods import ABLATIONS, CHOSEN, FACTORS, LABELS, MAIN, MIDDLE, PROMPTED, TAKEN, TRAINED
+from benchmarks.icl.pictures import PICTURE_TASKS, picture_task
+from benchmarks.icl.pretrain_eyes import seen
 from benchmarks.icl.report import README_BEGIN, README_END, Results, headline, page, text
 from benchmarks.icl.rows import Job, Row
-from benchmarks.icl.vectors import Asked, Taker, take
+from benchmarks.icl.running import measure
+from benchmarks.icl.vectors import Asked, Taker, best_demonstrations, take
 from benchmarks.icl.words import WORD_TASKS, word_task
 from benchmarks.icl.worlds import World, world
 from benchmarks.report import with_results
+from mimic_core.demo.digits import images
 
 pytestmark = pytest.mark.usefixtures("no_shape_checks")
 
@@ -92,7 +98,7 @@ def test_every_method_trains_and_leaves_the_model_as_it_was(llava: World, task: 
     question = llava.prompter.collate(llava.prompts(task, 0, 0)).inputs
     with torch.no_grad():
         before = llava.model(**question).logits
-    fitted = fit(llava, task, TRAINED[name], 0, steps=3)
+    fitted = fit(llava, task, name, 0, steps=3)
     with torch.no_grad():
         assert torch.equal(llava.model(**question).logits, before)
         with fitted.applied() as model:
@@ -108,7 +114,7 @@ def test_every_method_trains_and_leaves_the_model_as_it_was(llava: World, task: 
 @pytest.mark.slow
 def test_mimic_closes_the_gap_of_an_easy_task(llava: World, task: Any) -> None:
     before = llava.right(llava.model, llava.prompts(task, 0, 0))
-    with fit(llava, task, TRAINED["mimic"], 0, steps=80).applied() as model:
+    with fit(llava, task, "mimic", 0, steps=80).applied() as model:
         after = llava.right(model, llava.prompts(task, 0, 0))
     assert sum(before) < 5
     assert sum(after) > 24
@@ -170,12 +176,83 @@ def test_a_shuffled_prompt_has_the_same_answers_elsewhere(llava: World, task: An
 
 def test_the_plan_is_whole() -> None:
     jobs = plan.full()
+    assert len(jobs) == len(set(jobs))
     assert {job.method for job in jobs} == set(LABELS) == {*PROMPTED, *TAKEN, *TRAINED}
-    assert {job.seed for job in jobs} == {0, 1, 2}
-    for one in ("llava", "idefics2", "smollm2"):
-        assert len({job.task for job in jobs if job.world == one}) == 4
-    assert len({job.samples for job in jobs if job.task == plan.CURVE_TASK and job.method == "mimic"}) == 3
+    for one, seeds in plan.SEEDS.items():
+        assert {job.seed for job in jobs if job.world == one} == set(range(seeds))
+    assert {one: len({job.task for job in jobs if job.world == one}) for one in ("smolvlm", "smollm2")} == {
+        "smolvlm": 8,
+        "smollm2": 8,
+    }
+    for one, name in plan.CURVES:
+        for method in plan.CURVE:
+            counts = {job.samples for job in jobs if (job.world, job.task, job.method) == (one, name, method)}
+            assert counts >= set(plan.CURVE_SAMPLES)
     assert {job.method for job in jobs if job.task in plan.VARIED} >= set(ABLATIONS)
+    # What a stopped run leaves is whole seeds.
+    first = [job for job in jobs if job.world == "smollm2"]
+    assert [job.seed for job in first] == sorted(job.seed for job in first)
+
+
+def test_learning_rates_are_those_that_the_trials_found_best() -> None:
+    for kind in (0, 1):
+        tried = trials.jobs(kind)
+        assert {job.seed for job in tried} == {trials.SEED}
+        assert {sum(job.method == method for job in tried) for method in MIDDLE} == {len(FACTORS)}
+    assert trials.SEED not in {job.seed for job in plan.full()}
+    assert trials.chosen(records.read(trials.FILE, Row)) == CHOSEN
+
+
+@pytest.mark.parametrize("name", PICTURE_TASKS)
+def test_a_held_out_picture_is_never_a_training_picture(name: str) -> None:
+    found = picture_task(name, 100, 0, 100)
+    assert (len(found.train), len(found.held_out)) == (100, 100)
+    train, held_out = ({i for scene in scenes for i in scene.images} for scenes in (found.train, found.held_out))
+    assert train <= set(images().train)
+    assert held_out <= set(images().held_out)
+    counts = [sum(scene.answer == answer for scene in found.held_out) for answer in {s.answer for s in found.held_out}]
+    assert max(counts) < 75  # No answer is right for nearly all.
+    assert picture_task(name, 100, 0, 100) == found
+
+
+def test_the_encoder_reads_pictures_it_has_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder of SmolLM2's width stands in for it: what an image becomes depends on the encoder alone."""
+    sizes = {"hidden_size": 576, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 9}
+    decoder = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=3, **sizes))
+    monkeypatch.setattr(smolvlm, "load_model", lambda: (decoder, SimpleNamespace(pad_token_id=0, eos_token_id=0)))
+    model, _ = smolvlm.load()
+    known = images()
+
+    def tokens(indices: list[int]) -> Tensor:
+        with torch.no_grad():
+            return seen(model, known.pixels[indices].bfloat16()).float()
+
+    held_out = known.held_out[:200]
+    middles = torch.stack([tokens([i for i in known.train if known.digits[i] == d][:30]).mean(0) for d in range(10)])
+    nearest = torch.cdist(torch.cat([tokens([i]) for i in held_out]), middles).argmin(1)
+    assert (nearest == known.digits[held_out]).float().mean() > 0.95
+
+
+def test_best_demonstrations_are_training_samples_that_do_well(llava: World, task: Any) -> None:
+    shown = best_demonstrations(llava, task, 6, 0)
+    assert len(shown) == 6
+    assert set(shown) <= set(task.train)
+    right = llava.right(llava.model, [llava.prompter(line, shown) for line in task.held_out])
+    assert sum(right) >= sum(llava.right(llava.model, llava.prompts(task, 6, 0))) - 2
+
+
+@pytest.mark.parametrize("method", TAKEN)
+def test_what_is_taken_acts_and_is_taken_again_the_same(llava: World, task: Any, method: str) -> None:
+    found, again = (take(llava, task, method, 0) for _ in range(2))
+    assert found.shifts is not None
+    assert again.shifts is not None
+    assert all(torch.equal(x, again.shifts.state_dict()[name]) for name, x in found.shifts.state_dict().items())
+    question = llava.prompter.collate(llava.prompts(task, 0, 0)).inputs
+    with torch.no_grad(), found.applied() as model:
+        shifted = model(**question).logits
+    with torch.no_grad():
+        assert not torch.equal(llava.model(**question).logits, shifted)
+    assert found.bytes() > 4 * found.parameters
 
 
 def rows() -> list[Row]:
@@ -186,7 +263,7 @@ def rows() -> list[Row]:
         found += [
             replace(base, method="zero-shot", value=0.0),
             replace(base, method="icl", shots=24, value=shown),
-            replace(base, method="mimic", value=mimic, parameters=800, seconds=3.0),
+            replace(base, method="mimic", value=mimic, parameters=800),
         ]
     return found
 
@@ -195,13 +272,27 @@ def test_tables_say_what_the_rows_say(tmp_path: Path) -> None:
     results = Results(rows())
     assert results.shares("llava", "t", "mimic") == pytest.approx([1.0, 0.5])
     assert results.mean_share("llava", "mimic") == "75 ± 35"
-    (line,) = [line for line in text(rows()).splitlines() if line.startswith("| MimIC ")]
+    line = next(line for line in text(rows()).splitlines() if line.startswith("| MimIC "))
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    assert cells == ["MimIC", "55 ± 35", "75 ± 35", "800", "100", "3", "6", "-", "-"]
+    assert cells == ["MimIC", "55 ± 35", "75 ± 35", "800", "-", "6", "-", "-"]
     assert "| MimIC" in headline(rows())
     assert "75 ± 35" in page(rows(), [])
     records.write(tmp_path / "icl.csv", rows(), Row)
     assert [asdict(row) for row in records.read(tmp_path / "icl.csv", Row)] == [asdict(row) for row in rows()]
+
+
+def test_a_mean_with_a_part_missing_is_not_shown_as_whole() -> None:
+    jobs = [replace(row.job, seed=seed, task=task) for row in rows() for seed in (0, 1) for task in ("t", "u")]
+    more = [replace(row, task="u") for row in rows() if not (row.method == "mimic" and row.seed == 1)]
+    whole, part = Results([*rows(), *more], jobs[:0]), Results([*rows(), *more], jobs)
+    assert whole.mean_share("llava", "mimic") != "-"  # Nothing says that there was to be more.
+    assert part.mean_share("llava", "mimic") == "-"
+    assert (part.cell("llava", "t", "mimic"), part.cell("llava", "u", "mimic")) == ("55 ± 35", "80 (1 of 2)")
+    assert part.ranks("llava", ("zero-shot", "mimic")) == {}
+    assert part.ranks("llava", ("zero-shot",)) == {"zero-shot": 1.0}
+    assert part.missing() == {"llava": (1, 12)}
+    assert "1 of 12 for Digits, Llava" in page(part.rows, [], jobs)
+    assert "not complete" not in page(rows(), [], {row.job for row in rows()})
 
 
 class InThisProcess(ThreadPoolExecutor):
@@ -217,7 +308,7 @@ class InThisProcess(ThreadPoolExecutor):
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(running, "ProcessPoolExecutor", InThisProcess)
     job = Job("llava", "3-digits", 100, "zero-shot", 20, 0, 10)
     path = tmp_path / "icl.csv"
     once = measure([job], [], path, processes=1)
@@ -227,6 +318,14 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     marked = [replace(once[0], value=0.123)]
     assert measure([job], marked, path, processes=1) == marked
     assert measure([replace(job, seed=101)], marked, path, processes=1)[0].job.seed == 101
+
+
+def test_every_method_decodes_a_token_to_be_timed(llava: World) -> None:
+    found = latency.contestants(llava)
+    assert set(found) == {"zero-shot", "icl", *TAKEN, *MAIN, "mimic+lora"}
+    for one in found.values():
+        with one.decoding():
+            assert one.token().logits.shape[:2] == (1, 1)
 
 
 def test_a_job_gives_the_same_rows_again() -> None:
@@ -256,10 +355,9 @@ def test_a_run_and_a_later_report_write_the_same_bytes(tmp_path: Path, monkeypat
 
     accuracies = rows
     monkeypatch.setattr(command, "measure", measured)
-    monkeypatch.setattr(command, "time_queries", lambda worlds, rows, path, quick: rows)
     written = []
-    for asked in ("--quick", "--report"):
-        main([asked, "--out", str(tmp_path)])
+    for asked in (("--quick",), ("--quick", "--report")):
+        main([*asked, "--out", str(tmp_path)])
         written.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
     assert set(written[0]) == {"icl.csv", "README.md", "distance.png"}
     assert [name for name, content in written[0].items() if written[1][name] != content] == []
@@ -268,14 +366,14 @@ def test_a_run_and_a_later_report_write_the_same_bytes(tmp_path: Path, monkeypat
 RESULTS = records.ROOT / "docs" / "results"
 
 
-def test_the_results_are_whole_and_the_pages_say_them() -> None:
-    """Every planned job has its rows: no seed or task is left out. And nobody has edited what is written from them."""
-    found = records.read(RESULTS / "icl.csv", Row)
-    assert {row.job for row in found if row.what not in latency.WHAT} == set(plan.full())
-    assert {(row.world, row.method) for row in found if row.what == "token"} == {
-        (name, method) for name in latency.TASKS for method in latency.METHODS
-    }
-    pictures = [RESULTS / f"{name}.png" for name in ("samples", "shots", "distance")]
-    assert (RESULTS / "README.md").read_text() == page(found, pictures)
+def test_the_pages_say_the_results_and_what_is_missing() -> None:
+    """Every row is of a planned job, and nobody has edited what is written from them."""
+    found, jobs = records.read(RESULTS / "icl.csv", Row), plan.full()
+    done = {row.job for row in found if row.what not in latency.WHAT}
+    assert done <= set(jobs)
+    pictures = [path for name in ("samples", "shots", "distance") if (path := RESULTS / f"{name}.png").is_file()]
+    written = (RESULTS / "README.md").read_text()
+    assert written == page(found, pictures, jobs)
+    assert ("This run is not complete" in written) == (len(done) < len(jobs))
     readme = (records.ROOT / "README.md").read_text()
-    assert with_results(readme, headline(found), README_BEGIN, README_END) == readme
+    assert with_results(readme, headline(found, jobs), README_BEGIN, README_END) == readme

@@ -18,7 +18,6 @@ from benchmarks.icl import gate_figures, gate_report, gates
 from benchmarks.icl.fit import fit
 from benchmarks.icl.gate_reading import of_demonstrations, of_shifts
 from benchmarks.icl.gate_report import GateRow
-from benchmarks.icl.methods import TRAINED
 from benchmarks.icl.worlds import World, world
 from benchmarks.report import with_results
 
@@ -62,7 +61,7 @@ def before_projection(model: nn.Module, inputs: dict[str, Tensor], shifts: mc.Sh
 
 @pytest.mark.parametrize("steps", [0, 20])
 def test_a_gate_is_what_the_shift_adds_over_its_vector(llava: World, exact: Any, task: Any, steps: int) -> None:
-    shifts = fit(llava, task, TRAINED["mimic"], 0, steps).shifts
+    shifts = fit(llava, task, "mimic", 0, steps).shifts
     assert shifts is not None
     inputs = in_fp64(llava.prompter.collate(llava.prompts(task, 0, 0)[:1]).inputs)
     read = of_shifts(exact, shifts, inputs)
