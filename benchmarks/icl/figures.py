@@ -25,15 +25,17 @@ STYLES = {
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """The pictures there are rows for."""
+    """The pictures there are rows for. One of other rows does not stay."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {"samples": _samples, "shots": _shots, "distance": _distance}
     drawn = []
     for name, make in pictures.items():
-        figure = make(results)
-        if figure is not None:
-            drawn.append(folder / f"{name}.png")
-            figure.savefig(drawn[-1], dpi=130)
+        figure, path = make(results), folder / f"{name}.png"
+        if figure is None:
+            path.unlink(missing_ok=True)
+        else:
+            drawn.append(path)
+            figure.savefig(path, dpi=130)
     return drawn
 
 

@@ -96,14 +96,15 @@ MIDDLE = {
 }
 # Which of the four was best, with the digit models and with SmolLM2, where it is not the middle one.
 CHOSEN: dict[str, tuple[float, float]] = {
-    "lora": (1.0, 4.0),
-    "mimic": (1.0, 16.0),
+    "live": (1.0, 0.25),
+    "mimic": (1.0, 4.0),
     "virtual-kv-1": (1.0, 4.0),
     "virtual-kv-4": (1.0, 4.0),
-    "loreft": (1.0, 0.25),
-    "ia3": (1.0, 16.0),
-    "attn-bias": (1.0, 4.0),
-    "mlp-bias": (1.0, 4.0),
+    "hyper-icl": (1.0, 0.25),
+    "m2iv": (1.0, 4.0),
+    "i2cl": (1.0, 16.0),
+    "ia3": (1.0, 4.0),
+    "mlp-bias": (1.0, 16.0),
 }
 
 
