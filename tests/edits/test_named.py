@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import threading
 from functools import partial, wraps
 from types import ModuleType
 from typing import Any
@@ -21,7 +20,7 @@ from mimic_core.edits.packages import FlashCall
 from tests.support import flash_stand_ins, named_models, xformers_stand_in
 from tests.support.cases import random_shifts
 from tests.support.named_models import PACKED, STYLES, calling, decode, made, usual
-from tests.support.plain_models import pad_right
+from tests.support.plain_models import check_only_own_calls_are_edited, pad_right
 
 pytestmark = pytest.mark.usefixtures("no_shape_checks")
 IDS = torch.arange(14).view(2, 7) % 61
@@ -132,22 +131,8 @@ def test_a_file_that_is_loaded_under_two_names() -> None:
 
 
 def test_only_the_modules_own_calls_are_edited() -> None:
-    model, other = made("flash"), made("flash")
-    q, found = torch.randn(2, 6, 4, 8), []
-    wanted, plain = usual(q, q, q), model(IDS)[0]
-
-    def elsewhere(value: Tensor, at: mc.At) -> Tensor:
-        thread = threading.Thread(target=lambda: found.append(usual(q, q, q)))
-        thread.start()
-        thread.join()
-        found.append(usual(q, q, q))
-        assert torch.equal(other(IDS)[0], plain)
-        return value * 2
-
-    with mc.hook(model, "attn_heads", elsewhere, layers=[1]):
-        assert not torch.equal(model(IDS)[0], plain)
-    assert len(found) == 2
-    assert all(torch.equal(one, wanted) for one in found)
+    q = torch.randn(2, 6, 4, 8)
+    check_only_own_calls_are_edited(made("flash"), made("flash"), IDS, lambda: usual(q, q, q))
 
 
 def test_by_attribute_and_by_a_partial_and_in_a_file_that_comes_later(flash_attn: ModuleType) -> None:

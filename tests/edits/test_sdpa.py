@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -17,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mimic_core as mc
 from mimic_core.edits.call import SDPACall
-from tests.support.plain_models import Block, CausalSelfAttention, NanoGPT
+from tests.support.plain_models import Block, CausalSelfAttention, NanoGPT, check_only_own_calls_are_edited
 
 TORCHS = torch._C._nn.scaled_dot_product_attention
 IDS = torch.arange(12).view(2, 6)
@@ -59,26 +58,8 @@ def test_torchs_function_is_back_when_the_last_patch_is_gone() -> None:
 
 
 def test_only_the_modules_own_calls_are_edited() -> None:
-    model, other = made(), made()
-    plain = model(IDS)[0]
     q = torch.randn(2, 4, 6, 8)
-    wanted = F.scaled_dot_product_attention(q, q, q)
-    found: list[Tensor] = []
-
-    def elsewhere(value: Tensor, at: mc.At) -> Tensor:
-        """While the module runs: a call of the hook, one of another thread, and another model."""
-        thread = threading.Thread(target=lambda: found.append(F.scaled_dot_product_attention(q, q, q)))
-        thread.start()
-        thread.join()
-        found.append(F.scaled_dot_product_attention(q, q, q))
-        assert torch.equal(other(IDS)[0], plain)
-        return value * 2
-
-    with mc.hook(model, "attn_heads", elsewhere, layers=[1]):
-        assert not torch.equal(model(IDS)[0], plain)
-    assert len(found) == 2
-    assert all(torch.equal(one, wanted) for one in found)
-    assert torch.equal(model(IDS)[0], plain)
+    check_only_own_calls_are_edited(made(), made(), IDS, lambda: F.scaled_dot_product_attention(q, q, q))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

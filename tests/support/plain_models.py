@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import mimic_core as mc
 
 VOCABULARY, WIDTH = 61, 32
 Cache = list[tuple[Tensor, Tensor]]
@@ -153,3 +157,29 @@ def multi_head(**options: bool) -> Block:
     block = Block()
     block.attn = type("MultiHead", (MultiHead,), options)()
     return block
+
+
+def check_only_own_calls_are_edited(
+    model: nn.Module, other: nn.Module, ids: Tensor, attend: Callable[[], Tensor]
+) -> None:
+    """While a module with an edit runs, the calls of others are as they were: of a hook, another thread, another model.
+
+    Args:
+        other: A model with the same numbers.
+        attend: Calls the function by which the modules attend, always on the same numbers.
+    """
+    wanted, plain, found = attend(), model(ids)[0], []
+
+    def elsewhere(value: Tensor, at: mc.At) -> Tensor:
+        thread = threading.Thread(target=lambda: found.append(attend()))
+        thread.start()
+        thread.join()
+        found.append(attend())
+        assert torch.equal(other(ids)[0], plain)
+        return value * 2
+
+    with mc.hook(model, "attn_heads", elsewhere, layers=[1]):
+        assert not torch.equal(model(ids)[0], plain)
+    assert len(found) == 2
+    assert all(torch.equal(one, wanted) for one in found)
+    assert torch.equal(model(ids)[0], plain)
