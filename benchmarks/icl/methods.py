@@ -96,15 +96,17 @@ MIDDLE = {
 }
 # Which of the four was best, with the digit models and with SmolLM2, where it is not the middle one.
 CHOSEN: dict[str, tuple[float, float]] = {
-    "live": (1.0, 0.25),
+    "live": (16.0, 0.25),
     "mimic": (1.0, 4.0),
     "virtual-kv-1": (1.0, 4.0),
     "virtual-kv-4": (1.0, 4.0),
-    "hyper-icl": (1.0, 0.25),
+    "hyper-icl": (0.25, 0.25),
     "m2iv": (1.0, 4.0),
-    "i2cl": (1.0, 16.0),
-    "ia3": (1.0, 4.0),
+    "i2cl": (16.0, 16.0),
+    "ia3": (4.0, 4.0),
     "mlp-bias": (1.0, 16.0),
+    "mtv": (4.0, 1.0),
+    "caa": (4.0, 1.0),
 }
 
 
