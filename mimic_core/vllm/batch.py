@@ -104,10 +104,6 @@ class Tokens:
         first = int(of_tokens[here[0]])
         self.only = first if self.is_whole and bool((of_tokens[here] == first).all()) else None
 
-    def end(self) -> None:
-        """The step is over: what runs outside a step, such as a warm-up, has no stack."""
-        self.is_active = False
-
     def of(self, n: int) -> tuple[Tensor, Tensor]:
         """The rows and strengths of the first n tokens: those of the step, or also some that fill it up."""
         return self._step if n == len(self._step[0]) else (self._rows[:n], self._strengths[:n])

@@ -53,6 +53,7 @@ class Served:
         self._rows: dict[str, dict[Kind, int]] = {}  # of each part of a stack
         self._heads: dict[tuple[int, Site], list[Heads]] = {}
         self._edited: set[tuple[int, Site]] = set()
+        self._active: dict[tuple[int, Site], list[Heads]] = {}  # of the running step; outside one, no token has a stack
         self._ids: list[str] = []
         self._of_ids: dict[Kind, tuple[np.ndarray, np.ndarray]] = {}
         self._pending = 0
@@ -142,18 +143,17 @@ class Served:
         self._edited.add((layer, site))
 
     def _output(self, layer: int, site: Site, value: Tensor) -> Tensor:
-        return self._run(self._heads[layer, site], value)
+        return self._run(self._active.get((layer, site), ()), value)
 
     def _run(self, some: Sequence[Heads], value: Tensor, attention: paged.Attention | None = None) -> Tensor:
         for heads in some:
-            if heads.is_active:
-                value = heads(value, attention)
-                self._pending -= 1
+            value = heads(value, attention)
+            self._pending -= 1
         return value
 
     def _cache(self, layer: int, inner: Callable[..., Any], module: Any, key: Tensor, value: Tensor, *args: Any) -> Any:
         edited = (
-            self._run(self._heads.get((layer, site), ()), x) for site, x in zip(_IN_CACHE, (key, value), strict=True)
+            self._run(self._active.get((layer, site), ()), x) for site, x in zip(_IN_CACHE, (key, value), strict=True)
         )
         return inner(module, *edited, *args)
 
@@ -172,19 +172,19 @@ class Served:
         *more: Any,
         **kwargs: Any,
     ) -> Any:
-        # Outside a step there is no `meta`, and nothing is active.
-        of_query, of_heads = (self._heads.get((layer, site), ()) for site in _IN_ATTENTION)
-        if any(heads.is_active for heads in of_query):
+        of_query, of_heads = self._active.get((layer, "query"), ()), self._active.get((layer, "attn_heads"), ())
+        if of_query:
             n = meta.num_actual_tokens
             edited = self._run(of_query, query[:n], paged.Attention(impl, query[:n], cache, meta))
             query = torch.cat([edited, query[n:]])
-        if not any(heads.is_active for heads in of_heads):
+        if not of_heads:
             return inner(module, query, key, value, cache, meta, output, *more, **kwargs)
         with kernels.keeping(impl) as kept:
             result = inner(module, query, key, value, cache, meta, output, *more, **kwargs)
         n = meta.num_actual_tokens
-        before = output[:n]
-        edited = self._run(of_heads, before, paged.Attention(impl, query[:n], cache, meta, kept))
+        # Two views of all tokens would take 2 us of a layer.
+        before, query = (output, query) if len(output) == len(query) == n else (output[:n], query[:n])
+        edited = self._run(of_heads, before, paged.Attention(impl, query, cache, meta, kept))
         if edited is not before:
             before.copy_(edited)
         return result
@@ -198,7 +198,8 @@ class Served:
         step = Step(counts, batch.num_computed_tokens_cpu[: len(ids)], batch.num_prompt_tokens[: len(ids)])
         for kind, tokens in self._tokens.items():
             tokens.begin(*self._of_ids[kind], step)
-        self._pending = sum(heads.is_active for some in self._heads.values() for heads in some)
+        self._active = {key: some for key, all_ in self._heads.items() if (some := [x for x in all_ if x.is_active])}
+        self._pending = sum(map(len, self._active.values()))
         return inner(scheduled, counts)
 
     def _look_up(self, ids: list[str]) -> None:
@@ -225,9 +226,7 @@ class Served:
         try:
             result = inner(*args, **kwargs)
         finally:
-            pending, self._pending = self._pending, 0
-            for tokens in self._tokens.values():
-                tokens.end()
+            pending, self._pending, self._active = self._pending, 0, {}
         if pending:
             raise PatchStateError(f"a step ended with {pending} edits that did not run: answers would not be shifted")
         return result
