@@ -22,7 +22,7 @@ from ..errors import BenchmarkError
 from ..measure import FULL, QUICK
 from . import latency, plan, report
 from .rows import Row
-from .running import measure
+from .running import measure, planned
 from .setups import SETUPS
 
 RESULTS = records.ROOT / "docs" / "results"
@@ -68,11 +68,13 @@ def run(options: argparse.Namespace) -> None:
         rows = time_queries(options.worlds, rows, path, quick=options.quick)
     elif not options.report:
         rows = measure(jobs, rows, path, options.jobs)
-    if not options.report:
+    if whole:
+        rows = planned(rows, jobs)
+    if rows:
         # The file rounds. A report of what it holds is the same, to the byte, as one made from it later.
         records.write(path, rows, Row)
         rows = records.read(path, Row)
-    if not rows:
+    else:
         raise BenchmarkError(f"there is nothing to report in {path}; run without --report to measure first")
     print(report.text(rows, jobs))
     for written in report.write(rows, folder, into_readme=folder == RESULTS, jobs=jobs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +68,9 @@ class Fitted:
 class Samples:
     """Training samples as batches: with demonstrations drawn anew from the other samples, and without."""
 
-    def __init__(self, world: World, task: Task[Any], seed: int) -> None:
+    def __init__(self, world: World, task: Task[Any], seed: int, shots: int | None = None) -> None:
         self._world, self._task = world, task
+        self._shots = min(shots or world.shots, len(task.train) - 1)
         self._draw = random.Random(seed)
         self._order: list[int] = []
 
@@ -79,46 +80,86 @@ class Samples:
         while len(self._order) < size:
             self._order += self._draw.sample(range(len(pool)), len(pool))
         chosen, self._order = self._order[:size], self._order[size:]
-        shots = min(self._world.shots, len(pool) - 1)
         others = [[j for j in range(len(pool)) if j != i] for i in chosen]
-        shown = [[pool[j] for j in self._draw.sample(other, shots)] for other in others]
+        shown = [[pool[j] for j in self._draw.sample(other, self._shots)] for other in others]
         write, collate = self._world.prompter, self._world.prompter.collate
         with_demonstrations = [write(pool[i], demos) for i, demos in zip(chosen, shown, strict=True)]
         return collate(with_demonstrations), collate([write(pool[i]) for i in chosen])
 
 
-def fit(world: World, task: Task[Any], name: str, seed: int, steps: int, chosen: float | None = None) -> Fitted:
-    """Train a method on a task's training samples; the world's model is left as it was.
+class Fitting:
+    """The training of a method on a task's training samples; the world's model is left as it was.
+
+    Attributes:
+        model: The world's, or a copy of it with LoRA inside.
+        shifts: The stack that is trained, if there is one.
 
     Args:
+        steps: How many there will be.
         chosen: In place of the learning rate that was chosen for it; of MimIC + LoRA, that of MimIC.
     """
-    method = TRAINED[name]
-    own = chosen or rate(method.like or name, world.name)
-    rates = (own, rate("lora", world.name) if method.head is not None else own)
-    torch.manual_seed(seed)
+
+    def __init__(
+        self, world: World, task: Task[Any], name: str, seed: int, steps: int, chosen: float | None = None
+    ) -> None:
+        method = TRAINED[name]
+        own = chosen or rate(method.like or name, world.name)
+        rates = (own, rate("lora", world.name) if method.head is not None else own)
+        torch.manual_seed(seed)
+        model = world.model
+        if method.lora:
+            options = LoraConfig(r=method.lora, lora_alpha=2 * method.lora, target_modules=world.lora)
+            model = get_peft_model(copy.deepcopy(model), options)
+        shifts = None if method.head is None else mc.build_shifts(model, method.head)
+        groups = _groups(model, shifts, rates)
+        self.model, self.shifts, self._method = model, shifts, method
+        self.learned = [p for group in groups for p in group["params"]]
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=1e-3)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: warm_cosine(step, steps))
+        self._samples = Samples(world, task, seed, method.shots)
+        self._handle: mc.Handle | None = None
+        if shifts is not None and next(iter(shifts)).taken:
+            shown = [world.prompter(sample) for sample in task.train[:TAKEN_FROM]]
+            mc.estimate(model, shifts, [without_cache(world.prompter.collate(shown, left=True).inputs)])
+
+    @contextmanager
+    def applied(self) -> Iterator[Any]:
+        """The model with what is learned so far: `step` needs it."""
+        with nullcontext() if self.shifts is None else mc.patch(self.model, self.shifts) as self._handle:
+            yield self.model
+
+    def step(self) -> None:
+        """One step, inside `applied`."""
+        _loss(self.model, self._handle, self._method, *self._samples()).backward()
+        nn.utils.clip_grad_norm_(self.learned, 1.0)
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+
+
+def fit(
+    world: World,
+    task: Task[Any],
+    name: str,
+    seed: int,
+    steps: int,
+    chosen: float | None = None,
+    watch: Callable[[int, Any], None] | None = None,
+) -> Fitted:
+    """Train a method; `Fitting` says how.
+
+    Args:
+        watch: Called after each step with its number, from 1 on, and the model as it is then.
+    """
     start = time.perf_counter()
-    model = world.model
-    if method.lora:
-        options = LoraConfig(r=method.lora, lora_alpha=2 * method.lora, target_modules=world.lora)
-        model = get_peft_model(copy.deepcopy(model), options)
-    shifts = None if method.head is None else mc.build_shifts(model, method.head)
-    groups = _groups(model, shifts, rates)
-    learned = [p for group in groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps))
-    samples = Samples(world, task, seed)
-    if shifts is not None and next(iter(shifts)).taken:
-        shown = [world.prompter(sample) for sample in task.train[:TAKEN_FROM]]
-        mc.estimate(model, shifts, [without_cache(world.prompter.collate(shown, left=True).inputs)])
-    with nullcontext() if shifts is None else mc.patch(model, shifts) as handle:
-        for _ in range(steps):
-            _loss(model, handle, method, *samples()).backward()
-            nn.utils.clip_grad_norm_(learned, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    return Fitted(model, shifts, sum(p.numel() for p in learned), time.perf_counter() - start)
+    fitting = Fitting(world, task, name, seed, steps, chosen)
+    with fitting.applied() as model:
+        for number in range(1, steps + 1):
+            fitting.step()
+            if watch is not None:
+                watch(number, model)
+    parameters = sum(p.numel() for p in fitting.learned)
+    return Fitted(model, fitting.shifts, parameters, time.perf_counter() - start)
 
 
 def _groups(model: nn.Module, shifts: mc.ShiftStack | None, rates: tuple[float, float]) -> list[dict[str, Any]]:

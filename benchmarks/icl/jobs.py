@@ -16,10 +16,13 @@ from mimic_core.demo.tasks import Task
 
 from .fit import Fitted, fit
 from .methods import PROMPTED, TAKEN
-from .rows import Job, Row
+from .rows import Job, Row, accuracy_of
 from .stats import packed
 from .vectors import best_demonstrations, take
 from .worlds import CHUNK, World, last_token, world
+
+# How often accuracy is looked at during training.
+LOOKS = 8
 
 
 def do(job: Job) -> list[Row]:
@@ -29,11 +32,15 @@ def do(job: Job) -> list[Row]:
     task = place.task(job.task, job.samples, job.seed, job.held_out)
     blank = Row(**asdict(job))
 
-    def accuracy(model: Any, prompts: Sequence[Prompt], shots: int, **more: Any) -> Row:
-        right = place.right(model, prompts)
+    def accuracy(model: Any, prompts: Sequence[Prompt], shots: int, other: str = "", **more: Any) -> Row:
+        right = place.right(model, prompts, other)
         length = sum(prompt.answer_at for prompt in prompts) / len(prompts)
         found = {"value": sum(right) / len(right), "right": packed(right), "prompt_tokens": length, **more}
-        return replace(blank, what="accuracy", shots=shots, **found)
+        return replace(blank, what=accuracy_of(other), shots=shots, **found)
+
+    def asked_otherwise(model: Any, shots: int) -> list[Row]:
+        others = place.others if "others" in job.also else ()
+        return [accuracy(model, place.prompts(task, shots, job.seed, other=one), shots, one) for one in others]
 
     if job.method in PROMPTED:
         counts = {
@@ -51,17 +58,25 @@ def do(job: Job) -> list[Row]:
             else:
                 prompts = place.prompts(task, count, job.seed, similar=job.method == "retrieval")
             rows.append(accuracy(place.model, prompts, count))
+        rows += asked_otherwise(place.model, max(counts))
         if "distance" in job.also:
             rows += _distances(place, task, job, blank, Fitted(place.model, None, 0, 0.0))
         return rows
+    rows = []
+    plain = place.prompts(task, 0, job.seed)
+
+    def watch(step: int, model: Any) -> None:
+        if step < job.steps and step % max(1, job.steps // LOOKS) == 0:
+            rows.append(accuracy(model, plain, 0, after=step))
+
     if job.method in TAKEN:
         fitted = take(place, task, job.method, job.seed, job.rate)
     else:
-        fitted = fit(place, task, job.method, job.seed, job.steps, job.rate)
-    cost = {"parameters": fitted.parameters, "bytes": fitted.bytes()}
-    rows = []
+        fitted = fit(place, task, job.method, job.seed, job.steps, job.rate, watch if "steps" in job.also else None)
+    cost: dict[str, Any] = {"parameters": fitted.parameters, "bytes": fitted.bytes()}
     with fitted.applied() as model:
-        rows.append(accuracy(model, place.prompts(task, 0, job.seed), 0, **cost))
+        rows.append(accuracy(model, plain, 0, **cost))
+        rows += asked_otherwise(model, 0)
         if "shots" in job.also:
             for count in place.setup.added:
                 rows.append(accuracy(model, place.prompts(task, count, job.seed), count))

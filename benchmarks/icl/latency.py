@@ -1,4 +1,4 @@
-"""What a query costs after training: time to the first token and per token, against the unpatched model's."""
+"""What a method costs: time to the first token and per token; time and memory of a training step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,13 @@ import torch
 
 import mimic_core as mc
 
-from ..measure import Effort, interleaved
-from .fit import fit
+from ..measure import Effort, interleaved, peak_memory
+from .fit import Fitting, fit
 from .methods import MAIN, TRAINED
 from .rows import Row
 from .worlds import World, world
 
-WHAT = ("first token", "token")
+WHAT = ("first token", "token", "training step", "training memory")
 TASKS = {"llava": "3-digits", "idefics2": "3-digits", "smollm2": "capitals", "smolvlm": "in-french"}
 # Heads that act in one layer.
 SINGLE = {"task-vector": "task_vector", "function-vector": "function_vector", "caa": "caa"}
@@ -75,9 +75,37 @@ def contestants(place: World) -> dict[str, Contestant]:
 
 
 def rows(name: str, effort: Effort) -> list[Row]:
-    """Two rows a method: ratios within a round, to the unpatched model without demonstrations."""
+    """Rows of each method."""
     torch.set_num_threads(1)
     place = world(name)
+    return [*_of_queries(place, effort), *of_training(place, effort)]
+
+
+def of_training(place: World, effort: Effort) -> list[Row]:
+    """Two rows a trained method: the time of a step, as a ratio within a round to LoRA's, and the memory it needs."""
+    task = place.task(TASKS[place.name], place.setup.samples, 0, 8)
+    runs = {method: Fitting(place, task, method, 0, steps=1000) for method in (*MAIN, "mimic-teacher")}
+    calls, around = {n: one.step for n, one in runs.items()}, {n: partial(_trained, one) for n, one in runs.items()}
+    times, found = interleaved(calls, _clock, effort, around), []
+    for method, run in runs.items():
+        value, low, high = times.ratio(method, to="lora")
+        of = Row(world=place.name, method=method)
+        found.append(replace(of, what="training step", value=value, low=low, high=high))
+        with _trained(run):
+            found.append(replace(of, what="training memory", value=float(peak_memory(run.step, torch.device("cpu")))))
+    return found
+
+
+@contextmanager
+def _trained(run: Fitting) -> Iterator[None]:
+    """Inside, a step is not the first one after the model was patched, which takes longer."""
+    with run.applied():
+        run.step()
+        yield
+
+
+def _of_queries(place: World, effort: Effort) -> list[Row]:
+    """Two rows a method: ratios within a round, to the unpatched model without demonstrations."""
     runs = contestants(place)
     calls = {
         "first token": ({n: c.first for n, c in runs.items()}, {n: c.around for n, c in runs.items()}),
@@ -88,7 +116,7 @@ def rows(name: str, effort: Effort) -> list[Row]:
         times = interleaved(call, _clock, effort, around)
         for method in runs:
             value, low, high = times.ratio(method, to="zero-shot")
-            found.append(Row(what=what, world=name, method=method, value=value, low=low, high=high))
+            found.append(Row(what=what, world=place.name, method=method, value=value, low=low, high=high))
     return found
 
 

@@ -24,6 +24,7 @@ class Method:
         site: Where states are compared.
         weights: Of the layers in "align": "teacher" divides each by the teacher's mean square.
         like: The method whose learning rate it has; empty: its own.
+        shots: Demonstrations that the teacher sees; None: as many as the world's teachers do.
     """
 
     label: str
@@ -33,6 +34,7 @@ class Method:
     site: Site = "mlp_out"
     weights: Literal["teacher"] | None = None
     like: str = ""
+    shots: int | None = None
 
 
 MIMIC, LIVE = mc.MimICConfig(), mc.LIVEConfig()
@@ -57,6 +59,8 @@ TRAINED: dict[str, Method] = {
     "mimic-lm": Method("MimIC, likelihood alone", MIMIC, loss="lm", like="mimic"),
     "mimic-attn": Method("MimIC, aligned at attention outputs", MIMIC, loss="align", site="attn_out", like="mimic"),
     "mimic-layer": Method("MimIC, aligned at layer outputs", MIMIC, loss="align", site="layer_out", like="mimic"),
+    "mimic-1": Method("MimIC, 1 demonstration for the teacher", MIMIC, loss="align", like="mimic", shots=1),
+    "mimic-16": Method("MimIC, 16 demonstrations for the teacher", MIMIC, loss="align", like="mimic", shots=16),
     "live-align": Method("LIVE, with MimIC's loss", LIVE, loss="align", like="live"),
 }
 PROMPTED = {

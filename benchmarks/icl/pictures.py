@@ -84,7 +84,20 @@ def picture_task(name: str, samples: int, seed: int, held_out: int | None = None
 
 
 class PicturePrompter(Prompter):
-    """Writes a scene as its images, a colon, the answer and a newline, after demonstrations of the same form."""
+    """Writes a scene as its images, a colon, the answer and a newline, after demonstrations of the same form.
+
+    Args:
+        mark: What stands after the images, in place of the colon.
+        noise: The standard deviation of what is added to the pixels of held-out images, which go from -1 to 1.
+    """
+
+    def __init__(self, tokenizer: Any, device: torch.device, mark: str = ":", noise: float = 0.0) -> None:
+        super().__init__(tokenizer, device, mark)
+        known = images()
+        held_out = torch.zeros(len(known.pixels), 1, 1, 1)
+        held_out[known.held_out] = noise
+        drawn = torch.randn(known.pixels.shape, generator=torch.Generator().manual_seed(0))
+        self._pixels = (known.pixels + held_out * drawn).to(device, torch.bfloat16)
 
     def __call__(self, scene: Any, demonstrations: Iterable[Any] = ()) -> Prompt:
         """The prompt of one scene."""
@@ -94,8 +107,7 @@ class PicturePrompter(Prompter):
     def collate(self, prompts: Sequence[Prompt], left: bool = False) -> Batch:
         """A batch of prompts. Pad on the left for generation."""
         batch = super().collate(prompts, left)
-        pixels = images().pixels[[i for prompt in prompts for i in prompt.images]]
-        batch.inputs["pixel_values"] = pixels.to(self._device, torch.bfloat16)
+        batch.inputs["pixel_values"] = self._pixels[[i for prompt in prompts for i in prompt.images]]
         return batch
 
     def _line(self, pair: Any) -> tuple[list[int], int]:

@@ -27,14 +27,18 @@ from .words import WORD_TASKS
 SEEDS = {"smolvlm": 3, "smollm2": 5, "llava": 3, "idefics2": 3}
 # Methods are compared with this one.
 REFERENCE = "mimic"
-# Variations are tried where there is something to tell apart.
-VARIED = ("8-digits", "2-words")
+# Variations are tried where there is something to tell apart. With SmolLM2, these are of what the teacher is shown.
+VARIED = {"llava": ("8-digits", "2-words"), "smolvlm": ("next-number",), "smollm2": ("past-tense",)}
+SHOWN = ("mimic-1", "mimic-16")
 # In MimIC's loss, the last layer counts most. This one is tried on all tasks.
 VARIATION = "mimic-teacher"
 # Accuracy against the number of training samples: of these methods, on these tasks.
 CURVE = ("live", "lora", "mimic")
 CURVES = {("smolvlm", "in-french"), ("smolvlm", "made-up"), ("llava", "8-digits")}
 CURVE_SAMPLES = (5, 10, 20, 50, 100, 200)
+# Where the same questions are also asked otherwise, and where accuracy is looked at during training.
+OTHERS = {("smolvlm", "in-french"), ("smolvlm", "next-number"), ("smollm2", "past-tense"), ("smollm2", "capitals")}
+LOOKED_AT = {("smolvlm", "next-number"), ("smollm2", "past-tense"), ("llava", "8-digits")}
 # Whose hidden states are compared with those of demonstrations in SmolLM2, and on which task.
 DISTANCES, DISTANCE_TASK = ("zero-shot", "live", "lora", "mimic", "hyper-icl", "virtual-kv-4"), "past-tense"
 
@@ -43,15 +47,22 @@ def _job(world: str, task: str, seed: int, method: str, samples: int = 0, quick:
     setup = SETUPS[world]
     steps = setup.steps // (4 if quick else 1) if method in TRAINED else 0
     held_out = setup.held_out // (3 if quick else 1)
-    also = "" if samples or quick else _also(world, task, method)
+    also = "" if samples else _also(world, task, method)
+    if quick:
+        also = "others" if "others" in also.split() else ""
     return Job(world, task, seed, method, samples or setup.samples, steps, held_out, also, other_rate(method, world))
 
 
 def _also(world: str, task: str, method: str) -> str:
     """What is looked at beside accuracy."""
-    if world == "llava" and method in ("zero-shot", "task-vector", "function-vector", *CURVE, "mimic+lora"):
-        return "distance shots" if method in ("live", "mimic") else "distance"
-    return "distance" if world == "smollm2" and task == DISTANCE_TASK and method in DISTANCES else ""
+    of_llava = ("zero-shot", "task-vector", "function-vector", *CURVE, "mimic+lora")
+    is_asked = {
+        "distance": method in (of_llava if world == "llava" else DISTANCES if task == DISTANCE_TASK else ()),
+        "shots": world == "llava" and method in ("live", "mimic"),
+        "others": (world, task) in OTHERS and method in ("zero-shot", "icl", *TAKEN, *MAIN, VARIATION),
+        "steps": (world, task) in LOOKED_AT and method in (*MAIN, VARIATION),
+    }
+    return " ".join(what for what, is_so in is_asked.items() if is_so)
 
 
 def tasks(world: str) -> Sequence[str]:
@@ -68,7 +79,9 @@ def _of(world: str, seed: int) -> Iterator[Job]:
             yield _job(world, task, seed, VARIATION)
         if world == "llava":
             yield _job(world, task, seed, "mimic+lora")
-            yield from (_job(world, task, seed, one) for one in ABLATIONS if task in VARIED and one != VARIATION)
+        varied = ABLATIONS if world == "llava" else SHOWN
+        if task in VARIED.get(world, ()):
+            yield from (_job(world, task, seed, one) for one in varied if one != VARIATION)
 
 
 def _curves(seed: int) -> Iterator[Job]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 
 from ..records import ROOT
 from ..report import table, with_results
 from . import figures
 from .methods import ABLATIONS, LABELS, MAIN, PROMPTED, TAKEN
-from .plan import CURVE, CURVE_SAMPLES, CURVES, REFERENCE, VARIED
+from .plan import CURVE, CURVE_SAMPLES, CURVES, LOOKED_AT, REFERENCE, VARIATION, VARIED
 from .results import MODELS, Results, spread
 from .rows import Job, Row
 
@@ -85,14 +86,54 @@ def tables(results: Results, world: str) -> Iterator[str]:
     if against:
         yield "### Over all tasks"
         yield against
-    if list(results.lines(world, ABLATIONS)):
+    tasks = [task for task in VARIED.get(world, ()) if task in results.tasks(world)]
+    varied = [method for method in ABLATIONS if any(results.accuracies(world, task, method) for task in tasks)]
+    if varied:
         yield "### Variations"
-        tasks = [task for task in VARIED if task in results.tasks(world)]
-        yield comparison(results, world, ("mimic", "live", *ABLATIONS), tasks)
+        yield comparison(results, world, ("mimic", "live", *varied), tasks)
+    for title, part in (("Asked otherwise", asked_otherwise(results, world)), ("Training", training(results, world))):
+        if part:
+            yield f"### {title}"
+            yield part
     curve = by_samples(results, world)
     if curve:
         yield "### By training samples"
         yield curve
+
+
+def asked_otherwise(results: Results, world: str) -> str:
+    """Accuracy on the same questions in another form, on which nothing was trained."""
+    of = {(row.task, row.what) for row in results.rows if row.world == world and row.what.startswith("accuracy,")}
+    tasks = [task for task in results.tasks(world) if any(task == one for one, _ in of)]
+    columns = [(task, what) for task in tasks for what in ("accuracy", *sorted(w for one, w in of if one == task))]
+    lines = []
+    for label, method, shots in results.lines(world, (*PROMPTED, *TAKEN, *MAIN, VARIATION)):
+        cells = [results.cell(world, task, method, shots, what=what) for task, what in columns]
+        if any(cell != "-" for (_, what), cell in zip(columns, cells, strict=True) if what != "accuracy"):
+            lines.append([label, *cells])
+    heads = [what.replace("accuracy", task) for task, what in columns]
+    return table(["method", *heads], lines) if lines else ""
+
+
+def training(results: Results, world: str) -> str:
+    """Time and memory of a training step, and the steps to 95% of the demonstrations' accuracy."""
+    tasks = [task for task in results.tasks(world) if (world, task) in LOOKED_AT]
+    lines = []
+    for method in (*MAIN, VARIATION):
+        steps = [results.steps_to(world, task, method) for task in tasks]
+        step, memory = (results.number(world, method, what) for what in ("training step", "training memory"))
+        if not any(steps) and step is None:
+            continue
+        cells = []
+        for found in steps:
+            reached = [one for one in found if one is not None]
+            cells.append(" / ".join("-" if one is None else str(one) for one in found) or "-")
+            is_known = found and len(reached) == len(found) and step is not None
+            cells.append(f"{median(reached) * (step or 0):.0f}" if is_known else "-")
+        costs = [f"{step:.2f}" if step else "-", f"{memory / 1e6:.1f}" if memory else "-"]
+        lines.append([LABELS[method], *costs, *cells])
+    heads = [f"{task}, {what}" for task in tasks for what in ("steps to 95%, by seed", "time to 95%, in steps of LoRA")]
+    return table(["method", "a step over LoRA's", "MB of a step", *heads], lines) if lines else ""
 
 
 def by_samples(results: Results, world: str) -> str:

@@ -33,8 +33,12 @@ class Results:
         self.worlds = [name for name in MODELS if any(row.world == name for row in self.rows)]
         self._cells: dict[tuple[str, ...], dict[int, Row]] = {}
         self._planned: dict[tuple[str, ...], set[int]] = {}
+        self._steps: dict[tuple[str, ...], dict[int, dict[int, float]]] = {}
         for row in self.rows:
-            if row.layer is None and row.task:
+            if row.after is not None:
+                steps = self._steps.setdefault((row.world, row.task, row.method), {})
+                steps.setdefault(row.seed or 0, {})[row.after] = row.value or 0.0
+            elif row.layer is None and row.task:
                 key = (row.world, row.task, row.method, str(row.shots or 0), str(row.samples), row.what)
                 self._cells.setdefault(key, {})[row.seed or 0] = row
                 self._planned.setdefault((*key[:3], key[4]), set()).add(row.seed or 0)
@@ -69,24 +73,32 @@ class Results:
             len(self.of(world, task, method, shots)) == self.planned(world, task, method) for task in asked
         )
 
-    def cell(self, world: str, task: str, method: str, shots: int = 0, samples: int | None = None) -> str:
+    def cell(
+        self, world: str, task: str, method: str, shots: int = 0, samples: int | None = None, what: str = "accuracy"
+    ) -> str:
         """Mean and spread over seeds, and how many of them there are, if some are missing. Bold: differs."""
-        found = self.accuracies(world, task, method, shots, samples)
+        found = self.accuracies(world, task, method, shots, samples, what)
         wanted = self.planned(world, task, method, samples)
         if not found:
             return "-"
-        differs = None if method == REFERENCE else self.difference(world, method, [task], shots, samples)
+        differs = None if method == REFERENCE else self.difference(world, method, [task], shots, samples, what)
         text = spread(found) if differs is None or not differs.counts else f"**{spread(found)}**"
         return text if len(found) == wanted else f"{text} ({len(found)} of {wanted})"
 
     def difference(
-        self, world: str, method: str, tasks: Sequence[str], shots: int = 0, samples: int | None = None
+        self,
+        world: str,
+        method: str,
+        tasks: Sequence[str],
+        shots: int = 0,
+        samples: int | None = None,
+        what: str = "accuracy",
     ) -> Difference | None:
         """To the reference, on the same questions; None if a seed or a question's answer is missing."""
         sides: tuple[list[Answers], list[Answers]] = ([], [])
         for task in tasks:
             for side, (name, count) in zip(sides, ((method, shots), (REFERENCE, 0)), strict=True):
-                found = self.of(world, task, name, count, samples)
+                found = self.of(world, task, name, count, samples, what)
                 if not found or len(found) < self.planned(world, task, name, samples):
                     return None
                 if not all(row.right for row in found.values()):
@@ -105,6 +117,17 @@ class Results:
         of_task = [ranks([mean(self.accuracies(world, task, method)) for method in there]) for task in tasks]
         return {method: mean(one[i] for one in of_task) for i, method in enumerate(there)}
 
+    def steps_to(self, world: str, task: str, method: str, share: float = 0.95) -> list[int | None]:
+        """By seed: the first step that was looked at with this share of the demonstrations' accuracy; None: never."""
+        full, last = self.of(world, task, "icl", self.most_shots(world)), self.of(world, task, method)
+        found = []
+        for seed, looks in self._steps.get((world, task, method), {}).items():
+            if seed in full and seed in last:
+                at = {**looks, last[seed].steps or 0: last[seed].value or 0.0}
+                wanted = share * (full[seed].value or 0.0)
+                found.append(min((step for step, value in at.items() if value >= wanted), default=None))
+        return found
+
     def missing(self) -> dict[str, tuple[int, int]]:
         """By model: how many jobs have no rows yet, and how many there are."""
         done = {row.job for row in self.rows}
@@ -112,8 +135,10 @@ class Results:
         of = {world: [job for job in self.jobs if job.world == world] for world in worlds}
         return {world: (len([job for job in jobs if job not in done]), len(jobs)) for world, jobs in of.items()}
 
-    def accuracies(self, world: str, task: str, method: str, shots: int = 0, samples: int | None = None) -> list[float]:
-        return [row.value or 0.0 for row in self.of(world, task, method, shots, samples).values()]
+    def accuracies(
+        self, world: str, task: str, method: str, shots: int = 0, samples: int | None = None, what: str = "accuracy"
+    ) -> list[float]:
+        return [row.value or 0.0 for row in self.of(world, task, method, shots, samples, what).values()]
 
     def shares(self, world: str, task: str, method: str, shots: int = 0) -> list[float]:
         """Of the gap, seed by seed; seeds whose gap is under a tenth have none."""
@@ -157,8 +182,12 @@ class Results:
 
     def time(self, world: str, method: str, what: str) -> str:
         """Median over the unpatched model's without demonstrations."""
-        found = [row for row in self.rows if (row.world, row.method, row.what) == (world, method, what)]
-        return f"{found[0].value or 0:.2f}" if found else "-"
+        found = self.number(world, method, what)
+        return "-" if found is None else f"{found:.2f}"
+
+    def number(self, world: str, method: str, what: str) -> float | None:
+        """Of a row that is of no task: a time, or memory."""
+        return next((r.value for r in self.rows if (r.world, r.method, r.what) == (world, method, what)), None)
 
 
 def spread(values: Sequence[float]) -> str:

@@ -17,7 +17,7 @@ class Job:
         steps: Of training; 0: nothing is trained.
         held_out: Held-out questions asked.
         also: What is measured besides accuracy without demonstrations: "distance" (of states to the teacher's), "shots"
-            (with demonstrations added).
+            (with demonstrations added), "others" (the same questions in other forms), "steps" (accuracy in training).
         rate: In place of the middle one that was tried (`methods.MIDDLE`).
     """
 
@@ -37,10 +37,12 @@ class Row(Machine):
     """One number. The columns of `Job` say of what.
 
     Attributes:
-        what: "accuracy" (share of held-out questions answered right), "distance" (L2, of the hidden states where the
-            prompt ends, to those with demonstrations, mean over questions), "first token" and "token" (time over the
-            unpatched model's without demonstrations).
+        what: "accuracy" (share of held-out questions answered right), the same with the name of another form after a
+            comma, "distance" (L2, of the hidden states where the prompt ends, to those with demonstrations, mean over
+            questions), "first token" and "token" (time over the unpatched model's without demonstrations), "training
+            step" (time over LoRA's), "training memory" (bytes that a step holds at most).
         shots: Demonstrations in the prompt.
+        after: Steps of training; empty: all.
         value: The number; `low` and `high` around it where it is a median.
         right: Of an accuracy: which questions were answered right (`stats.packed`). The oldest rows lack it.
         parameters: Learned, or taken from activations.
@@ -60,6 +62,7 @@ class Row(Machine):
     also: str = ""
     rate: float | None = None
     shots: int | None = None
+    after: int | None = None
     layer: int | None = None
     value: float | None = None
     right: str = ""
@@ -84,3 +87,8 @@ class Row(Machine):
             self.also,
             self.rate,
         )
+
+
+def accuracy_of(other: str = "") -> str:
+    """What a row is of that has the accuracy of questions, or of questions that are asked otherwise."""
+    return f"accuracy, {other}" if other else "accuracy"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -17,10 +17,16 @@ from .jobs import do
 from .rows import Job, Row
 
 
+def planned(rows: Iterable[Row], jobs: Iterable[Job]) -> list[Row]:
+    """The rows of these jobs, and the times, which are of none."""
+    wanted = set(jobs)
+    return [row for row in rows if row.job in wanted or row.what in latency.WHAT]
+
+
 def measure(jobs: Sequence[Job], rows: list[Row], path: Path, processes: int) -> list[Row]:
     """Run the jobs that have no rows yet. The rows of each job are written as soon as it ends."""
     jobs = list(dict.fromkeys(jobs))
-    rows = [row for row in rows if row.job in set(jobs) or row.what in latency.WHAT]
+    rows = planned(rows, jobs)
     done = {row.job for row in rows}
     missing = [job for job in jobs if job not in done]
     machine = records.this_machine(torch.device("cpu"))

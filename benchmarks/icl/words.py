@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from mimic_core.demo.prompts import Prompt, Prompter
 from mimic_core.demo.tasks import TASKS, Pair, Task, split
 
 from .sentences import contractions, dates, places, sentiment
@@ -63,3 +66,11 @@ WORD_TASKS = {
 def word_task(name: str, samples: int, seed: int, held_out: int | None) -> Task[Pair]:
     """A task's pairs, split at random: no training pair's question is among the held-out."""
     return split(name, WORD_TASKS[name](), samples, f"{name} {seed}", held_out)
+
+
+class CapitalsPrompter(Prompter):
+    """Asks in capital letters, after demonstrations as they are."""
+
+    def __call__(self, pair: Pair, demonstrations: Iterable[Pair] = ()) -> Prompt:
+        """The prompt of one pair."""
+        return super().__call__((pair[0].upper(), pair[1]), demonstrations)

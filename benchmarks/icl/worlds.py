@@ -20,9 +20,10 @@ from mimic_core.demo.tasks import Pair, Task
 from . import smolvlm
 from .pictures import PicturePrompter, picture_task
 from .setups import SETUPS, Setup
-from .words import word_task
+from .words import CapitalsPrompter, word_task
 
 CHUNK = 64
+WORDING = "other wording"
 
 
 def last_token(inputs: dict[str, Tensor]) -> Tensor:
@@ -41,6 +42,7 @@ class World:
         setup: How much of everything its tasks get.
         shots: Demonstrations a teacher sees, and the k of k-shot.
         lora: The modules LoRA goes into, as a regular expression.
+        others: By a name, prompters that ask the same questions otherwise. Nothing is trained on them.
 
     Args:
         setup: Another one than the comparison's.
@@ -53,15 +55,23 @@ class World:
         self.shots = max(self.setup.shots)
         self.model: Any
         self.prompter: Any
+        self.others: dict[str, Any] = {}
         self.lora = r".*(language_model|text_model).*self_attn\.(q_proj|k_proj|v_proj|o_proj)"
         if name == "smollm2":
             self.model, tokenizer = load_model()
             self.model.to(dtype)
-            self.prompter = Prompter(tokenizer, next(self.model.parameters()).device)
+            told = tokenizer, next(self.model.parameters()).device
+            self.prompter = Prompter(*told)
+            self.others = {WORDING: Prompter(*told, mark=" ->"), "in capitals": CapitalsPrompter(*told)}
             self.lora = r".*self_attn\.(q_proj|k_proj|v_proj|o_proj)"
         elif name == "smolvlm":
             self.model, tokenizer = smolvlm.load()
-            self.prompter = PicturePrompter(tokenizer, next(self.model.parameters()).device)
+            told = tokenizer, next(self.model.parameters()).device
+            self.prompter = PicturePrompter(*told)
+            self.others = {
+                WORDING: PicturePrompter(*told, mark=" ->"),
+                "noisy pictures": PicturePrompter(*told, noise=0.5),
+            }
         else:
             self.model = load_digit_model(name)
             self.prompter = DigitPrompter(self.model)
@@ -72,30 +82,36 @@ class World:
         return make(name, samples, seed, held_out)
 
     @torch.no_grad()
-    def right(self, model: Any, prompts: Sequence[Prompt]) -> list[bool]:
-        """Whether greedy, cached decoding gives exactly the answer, prompt by prompt."""
+    def right(self, model: Any, prompts: Sequence[Prompt], other: str = "") -> list[bool]:
+        """Whether greedy, cached decoding gives exactly the answer, prompt by prompt.
+
+        Args:
+            other: Whose prompts they are, of `others`.
+        """
+        collate = (self.others[other] if other else self.prompter).collate
         found: list[bool] = []
         for start in range(0, len(prompts), CHUNK):
             chunk = prompts[start : start + CHUNK]
-            inputs = self.prompter.collate([prompt.question for prompt in chunk], left=True).inputs
+            inputs = collate([prompt.question for prompt in chunk], left=True).inputs
             answers = [prompt.ids[prompt.answer_at :] for prompt in chunk]
             new = max(map(len, answers))
             out = model.generate(**inputs, max_new_tokens=new, do_sample=False)[:, inputs["input_ids"].shape[1] :]
             found += [row[: len(a)] == a for row, a in zip(out.tolist(), answers, strict=True)]
         return found
 
-    def prompts(self, task: Task[Any], shots: int, seed: int, similar: bool = False) -> list[Prompt]:
-        """Held-out questions, each with demonstrations from the training samples: drawn at random, or most similar."""
-        draw = random.Random(seed)
+    def prompts(self, task: Task[Any], shots: int, seed: int, similar: bool = False, other: str = "") -> list[Prompt]:
+        """Held-out questions, each with demonstrations from the training samples: drawn at random, or most similar.
+
+        Args:
+            other: Who writes them, of `others`.
+        """
+        draw, write = random.Random(seed), self.others[other] if other else self.prompter
         if not similar:
-            return [self.prompter(sample, draw.sample(task.train, shots)) for sample in task.held_out]
+            return [write(sample, draw.sample(task.train, shots)) for sample in task.held_out]
         near = self._likeness(task.held_out) @ self._likeness(task.train).T
         # The most similar comes last, next to the question.
         chosen = near.topk(shots, dim=1).indices.flip(1).tolist()
-        return [
-            self.prompter(sample, [task.train[i] for i in row])
-            for sample, row in zip(task.held_out, chosen, strict=True)
-        ]
+        return [write(sample, [task.train[i] for i in row]) for sample, row in zip(task.held_out, chosen, strict=True)]
 
     def _likeness(self, samples: Sequence[Any]) -> Tensor:
         """Unit vectors whose products say how alike samples are: pixels, or letter pairs."""

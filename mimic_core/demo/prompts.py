@@ -31,9 +31,12 @@ class Prompter:
     """Writes a pair as `France: Paris` and a newline, after lines of the same form for the demonstrations.
 
     Each line is tokenised separately, so a query and its answer have the same tokens with and without demonstrations.
+
+    Args:
+        mark: What stands after a query, in place of the colon.
     """
 
-    def __init__(self, tokenizer: Any, device: torch.device) -> None:
+    def __init__(self, tokenizer: Any, device: torch.device, mark: str = ":") -> None:
         # The first token is an attention sink. It must be the same with and without demonstrations. If the first token
         # of the query were there instead, the alignment loss would become very large.
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -44,6 +47,7 @@ class Prompter:
         self._bos: int = bos
         self._tokenizer = tokenizer
         self._device = device
+        self._mark = mark
 
     def __call__(self, pair: Pair, demonstrations: Iterable[Pair] = ()) -> Prompt:
         """The prompt of one pair."""
@@ -64,8 +68,8 @@ class Prompter:
     def _line(self, pair: Pair) -> tuple[list[int], int]:
         """The tokens of a line, and the index of the first token of the answer."""
         query, answer = pair
-        line = self._tokenizer(f"{query}: {answer}\n", add_special_tokens=False)["input_ids"]
-        alone = self._tokenizer(f"{query}:", add_special_tokens=False)["input_ids"]
+        line = self._tokenizer(f"{query}{self._mark} {answer}\n", add_special_tokens=False)["input_ids"]
+        alone = self._tokenizer(f"{query}{self._mark}", add_special_tokens=False)["input_ids"]
         same = 0
         while same < len(alone) and line[same] == alone[same]:
             same += 1

@@ -188,7 +188,8 @@ def test_the_plan_is_whole() -> None:
         for method in plan.CURVE:
             counts = {job.samples for job in jobs if (job.world, job.task, job.method) == (one, name, method)}
             assert counts >= set(plan.CURVE_SAMPLES)
-    assert {job.method for job in jobs if job.task in plan.VARIED} >= set(ABLATIONS)
+    assert {job.method for job in jobs if job.task in plan.VARIED["llava"]} >= set(ABLATIONS)
+    assert {(job.world, job.task) for job in jobs} >= plan.OTHERS | plan.LOOKED_AT
     # What a stopped run leaves is whole seeds.
     first = [job for job in jobs if job.world == "smollm2"]
     assert [job.seed for job in first] == sorted(job.seed for job in first)

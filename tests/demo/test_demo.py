@@ -10,21 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mimic_core.demo.__main__ import main
 from mimic_core.demo.prompts import Prompter
 from mimic_core.demo.tasks import TASKS, DemoError, make_task
+from tests.support.byte_tokenizer import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    vocab = {letter: i for i, letter in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    return byte_tokenizer()
 
 
 @pytest.mark.parametrize("name", TASKS)
