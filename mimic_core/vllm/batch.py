@@ -67,16 +67,28 @@ class Tokens:
         self.is_whole = False
         self.version = 0
         self._last = np.zeros(0, dtype=np.int64)
+        self._seen: tuple[np.ndarray, ...] = ()
         self._step: tuple[Tensor, Tensor] = (self._rows, self._strengths)
         self._chosen: tuple[Tensor, Tensor] | None = None
 
-    def begin(self, rows: np.ndarray, strengths: np.ndarray, step: Step) -> None:
-        """Say what the next step runs.
+    def begin(self, rows: np.ndarray, strengths: np.ndarray, step: Step) -> bool:
+        """Say what the next step runs. Returns whether it is something else than in the step before.
 
         Args:
-            rows: The row of each request's stack [r]; -1: it has none of this kind.
-            strengths: [r].
+            rows: The row of each request's stack [r]; -1: it has none of this kind. Another array if one changes.
+            strengths: [r]. The same.
         """
+        # Steps that decode are alike until a request comes or goes, if a stack acts on all tokens. To work it out again
+        # takes as long as LIVE in ten layers.
+        if self._positions == "all":
+            seen = self._seen
+            if seen and rows is seen[0] and strengths is seen[1] and np.array_equal(step.counts, seen[2]):
+                return False
+            self._seen = rows, strengths, step.counts.copy()
+        self._begin(rows, strengths, step)
+        return True
+
+    def _begin(self, rows: np.ndarray, strengths: np.ndarray, step: Step) -> None:
         has = (rows >= 0) & (strengths != 0) & step.reaches(self._positions)
         self.is_active = bool(has.any())
         if not self.is_active:

@@ -53,7 +53,8 @@ class Served:
         self._rows: dict[str, dict[Kind, int]] = {}  # of each part of a stack
         self._heads: dict[tuple[int, Site], list[Heads]] = {}
         self._edited: set[tuple[int, Site]] = set()
-        self._active: dict[tuple[int, Site], list[Heads]] = {}  # of the running step; outside one, no token has a stack
+        self._active: dict[tuple[int, Site], list[Heads]] = {}  # in a step; outside one, no token has a stack
+        self._in_step: dict[tuple[int, Site], list[Heads]] | None = None  # those of the last step
         self._ids: list[str] = []
         self._of_ids: dict[Kind, tuple[np.ndarray, np.ndarray]] = {}
         self._pending = 0
@@ -126,7 +127,7 @@ class Served:
                 for site in head.edits():
                     module = self._layers[layer].sites[site]
                     self._heads[layer, site].append(Heads(stacks, layer, site, module, self._tokens[kind]))
-        self._ids = []
+        self._ids, self._in_step = [], None
 
     def _edit(self, layer: int, site: Site) -> None:
         if (layer, site) in self._edited:
@@ -196,9 +197,11 @@ class Served:
         if ids != self._ids or scheduled.scheduled_new_reqs:
             self._look_up(ids)
         step = Step(counts, batch.num_computed_tokens_cpu[: len(ids)], batch.num_prompt_tokens[: len(ids)])
-        for kind, tokens in self._tokens.items():
-            tokens.begin(*self._of_ids[kind], step)
-        self._active = {key: some for key, all_ in self._heads.items() if (some := [x for x in all_ if x.is_active])}
+        differs = [tokens.begin(*self._of_ids[kind], step) for kind, tokens in self._tokens.items()]
+        if any(differs) or self._in_step is None:
+            found = {key: [one for one in some if one.is_active] for key, some in self._heads.items()}
+            self._in_step = {key: some for key, some in found.items() if some}
+        self._active = self._in_step
         self._pending = sum(map(len, self._active.values()))
         return inner(scheduled, counts)
 
