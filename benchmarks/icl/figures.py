@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from .methods import LABELS
+from .methods import LABELS, MAIN, TAKEN
 from .plan import CURVE, CURVE_SAMPLES, CURVES
 from .results import Results
 
@@ -27,7 +27,7 @@ STYLES = {
 def draw(results: Results, folder: Path) -> list[Path]:
     """The pictures there are rows for. One of other rows does not stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = {"samples": _samples, "shots": _shots, "distance": _distance}
+    pictures = {"cost": _cost, "samples": _samples, "shots": _shots, "distance": _distance}
     drawn = []
     for name, make in pictures.items():
         figure, path = make(results), folder / f"{name}.png"
@@ -67,6 +67,45 @@ def _line(
     if band:
         axes.fill_between(xs, low, high, color=STYLES[method]["color"], alpha=0.15, linewidth=0)
     axes.plot(xs, middle, label=LABELS[method], markersize=5, linewidth=1.6, **STYLES[method])
+
+
+def costs(results: Results, world: str) -> dict[str, tuple[float, float]]:
+    """By method: the time to the first token, and the mean accuracy over tasks, if all of it has been measured."""
+    found = {}
+    for method in ("zero-shot", "icl", *TAKEN, *MAIN):
+        shots = results.most_shots(world) if method == "icl" else 0
+        time = results.number(world, method, "first token")
+        if time is not None and results.whole(world, method, shots):
+            tasks = [results.accuracies(world, task, method, shots) for task in results.tasks(world)]
+            found[method] = time, mean(mean(task) for task in tasks if task)
+    return found
+
+
+def _cost(results: Results) -> Any:
+    found = {world: points for world in results.worlds if len(points := costs(results, world)) > 1}
+    if not found:
+        return None
+    figure, grid = _figure(len(found), "Accuracy, mean over tasks, against what a question costs")
+    for axes, (world, points) in zip(grid, found.items(), strict=True):
+        for place, (method, (time, accuracy)) in enumerate(sorted(points.items(), key=lambda point: point[1][1])):
+            style = STYLES.get(method, {"color": "#777777", "marker": "."})
+            axes.plot([time], [accuracy], linestyle="", markersize=6, **style)
+            # Methods that cost the same are one above the other: their names take turns, left and right.
+            side = 1 if place % 2 else -1
+            axes.annotate(
+                LABELS[method],
+                (time, accuracy),
+                (5 * side, 0),
+                textcoords="offset points",
+                fontsize=6,
+                ha="left" if side > 0 else "right",
+                va="center",
+            )
+        axes.set_title(world, fontsize=10)
+        axes.margins(x=0.5)
+        axes.set_xlabel("time to first token, unpatched = 1")
+    grid[0].set_ylabel("held-out accuracy")
+    return figure
 
 
 def _samples(results: Results) -> Any:

@@ -374,7 +374,9 @@ def test_the_pages_say_the_results_and_what_is_missing() -> None:
     found, jobs = records.read(RESULTS / "icl.csv", Row), plan.full()
     done = {row.job for row in found if row.what not in latency.WHAT}
     assert done <= set(jobs)
-    pictures = [path for name in ("samples", "shots", "distance") if (path := RESULTS / f"{name}.png").is_file()]
+    pictures = [
+        path for name in ("cost", "samples", "shots", "distance") if (path := RESULTS / f"{name}.png").is_file()
+    ]
     written = (RESULTS / "README.md").read_text()
     assert written == page(found, pictures, jobs)
     assert ("This run is not complete" in written) == (len(done) < len(jobs))

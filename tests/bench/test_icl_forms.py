@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.icl import latency, plan
+from benchmarks.icl.figures import costs, draw
 from benchmarks.icl.fit import Samples
 from benchmarks.icl.jobs import LOOKS, do
 from benchmarks.icl.methods import MAIN
@@ -120,6 +122,16 @@ def test_tables_say_what_the_rows_say() -> None:
     assert cells(steps, "LIVE") == ["-", "-", "-", "-"]
     assert results.accuracies("llava", "8-digits", "mimic") == [0.75], "what was seen in training is no result"
     assert "### Asked otherwise" in page(rows(), [])
+
+
+def test_the_cost_of_a_method_is_there_if_all_of_it_was_measured(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    times = [Row(what="first token", world="llava", method=m, value=v) for m, v in (("icl", 2.1), ("mimic", 1.1))]
+    seen = [*rows(), *times]
+    assert costs(Results(seen), "llava") == {"icl": (2.1, 0.75), "mimic": (1.1, 0.75)}
+    assert {path.name for path in draw(Results(seen), tmp_path)} == {"cost.png"}
+    more = [row.job for row in seen if row.task and row.method == "mimic"]
+    assert costs(Results(seen, [replace(job, seed=1) for job in more]), "llava") == {"icl": (2.1, 0.75)}
 
 
 def test_tables_of_nothing_are_not_there() -> None:
