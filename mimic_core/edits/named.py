@@ -24,13 +24,16 @@ from .replaced import ReplacedMethod
 _TORCHS: Any = torch._C._nn.scaled_dot_product_attention  # pyright: ignore[reportAttributeAccessIssue]
 SDPA, TORCHS_FILE = "scaled_dot_product_attention", "torch.nn.functional"
 # The functions and where packages have them.
-_FLASH = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
+_PACKED = ("flash_attn_qkvpacked_func", "flash_attn_kvpacked_func")
+_PACKED += ("flash_attn_varlen_qkvpacked_func", "flash_attn_varlen_kvpacked_func")
+_FLASH = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", *_PACKED)
 XFORMERS, FLEX = "memory_efficient_attention", "flex_attention"
 _HOMES = {
     TORCHS_FILE: (SDPA,),
     "torch.nn.attention.flex_attention": (FLEX,),
     **dict.fromkeys(("xformers.ops", "xformers.ops.fmha"), (XFORMERS,)),
     **dict.fromkeys(("flash_attn", "flash_attn.flash_attn_interface", "flash_attn_interface"), _FLASH),
+    **dict.fromkeys(("flash_attn.cute", "flash_attn.cute.interface"), _FLASH[:2]),
 }
 # They call what they have replaced: `original`.
 _OURS = (__name__, "mimic_core.testing.oracle")

@@ -108,16 +108,48 @@ class PackageCall(AttentionView):
 
 
 # What a flash function may be given, besides what changes nothing.
-_FLASH = ("q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size", "softcap", "s_aux")
+_SINKS = ("s_aux", "learnable_sink")
+_FLASH = ("q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size", "softcap", *_SINKS)
 _PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 _CACHED = ("k_cache", "v_cache", "cache_seqlens")
-_RETURNS_LSE = ("return_attn_probs", "return_softmax_lse")
-_NOTHING = ("deterministic", "num_splits", "pack_gqa", "sm_margin", "rotary_interleaved")
+_RETURNS_LSE = ("return_attn_probs", "return_softmax_lse", "return_lse")
+_NOTHING = ("deterministic", "num_splits", "pack_gqa", "sm_margin", "rotary_interleaved", "min_seqlen_k")
 _KNOWN = frozenset((*_FLASH, *_PACKED, *_CACHED, *_RETURNS_LSE, *_NOTHING))
 
 
+class _Stacked:
+    """Arguments of a function that gets query, key and value, or key and value, as one tensor, and what it gets else.
+
+    Attributes:
+        given: The arguments as of the function that gets them one by one.
+    """
+
+    def __init__(self, function: Callable[..., Any], given: dict[str, Any]) -> None:
+        self._function, self.given = function, dict(given)
+        self._name = next((name for name in ("qkv", "kv") if name in given), "")
+        if self._name:
+            self._whole: Tensor = self.given.pop(self._name)
+            self._parts = self._whole.unbind(-3)
+            self.given |= zip(self._name, self._parts, strict=True)
+        self._shared = [name for name in ("cu_seqlens", "max_seqlen") if name in given]
+        for name in self._shared:
+            x = self.given.pop(name)
+            self.given |= {f"{name}_q": x, f"{name}_k": x}
+
+    def __call__(self, **given: Any) -> Any:
+        """Call the function with other arguments."""
+        if self._name:
+            parts = [given.pop(name) for name in self._name]
+            same = all(one is other for one, other in zip(parts, self._parts, strict=True))
+            given[self._name] = self._whole if same else torch.stack(parts, -3)
+        for name in self._shared:
+            given[name] = given.pop(f"{name}_q")
+            del given[f"{name}_k"]
+        return self._function(**given)
+
+
 class FlashCall(PackageCall):
-    """`flash_attn_func`, `flash_attn_varlen_func` or `flash_attn_with_kvcache`.
+    """A function of flash-attn: `flash_attn_func`, with the tokens of all samples in one row, or with its cache.
 
     Tokens in packed rows are one row, [1 h n d], if they are not those of the batch without padding.
 
@@ -136,18 +168,22 @@ class FlashCall(PackageCall):
         kwargs: Mapping[str, Any],
         tokens: tuple[int, int] | None,
     ) -> None:
-        given = arguments(function, args, kwargs)
+        self._call = _Stacked(function, arguments(function, args, kwargs))
+        given = self._call.given
         super().__init__(function, module, given)
         odd = [x for x in given if x not in _KNOWN and given[x] is not None]
         if odd := [x for x in odd if given[x] is not parameters(function).get(x)]:
             raise Odd(f"got {', '.join(odd)}, which is not understood")
         q: Tensor = given["q"]
-        self._cached, self._is_packed = "k_cache" in given, "cu_seqlens_q" in given
+        self._cached, self._is_packed = "k_cache" in given, given.get("cu_seqlens_q") is not None
+        if self._is_packed and any(given.get(name) is None for name in _PACKED):
+            raise Odd(f"got packed rows without all of {', '.join(_PACKED)}")
         if q.ndim != 4 - self._is_packed:
             raise Odd(f"got queries {list(q.shape)}, but {'[n h d]' if self._is_packed else '[b t h d]'} is needed")
         scale, softcap = given.get("softmax_scale"), given.get("softcap")
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
-        self._softcap, self._sinks = softcap or None, given.get("s_aux")
+        self._softcap = softcap or None
+        self._sinks = next((given[name] for name in _SINKS if given.get(name) is not None), None)
         self._rows = 1
         if self._is_packed and tokens is not None and tokens[0] * tokens[1] == q.shape[0] == given["k"].shape[0]:
             self._rows = tokens[0]
@@ -205,11 +241,12 @@ class FlashCall(PackageCall):
         given, known = self.given, parameters(self._function)
         ask = next((name for name in _RETURNS_LSE if name in known), None) if reads_lse else None
         asks = {} if ask is None or given.get(ask) or not self._lse_is_the_functions() else {ask: True}
-        raw = self._function(**{**given, **edited, **asks})
+        raw = self._call(**{**given, **edited, **asks})
         out = raw[0] if isinstance(raw, tuple) else raw
         if asks:
             self._lse = self._of_function(raw[1])
-        self.attended = out if asks else raw
+        # The fourth flash-attn returns a tuple in any case.
+        self.attended = out if asks and "return_lse" not in asks else raw
         return self._site(out).transpose(1, 2)
 
     def _edited(self) -> dict[str, Tensor]:

@@ -13,8 +13,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-_FLASH = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
+_PACKED = ("flash_attn_qkvpacked_func", "flash_attn_kvpacked_func")
+_PACKED += ("flash_attn_varlen_qkvpacked_func", "flash_attn_varlen_kvpacked_func")
+_FLASH = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", *_PACKED)
 _WHERE = {"flash_attn": _FLASH, "flash_attn_interface": _FLASH, "flash_attn.flash_attn_interface": _FLASH}
+_WHERE |= {"flash_attn.cute": _FLASH[:2], "flash_attn.cute.interface": _FLASH[:2]}
 _WHERE |= {"xformers.ops": ("memory_efficient_attention",), "torch.nn.attention.flex_attention": ("flex_attention",)}
 
 
@@ -92,9 +95,27 @@ def read(kind: str, function: Callable[..., Any], args: Any, kwargs: Any, batch:
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     given = dict(bound.arguments)
+    if kind in _PACKED:
+        function, given = _by_themselves(function, given)
+        kind = "flash_attn_varlen_func" if "varlen" in kind else "flash_attn_func"
     readers = {"flash_attn_varlen_func": _varlen, "flash_attn_with_kvcache": _kvcache}
     readers |= {"memory_efficient_attention": _xformers, "flex_attention": _flex}
     return readers.get(kind, _flash)(function, given, batch)
+
+
+def _by_themselves(function: Callable[..., Any], given: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A function that is given query, key and value, or key and value, in one tensor: as one that is not."""
+    name = "qkv" if "qkv" in given else "kv"
+    both = [x for x in ("cu_seqlens", "max_seqlen") if x in given]
+
+    def plain(**given: Any) -> Any:
+        rest = {x: y for x, y in given.items() if x not in name and x[:-2] not in both}
+        whole = torch.stack([given[x] for x in name], -3)
+        return function(**{name: whole}, **rest, **{x: given[f"{x}_q"] for x in both})
+
+    rest = {x: y for x, y in given.items() if x != name and x not in both}
+    rest |= {x: given[name].select(-3, i) for i, x in enumerate(name)}
+    return plain, rest | {f"{x}_{end}": given[x] for x in both for end in "qk"}
 
 
 def _first(found: Any) -> Tensor:
@@ -104,7 +125,8 @@ def _first(found: Any) -> Tensor:
 def _flash_options(given: dict[str, Any]) -> dict[str, Any]:
     options = {"scaling": given["softmax_scale"], "is_causal": False}
     options |= {"softcap": given["softcap"]} if given.get("softcap") else {}
-    return options | ({"s_aux": given["s_aux"]} if given.get("s_aux") is not None else {})
+    sinks = next((given[x] for x in ("s_aux", "learnable_sink") if given.get(x) is not None), None)
+    return options if sinks is None else options | {"s_aux": sinks}
 
 
 def _seen(rows: Tensor, columns: Tensor, given: dict[str, Any]) -> Tensor:
@@ -125,18 +147,25 @@ def _flash(function: Callable[..., Any], given: dict[str, Any], batch: Any) -> G
     q, k, v = (rearrange(given[name], "b t h d -> b h t d") for name in "qkv")
     t, s = q.shape[2], k.shape[2]
     mask = _seen(torch.arange(-t, 0, device=q.device), torch.arange(-s, 0, device=q.device), given)
+    return Given(q, k, v, mask[None, None], _flash_options(given), *_runs(function, given, "b t"))
+
+
+def _runs(function: Callable[..., Any], given: dict[str, Any], tokens: str, **sizes: int) -> Any:
+    """How a function is run, and what it returns then; its samples and tokens are the axes `tokens`."""
     kept: list[Any] = []
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        moved = {n: rearrange(x, "b h t d -> b t h d") for n, x in zip("qkv", (q, k, v), strict=True)}
+        moved = {n: rearrange(x, f"b h t d -> {tokens} h d") for n, x in zip("qkv", (q, k, v), strict=True)}
         kept.append(function(**{**given, **moved}))
-        return _first(kept[-1])
+        return rearrange(_first(kept[-1]), f"{tokens} h e -> b t h e", **sizes)
 
     def back(out: Tensor) -> Any:
-        found = kept[-1] if kept else function(**given) if given.get("return_attn_probs") else None
+        more = given.get("return_attn_probs") or "return_lse" in given
+        found = kept[-1] if kept else function(**given) if more else None
+        out = rearrange(out, f"b t h e -> {tokens} h e")
         return (out, *found[1:]) if isinstance(found, tuple) else out
 
-    return Given(q, k, v, mask[None, None], _flash_options(given), run, back)
+    return run, back
 
 
 def _varlen(function: Callable[..., Any], given: dict[str, Any], batch: tuple[int, int] | None) -> Given:
@@ -153,14 +182,7 @@ def _varlen(function: Callable[..., Any], given: dict[str, Any], batch: tuple[in
     (sample_q, place_q), (sample_k, place_k) = of_tokens
     mask = _seen(place_q, place_k, given) & (sample_q[..., :, None] == sample_k[..., None, :])
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        moved = {n: rearrange(x, "b h t d -> (b t) h d") for n, x in zip("qkv", (q, k, v), strict=True)}
-        return rearrange(_first(function(**{**given, **moved})), "(b t) h e -> b t h e", b=rows)
-
-    def back(out: Tensor) -> Tensor:
-        return rearrange(out, "b t h e -> (b t) h e")
-
-    return Given(q, k, v, mask[:, None], _flash_options(given), run, back)
+    return Given(q, k, v, mask[:, None], _flash_options(given), *_runs(function, given, "(b t)", b=rows))
 
 
 def _kvcache(function: Callable[..., Any], given: dict[str, Any], batch: Any) -> Given:

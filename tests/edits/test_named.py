@@ -60,7 +60,7 @@ def before_rope(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(self: FlashCall, function: Any, *args: Any) -> None:
         init(self, function, *args)
         self.query = self.query.roll(1, -1)
-        self._function = wraps(function)(lambda q, **rest: function(q=q.roll(-1, -1), **rest))
+        self._call = wraps(function)(lambda q, **rest: function(q=q.roll(-1, -1), **rest))
 
     monkeypatch.setattr(FlashCall, "_lse_is_the_functions", lambda self: False)
     monkeypatch.setattr(FlashCall, "__init__", wrong)

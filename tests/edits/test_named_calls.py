@@ -198,7 +198,9 @@ def test_torchs_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not torch.equal(other(IDS)[0], model(IDS)[0])
 
 
-@pytest.mark.parametrize("style", ["flash", "packed", "kept", "xformers", "blocks"])
+@pytest.mark.parametrize(
+    "style", ["flash", "packed", "together", "packed-together", "packed-whole", "kept", "xformers", "blocks"]
+)
 def test_an_edit_is_told_the_mask(style: str) -> None:
     """And the LSE over all keys, in a prompt and in two tokens after it."""
     model, told = made(style), []
@@ -222,7 +224,7 @@ def test_an_edit_is_told_the_mask(style: str) -> None:
             past = named_models.empty_cache(model, 2)
             for step in IDS.split((5, 2), 1):
                 model(step, past=past)
-    assert told == ([style == "packed"] * 3 if style in PACKED else [style != "kept"] * 3 + [False] * 3)
+    assert told == ([style != "blocks"] * 3 if style in PACKED else [style != "kept"] * 3 + [False] * 3)
 
 
 def test_a_bias_of_xformers() -> None:

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from . import flash_stand_ins, flex_stand_in, xformers_stand_in
-from .flash_stand_ins import flash_attn_func, flash_attn_with_kvcache
+from .flash_stand_ins import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+    fourth_flash_attn_func,
+)
 from .flash_stand_ins import flash_attn_varlen_func as flash_attn_unpadded_func
 from .plain_models import WIDTH, Block, NanoGPT
 from .xformers_stand_in import (
@@ -31,9 +39,12 @@ def put_packages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Let the stand-ins be packages. Returns flash-attn's."""
     package = ModuleType("flash_attn")
     package.__spec__ = ModuleSpec("flash_attn", None)
-    for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
+    for name in (name for name in vars(flash_stand_ins) if name.startswith("flash_attn_")):
         setattr(package, name, getattr(flash_stand_ins, name))
     monkeypatch.setitem(sys.modules, "flash_attn", package)
+    fourth = ModuleType("flash_attn.cute")
+    fourth.flash_attn_func = fourth_flash_attn_func  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", fourth)
     monkeypatch.setitem(sys.modules, "xformers.ops", xformers_stand_in)
     for place in ("torch.nn.attention.flex_attention", __name__):
         monkeypatch.setattr(f"{place}.flex_attention", flex_stand_in.flex_attention)
@@ -92,6 +103,60 @@ class Packed(Flash):
         return flash_attn_unpadded_func(*rows, starts, starts, t, t, causal=True).unflatten(0, (-1, t))
 
 
+class Together(Flash):
+    """Keys and values in one tensor; without a cache, the queries too."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, old: Any) -> Tensor:
+        if old is not None:
+            return flash_attn_kvpacked_func(q, torch.stack([k, v], 2), softmax_scale=0.3, causal=True)
+        k, v = (x.repeat_interleave(HEADS // GROUPS, 2) for x in (k, v))
+        return flash_attn_qkvpacked_func(torch.stack([q, k, v], 2), 0.0, 0.3, causal=True)
+
+
+class PackedTogether(Flash):
+    """All samples in one row, without a cache: keys and values in one tensor, or the queries too."""
+
+    has_queries = False
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, old: Any) -> Tensor:
+        t = q.shape[1]
+        starts = torch.arange(len(q) + 1, dtype=torch.int32) * t
+        if self.has_queries:
+            k, v = (x.repeat_interleave(HEADS // GROUPS, 2) for x in (k, v))
+            qkv = torch.stack([q, k, v], 2).flatten(0, 1)
+            return flash_attn_varlen_qkvpacked_func(qkv, starts, t, causal=True).unflatten(0, (-1, t))
+        kv = torch.stack([k, v], 2).flatten(0, 1)
+        out = flash_attn_varlen_kvpacked_func(q.flatten(0, 1), kv, starts, starts, t, t, causal=True)
+        return out.unflatten(0, (-1, t))
+
+
+class PackedWhole(PackedTogether):
+    has_queries = True
+
+
+class Fourth(Flash):
+    """It returns a tuple in any case."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, old: Any) -> Tensor:
+        return self.called(q, k, v)
+
+    def called(self, *args: Any, **more: Any) -> Tensor:
+        out, lse = fourth_flash_attn_func(*args, None, None, 0.3, True, **more)
+        assert lse is None or lse.shape == (len(out), HEADS, out.shape[1])
+        return out
+
+
+class FourthWithSinks(Fourth):
+    """And a window of four keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.randn(HEADS))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, old: Any) -> Tensor:
+        return self.called(q, k, v, window_size=(3, None), learnable_sink=self.sinks)
+
+
 class Xformers(Flash):
     """The upper left corner of a mask is where the first key is; with a cache it is the lower right one."""
 
@@ -138,8 +203,10 @@ class Kept(Flash):
 
 
 STYLES: dict[str, type[Flash]] = {"flash": Flash, "capped": Capped, "packed": Packed, "kept": Kept}
+STYLES |= {"together": Together, "packed-together": PackedTogether, "packed-whole": PackedWhole}
+STYLES |= {"fourth": Fourth, "fourth-sinks": FourthWithSinks}
 STYLES |= {"xformers": Xformers, "blocks": Blocks, "flex": Flex}
-PACKED = ("packed", "blocks")
+PACKED = ("packed", "blocks", "packed-together", "packed-whole")
 
 
 def made(style: str | type[nn.Module]) -> Any:
