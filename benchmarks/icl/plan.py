@@ -107,7 +107,8 @@ def full() -> list[Job]:
 def quick() -> list[Job]:
     """A little of each kind, to see that it works."""
     jobs = [_job("smollm2", "past-tense", 0, method, quick=True) for method in ("zero-shot", "icl", "mimic")]
-    jobs += [_job("smolvlm", "made-up", 0, method, quick=True) for method in ("zero-shot", "icl", "mimic", "mtv")]
+    jobs += [_job("smolvlm", "compare", 0, method, quick=True) for method in ("zero-shot", "icl", "mimic", "mtv")]
+    jobs += [_job("smolvlm", "compare", 0, "function-vector", quick=True)]
     jobs += [_job("llava", "2-groups", 0, method, quick=True) for method in (*PROMPTED, *TAKEN, *MAIN)]
     jobs += [_job("llava", "3-digits", 0, method, quick=True) for method in ("zero-shot", "icl", "live", "mimic")]
     jobs += [_job("idefics2", "3-digits", 0, method, quick=True) for method in ("zero-shot", "icl", "mimic")]

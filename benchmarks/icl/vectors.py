@@ -189,7 +189,8 @@ class Taker:
                     value[:, -1, head] = means[layer][head]
             return value
 
-        inputs = {name: x[:1] for name, x in self._alone.inputs.items()}
+        # One prompt, whatever it says: nothing of it is left. It may have several pictures.
+        inputs = Asked(self._world, [self._world.prompter(self._task.train[0])]).inputs
         with mc.hook(self._model, "attn_heads", only), mc.capture(self._model, "attn_out", last_token(inputs)) as seen:
             self._model(**inputs, use_cache=False, logits_to_keep=1)
         return torch.stack([states[0] for states in seen.states.values()]).sum(0)

@@ -116,7 +116,7 @@ class World:
     def _likeness(self, samples: Sequence[Any]) -> Tensor:
         """Unit vectors whose products say how alike samples are: pixels, or letter pairs."""
         if self.name == "smolvlm":
-            pixels = images().pixels[[list(scene.images) for scene in samples]].flatten(1)
+            pixels = images().pixels[torch.tensor([scene.images for scene in samples])].flatten(1)
             return F.normalize(pixels - pixels.mean(), dim=1)
         if self.name != "smollm2":
             lines: Sequence[Line] = samples

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mimic_core as mc
 from benchmarks import records
+from benchmarks.errors import BenchmarkError
 from benchmarks.icl import __main__ as command
 from benchmarks.icl import latency, plan, running, smolvlm, trials
 from benchmarks.icl.__main__ import main
@@ -301,9 +302,9 @@ def test_a_mean_with_a_part_missing_is_not_shown_as_whole() -> None:
 class InThisProcess(ThreadPoolExecutor):
     """In place of processes, which import everything first: CI runs the command with them. It pickles, as they do."""
 
-    def __init__(self, processes: int, context: Any) -> None:
+    def __init__(self, processes: int, context: Any, initializer: Any) -> None:
         assert context.get_start_method() == "spawn"
-        super().__init__(processes)
+        super().__init__(processes, initializer=initializer)
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
         call = pickle.loads(pickle.dumps((fn, args, kwargs)))
@@ -321,6 +322,15 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     marked = [replace(once[0], value=0.123)]
     assert measure([job], marked, path, processes=1) == marked
     assert measure([replace(job, seed=101)], marked, path, processes=1)[0].job.seed == 101
+
+
+def test_a_job_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "ProcessPoolExecutor", InThisProcess)
+    wrong = Job("llava", "no-such-task", 100, "zero-shot", 20, 0, 10)
+    right = replace(wrong, task="3-digits")
+    with pytest.raises(BenchmarkError, match="1 of 2 jobs failed(.|\n)*no-such-task"):
+        measure([wrong, right], [], tmp_path / "icl.csv", processes=1)
+    assert [row.job for row in records.read(tmp_path / "icl.csv", Row)] == [right]
 
 
 def test_every_method_decodes_a_token_to_be_timed(llava: World) -> None:
