@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -175,7 +176,7 @@ def run_on_text(
     for runner, args, kwargs in _texts(model, decoder) if example is None else [(model, *_like(model, example))]:
         try:
             # Not in inference mode, where tensors do not know whether they were written to.
-            with watch(), _calm(model), torch.inference_mode(False), torch.no_grad():
+            with watch(), _as_written(), _calm(model), torch.inference_mode(False), torch.no_grad():
                 runner(*args, **kwargs)
         except PatchStateError:  # edits that are in it already refuse the forward: the model is not to blame
             raise
@@ -278,6 +279,13 @@ def unedited(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def _as_written() -> AbstractContextManager[Any]:
+    """Run parts of a model uncompiled that were compiled by themselves: what they call then is not seen."""
+    if "torch._dynamo.eval_frame" not in sys.modules or torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 @contextmanager
 def _calm(model: nn.Module) -> Iterator[None]:
     """Set eval mode, and restore the mode of each module and the random state afterwards."""
@@ -313,7 +321,7 @@ class _Attends:
             self._odd.append(f"{called.kind} {call}")
             return out
         (b, h, t, d), (_, g, s, _) = call.query.shape, call.key.shape
-        own, width = Named.seen(called.file, self._module), call.value.shape[-1]
+        own, width = Named.seen(called, self._module), call.value.shape[-1]
         self._calls.append(AttentionSeen(h, g, d, width, (b, t), s, call.logits, own))
         return out
 

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 from ..errors import PatchStateError, UnsupportedModelError
-from .call import UNUSUAL, AttentionCall, Plan, shifted
+from .call import UNUSUAL, AttentionCall, Plan, SDPACall, shifted
 from .eager import EagerFrame, Recipe
 from .entry import Entry
-from .named import Called, Named, by_nobody, frames, is_sdpa_of_torch
+from .named import TORCHS, Called, Named, by_nobody, frames, is_sdpa_of_torch
 from .replaced import ReplacedMethod
 from .signatures import reading
 
@@ -91,13 +92,20 @@ class Attending:
 
     Attributes:
         owner: Whose edits it serves.
-        runs_uncompiled: See `EditedForward.run`.
+        sees_calls: See `EditedForward.run`.
     """
 
-    runs_uncompiled = True
+    sees_calls = True
 
     def __init__(self, owner: object, slot: AttentionSlot, module: nn.Module) -> None:
         self.owner, self._slot, self._module = owner, slot, module
+
+    @property
+    def runs_uncompiled(self) -> bool:
+        """See `EditedForward.run`."""
+        own = self._slot.own
+        seen = isinstance(own, Named) and own.is_sdpa and not isinstance(self._module, nn.MultiheadAttention)
+        return self._slot.asks or not seen
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         around, slot = frames(), self._slot
@@ -122,7 +130,33 @@ class Attending:
         if isinstance(frame, EagerFrame | _Frame) and not raised:
             frame.end()
 
-    def traced(self) -> None: ...
+    def traced(self) -> Traced | None:
+        plan = self._slot.plan
+        return None if plan is None else Traced(plan, self._module)
+
+
+class Traced(TorchFunctionMode):
+    """Stands around such a forward while torch.compile traces it, so that the edits of its SDPA are in the graph."""
+
+    def __init__(self, plan: Plan, module: nn.Module) -> None:
+        super().__init__()
+        self._plan, self._module, self._calls = plan, module, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not TORCHS:
+            return func(*args, **(kwargs or {}))
+        self._calls += 1
+        call = SDPACall(func, self._module, *args, **(kwargs or {}))
+        # Otherwise `end` raises. To raise here would only let torch.compile look for another way.
+        return call.answer(self._plan) if call.query.ndim == 4 else func(*args, **(kwargs or {}))
+
+    def end(self) -> None:
+        """The forward ends."""
+        if self._calls != 1:
+            raise PatchStateError(
+                f"the edits inside the attention of {type(self._module).__name__} can't be made in code made by "
+                f"torch.compile: it calls torch's SDPA {self._calls} times; run the model uncompiled"
+            )
 
 
 class _Frame:

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from .replaced import ReplacedMethod
 
-_TORCHS: Any = torch._C._nn.scaled_dot_product_attention  # pyright: ignore[reportAttributeAccessIssue]
+TORCHS: Any = torch._C._nn.scaled_dot_product_attention  # pyright: ignore[reportAttributeAccessIssue]
 SDPA, TORCHS_FILE = "scaled_dot_product_attention", "torch.nn.functional"
 # The functions and where packages have them.
 _PACKED = ("flash_attn_qkvpacked_func", "flash_attn_kvpacked_func")
@@ -94,7 +94,7 @@ def _wrap(kind: str, file: str, original: Callable[..., Any], in_use: Callable[[
 
     @wraps(original, assigned=("__name__", "__qualname__", "__doc__"), updated=())
     def attention(*args: Any, **kwargs: Any) -> Any:
-        # In code made by torch.compile there are no edits of this kind: see `EditedForward.run`.
+        # In code made by torch.compile, `Traced` sees the calls of torch's SDPA, and nobody others: no edits need them.
         if torch.compiler.is_compiling():
             return original(*args, **kwargs)
         for frame in reversed(_here.frames):
@@ -141,7 +141,7 @@ def _known() -> dict[int, str]:
     """The functions that are there, by `id`."""
     homes = [(vars(sys.modules[file]), names) for file, names in _HOMES.items() if file in sys.modules]
     found = {id(_original(home[name])): name for home, names in homes for name in names if name in home}
-    return {**found, id(_TORCHS): SDPA}
+    return {**found, id(TORCHS): SDPA}
 
 
 def _own_name(file: str) -> str:
@@ -164,9 +164,14 @@ def _names(file: str, known: dict[int, str]) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Named:
-    """Files that have names for attention functions."""
+    """Files that have names for attention functions.
+
+    Attributes:
+        is_sdpa: What was seen to be called is torch's SDPA.
+    """
 
     files: tuple[str, ...]
+    is_sdpa: bool = False
 
     @staticmethod
     def everywhere() -> Named:
@@ -174,12 +179,13 @@ class Named:
         return Named((*_HOMES, *(file for file in list(sys.modules) if not file.startswith(_NOT_SEARCHED))))
 
     @staticmethod
-    def seen(file: str, module: nn.Module) -> Named:
-        """Where calls of a module are looked for that was seen to call a function by a name of `file`.
+    def seen(called: Called, module: nn.Module) -> Named:
+        """Where calls of a module are looked for that was seen to call a function.
 
         It may call another one, for padded tokens or for a dtype. So the file of its class counts, and torch's SDPA.
         """
-        return Named(tuple(dict.fromkeys((file, type(module).__module__, TORCHS_FILE))))
+        files = called.file, type(module).__module__, TORCHS_FILE
+        return Named(tuple(dict.fromkeys(files)), called.kind == SDPA)
 
     def retain(self, holder: object) -> Callable[[], object]:
         """As `ReplacedMethod.retain`, for all names in the files."""
@@ -201,6 +207,6 @@ class Named:
 def is_sdpa_of_torch() -> bool:
     """Whether a call of SDPA reaches torch's function. Edits that call `ops` in its place need that."""
     found: Any = functional.scaled_dot_product_attention
-    while found is not _TORCHS and found.__module__ in _OURS:
+    while found is not TORCHS and found.__module__ in _OURS:
         found = found.original
-    return found is _TORCHS
+    return found is TORCHS

@@ -53,6 +53,7 @@ class EditedForward:
         "_first",
         "_on",
         "_only",
+        "_sees_calls",
         "_stands",
         "around",
         "below",
@@ -69,6 +70,7 @@ class EditedForward:
 
     def _hold(self, entries: tuple[Entry, ...], around: tuple[Around, ...]) -> None:
         self._entries, self.around = entries, around
+        self._sees_calls = any(getattr(one, "sees_calls", False) for one in around)
         self.refresh()
         if self._stands is None or self._is_on_top:
             # A bound method in both cases. For other callables, a graph checks that it is the same object.
@@ -124,10 +126,22 @@ class EditedForward:
         if torch.compiler.is_compiling():
             if any(getattr(one, "runs_uncompiled", False) for one in around):
                 return _uncompiled(self, args, kwargs)  # pyright: ignore[reportCallIssue]
+            inside = None
             for one in around:
-                one.traced()
-            return self._edited(args, kwargs)
-        entered = 0
+                inside = one.traced() or inside  # those of one module see the same
+            if inside is None:
+                return self._edited(args, kwargs)
+            with inside:
+                output = self._edited(args, kwargs)
+            inside.end()
+            return output
+        if self._sees_calls:
+            return _uncompiled(self, args, kwargs)  # pyright: ignore[reportCallIssue]
+        return self._within(args, kwargs)
+
+    def _within(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run it, and tell who stands around it."""
+        around, entered = self.around, 0
         try:
             for one in around:
                 one.enter(args, kwargs)
@@ -226,13 +240,32 @@ def _at_input(entry: Entry) -> bool:
 
 @torch.compiler.disable
 def _uncompiled(forward: EditedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A forward whose edits see the calls inside it. Code made by torch.compile would not show them."""
+    """A forward whose edits see the calls inside it. Code made by torch.compile would not show them.
+
+    That something inside of it is compiled by itself is prevented as well: torch.compile does so where it could not
+    compile this forward.
+    """
     if torch.compiler.is_compiling():
         raise PatchStateError(
             f"{type(forward.module).__name__} attends without transformers' interface, and has edits inside its "
             f"attention, which can't be exported"
         )
-    return forward.run(*args, **kwargs)
+    return forward._within(args, kwargs)
+
+
+def _told(module: nn.Module, around: Around, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward of a module's class, with one to tell."""
+    around.enter(args, kwargs)
+    try:
+        output = type(module).forward(module, *args, **kwargs)
+    except BaseException:  # also an interrupt: see `_within`
+        around.leave(raised=True)
+        raise
+    around.leave(raised=False)
+    return output
+
+
+_told_uncompiled: Any = torch.compiler.disable(_told)  # see `_uncompiled`
 
 
 @cache
@@ -246,15 +279,8 @@ def _run_as(forward: Callable[..., Any]) -> Callable[..., Any]:
             around = None if torch.compiler.is_compiling() else self._around_alone
             if around is None:
                 return self.run(*args, **kwargs)
-            module = self.module
-            around.enter(args, kwargs)
-            try:
-                output = type(module).forward(module, *args, **kwargs)
-            except BaseException:  # see `run`
-                around.leave(raised=True)
-                raise
-            around.leave(raised=False)
-            return output
+            told = _told_uncompiled if self._sees_calls else _told
+            return told(self.module, around, args, kwargs)
         module = self.module
         output = type(module).forward(module, *args, **kwargs)
         # Not flattened tokens [b*t c]: a checkpoint, which runs this outside a forward, must save the same shapes.

@@ -38,8 +38,11 @@ class Around(Protocol):
 
     def leave(self, raised: bool) -> None: ...
 
-    def traced(self) -> None:
-        """Called instead of `enter` and `leave` while torch.compile traces."""
+    def traced(self) -> Any:
+        """Called instead of `enter` and `leave` while torch.compile traces. Returns a context for the forward, or None.
+
+        It has a method `end`, for when the forward is over.
+        """
 
 
 @dataclass(slots=True, eq=False)

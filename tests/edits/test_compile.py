@@ -1,4 +1,4 @@
-"""Runs compiled.py and its neighbour in processes without shape checks: torch.compile can't trace those."""
+"""Runs compiled.py and its neighbours in processes without shape checks: torch.compile can't trace those."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ROOT = HERE.parents[1]
 @pytest.mark.newest
 @pytest.mark.parametrize("marked", ["not exhaustive", pytest.param("exhaustive", marks=pytest.mark.exhaustive)])
 def test_compiled(marked: str) -> None:
-    # One process for both files: it begins with 20 seconds of imports and of what torch.compile does when first called.
-    files = [str(HERE / name) for name in ("compiled.py", "compiled_patches.py")]
+    # One process for all files: it begins with 20 seconds of imports and of what torch.compile does when first called.
+    files = [str(HERE / name) for name in ("compiled.py", "compiled_patches.py", "compiled_sdpa.py")]
     options = ["-q", "--no-shape-checks", "--show-capture=no", "-pno:cacheprovider", "-ptests.support.compilable"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "-m", marked, *files],
