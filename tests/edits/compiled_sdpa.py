@@ -190,3 +190,23 @@ def test_multi_head_attention_of_torch_runs_uncompiled() -> None:
             assert not torch.allclose(compiled(IDS)[0], plain)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def test_litgpt_is_one_graph() -> None:
+    """Grouped heads, RoPE, RMSNorm: its code as it is."""
+    pytest.importorskip("litgpt")
+    from litgpt.config import Config
+    from litgpt.model import GPT
+
+    sizes = {"n_layer": 2, "n_head": 4, "n_query_groups": 2, "n_embd": 32, "head_size": 8, "padded_vocab_size": 64}
+    kinds = {"norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "intermediate_size": 64, "bias": False}
+    torch.manual_seed(0)
+    model = GPT(Config(block_size=32, rotary_percentage=1.0, **sizes, **kinds)).eval().requires_grad_(False)
+    shifts = shifts_of(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    plain = compiled(IDS)
+    with mc.patch(model, shifts):
+        found, wanted = (outcome(lambda ids, run=run: (run(ids),), shifts, IDS) for run in (compiled, model))
+        same(found, wanted)
+        assert not torch.allclose(found[0], plain)
+    assert torch.equal(compiled(IDS), plain)
