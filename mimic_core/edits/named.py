@@ -94,7 +94,7 @@ def _wrap(kind: str, file: str, original: Callable[..., Any], in_use: Callable[[
 
     @wraps(original, assigned=("__name__", "__qualname__", "__doc__"), updated=())
     def attention(*args: Any, **kwargs: Any) -> Any:
-        # In code made by torch.compile, `Traced` sees the calls of torch's SDPA, and nobody others: no edits need them.
+        # Code made by torch.compile has edits of torch's SDPA alone, and `Traced` makes them.
         if torch.compiler.is_compiling():
             return original(*args, **kwargs)
         for frame in reversed(_here.frames):
