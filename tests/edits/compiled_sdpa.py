@@ -210,3 +210,24 @@ def test_litgpt_is_one_graph() -> None:
         same(found, wanted)
         assert not torch.allclose(found[0], plain)
     assert torch.equal(compiled(IDS), plain)
+
+
+def test_export() -> None:
+    """The exported program is plain torch. It has the edits, and runs after the patch is gone."""
+
+    class Logits(nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.model(ids)[0]
+
+    model = made()
+    with torch.no_grad(), mc.patch(model, shifts_of(model)):
+        wanted = model(IDS)[0]
+        exported = torch.export.export(Logits(model), (IDS,), strict=False)
+    torch.testing.assert_close(exported.module()(IDS), wanted)
+    calls = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert not [name for name in calls if "mimic" in name]
+    assert not torch.allclose(model(IDS)[0], wanted)
