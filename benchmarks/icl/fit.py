@@ -93,6 +93,7 @@ class Fitting:
     Attributes:
         model: The world's, or a copy of it with LoRA inside.
         shifts: The stack that is trained, if there is one.
+        learned: All parameters that are trained.
 
     Args:
         steps: How many there will be.

@@ -17,6 +17,7 @@ import mimic_core as mc
 from ..measure import Effort, interleaved, peak_memory
 from .fit import Fitting, fit
 from .methods import MAIN, TRAINED
+from .plan import LEARNING
 from .rows import Row
 from .worlds import World, world
 
@@ -84,7 +85,7 @@ def rows(name: str, effort: Effort) -> list[Row]:
 def of_training(place: World, effort: Effort) -> list[Row]:
     """Two rows a trained method: the time of a step, as a ratio within a round to LoRA's, and the memory it needs."""
     task = place.task(TASKS[place.name], place.setup.samples, 0, 8)
-    runs = {method: Fitting(place, task, method, 0, steps=1000) for method in (*MAIN, "mimic-teacher")}
+    runs = {method: Fitting(place, task, method, 0, steps=1000) for method in LEARNING}
     calls, around = {n: one.step for n, one in runs.items()}, {n: partial(_trained, one) for n, one in runs.items()}
     times, found = interleaved(calls, _clock, effort, around), []
     for method, run in runs.items():

@@ -32,6 +32,8 @@ VARIED = {"llava": ("8-digits", "2-words"), "smolvlm": ("next-number",), "smollm
 SHOWN = ("mimic-1", "mimic-16")
 # In MimIC's loss, the last layer counts most. This one is tried on all tasks.
 VARIATION = "mimic-teacher"
+# Whose training is looked at: what it costs, and how far it is after some steps.
+LEARNING = (*MAIN, VARIATION)
 # Accuracy against the number of training samples: of these methods, on these tasks.
 CURVE = ("live", "lora", "mimic")
 CURVES = {("smolvlm", "in-french"), ("smolvlm", "made-up"), ("llava", "8-digits")}
@@ -59,8 +61,8 @@ def _also(world: str, task: str, method: str) -> str:
     is_asked = {
         "distance": method in (of_llava if world == "llava" else DISTANCES if task == DISTANCE_TASK else ()),
         "shots": world == "llava" and method in ("live", "mimic"),
-        "others": (world, task) in OTHERS and method in ("zero-shot", "icl", *TAKEN, *MAIN, VARIATION),
-        "steps": (world, task) in LOOKED_AT and method in (*MAIN, VARIATION),
+        "others": (world, task) in OTHERS and method in ("zero-shot", "icl", *TAKEN, *LEARNING),
+        "steps": (world, task) in LOOKED_AT and method in LEARNING,
     }
     return " ".join(what for what, is_so in is_asked.items() if is_so)
 

@@ -10,7 +10,7 @@ from ..records import ROOT
 from ..report import table, with_results
 from . import figures
 from .methods import ABLATIONS, LABELS, MAIN, PROMPTED, TAKEN
-from .plan import CURVE, CURVE_SAMPLES, CURVES, LOOKED_AT, REFERENCE, VARIATION, VARIED
+from .plan import CURVE, CURVE_SAMPLES, CURVES, LEARNING, LOOKED_AT, REFERENCE, VARIED
 from .results import MODELS, Results, spread
 from .rows import Job, Row
 
@@ -107,7 +107,7 @@ def asked_otherwise(results: Results, world: str) -> str:
     tasks = [task for task in results.tasks(world) if any(task == one for one, _ in of)]
     columns = [(task, what) for task in tasks for what in ("accuracy", *sorted(w for one, w in of if one == task))]
     lines = []
-    for label, method, shots in results.lines(world, (*PROMPTED, *TAKEN, *MAIN, VARIATION)):
+    for label, method, shots in results.lines(world, (*PROMPTED, *TAKEN, *LEARNING)):
         cells = [results.cell(world, task, method, shots, what=what) for task, what in columns]
         if any(cell != "-" for (_, what), cell in zip(columns, cells, strict=True) if what != "accuracy"):
             lines.append([label, *cells])
@@ -119,7 +119,7 @@ def training(results: Results, world: str) -> str:
     """Time and memory of a training step, and the steps to 95% of the demonstrations' accuracy."""
     tasks = [task for task in results.tasks(world) if (world, task) in LOOKED_AT]
     lines = []
-    for method in (*MAIN, VARIATION):
+    for method in LEARNING:
         steps = [results.steps_to(world, task, method) for task in tasks]
         step, memory = (results.number(world, method, what) for what in ("training step", "training memory"))
         if not any(steps) and step is None:
