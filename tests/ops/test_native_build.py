@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -200,6 +201,20 @@ BROKEN = [
     "a folder that can't be written to",
     "a library that can't be loaded",
 ]
+
+
+def test_vectors_fit_the_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The compiler keeps wider ones in memory, and warns. One kernel took nine times as long because of it."""
+    compiler = build._compiler()
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("it compiles for x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    command, _ = build._commands(shlex.split(compiler), tmp_path / "native.so")
+    done = subprocess.run(
+        [*command, "-O0", "-Wvector-operation-performance"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "-Wvector-operation-performance" not in done.stderr
 
 
 @pytest.mark.parametrize("name", BROKEN)
