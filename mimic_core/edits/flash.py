@@ -17,10 +17,18 @@ from ..ops.sequences import Sequences, sequences_lse
 
 # With these arguments the function updates a paged cache itself, so it attends to more keys than it gets.
 _PAGED = ("block_table", "k_cache", "v_cache", "cache")
+# Arguments that transformers drops without a word if the kernel has none of these.
+_KERNELS_WORDS = {
+    "sliding_window": ("window_size",),
+    "softcap": ("softcap",),
+    "s_aux": ("s_aux", "learnable_sink"),
+}
 
 
 def flash_lse(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
     """The LSE [b h t] of one call of `transformers.integrations.flash_attention.flash_attention_forward`.
+
+    With a `target_dtype` among the options, of the function that it calls.
 
     It is -inf at a query that is padding, where the function returns 0.
 
@@ -29,8 +37,8 @@ def flash_lse(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options:
     """
     if problem := why_not(module, query, key, mask, options):
         raise UnsupportedModelError(f"the LSE of {type(module).__name__} can't be computed: {problem}")
-    dtype = flash_attention.get_target_dtype(query, module)
-    if dtype is not None:  # fp32 states of a model in half precision: the function casts them
+    dtype = options["target_dtype"] if "target_dtype" in options else flash_attention.get_target_dtype(query, module)
+    if dtype is not None and query.dtype == torch.float32:  # a model in half precision: the function casts them
         query, key = query.to(dtype), key.to(dtype)
     b, h, t, d = query.shape
     s, window = key.shape[2], options.get("sliding_window")
@@ -76,8 +84,11 @@ def why_not(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: d
         return "the flash-attn package is older than 2.1, which aligns causal masks differently; update it"
     supports = getattr(flash._process_flash_kwargs_fn, "keywords", {}).get("supports_mapping")
     if supports is not None:
-        for name, known_as in (("softcap", ("softcap",)), ("s_aux", ("s_aux", "learnable_sink"))):
-            if options.get(name) is not None and not any(supports.get(word) for word in known_as):
+        window = options.get("sliding_window")
+        asked = {"sliding_window": window is not None and key.shape[2] > window}
+        asked |= {name: options.get(name) is not None for name in ("softcap", "s_aux")}
+        for name, words in _KERNELS_WORDS.items():
+            if asked[name] and not any(supports.get(word) for word in words):
                 return f"the flash kernel in use does not support {name}, so it drops the {name} of this attention"
     return None
 

@@ -27,10 +27,11 @@ SDPA, TORCHS_FILE = "scaled_dot_product_attention", "torch.nn.functional"
 _PACKED = ("flash_attn_qkvpacked_func", "flash_attn_kvpacked_func")
 _PACKED += ("flash_attn_varlen_qkvpacked_func", "flash_attn_varlen_kvpacked_func")
 _FLASH = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", *_PACKED)
-XFORMERS, FLEX = "memory_efficient_attention", "flex_attention"
+XFORMERS, FLEX, TRANSFORMERS = "memory_efficient_attention", "flex_attention", "_flash_attention_forward"
 _HOMES = {
     TORCHS_FILE: (SDPA,),
     "torch.nn.attention.flex_attention": (FLEX,),
+    "transformers.modeling_flash_attention_utils": (TRANSFORMERS,),
     **dict.fromkeys(("xformers.ops", "xformers.ops.fmha"), (XFORMERS,)),
     **dict.fromkeys(("flash_attn", "flash_attn.flash_attn_interface", "flash_attn_interface"), _FLASH),
     **dict.fromkeys(("flash_attn.cute", "flash_attn.cute.interface"), _FLASH[:2]),

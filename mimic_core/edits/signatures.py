@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from .biased import FlexCall, XformersCall
 from .call import SDPACall
-from .named import FLEX, SDPA, XFORMERS, Called
+from .named import FLEX, SDPA, TRANSFORMERS, XFORMERS, Called
 from .packages import FlashCall, Odd, PackageCall
+from .transformers_flash import TransformersFlashCall
 
 
 def reading(
@@ -20,7 +21,7 @@ def reading(
     kwargs: dict[str, Any],
     given: tuple[Any, ...],
     given_by_name: Mapping[str, Any],
-) -> SDPACall | PackageCall | str:
+) -> SDPACall | TransformersFlashCall | PackageCall | str:
     """The call of a function by a module. Or why it is not understood.
 
     Args:
@@ -34,6 +35,8 @@ def reading(
             return XformersCall(called.original, module, args, kwargs)
         if called.kind == FLEX:
             return FlexCall(called.original, module, args, kwargs)
+        if called.kind == TRANSFORMERS:
+            return TransformersFlashCall(called.original, module, args, kwargs)
         return FlashCall(called.original, module, args, kwargs, _tokens((*given, *given_by_name.values())))
     except Odd as odd:
         return str(odd)

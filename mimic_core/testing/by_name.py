@@ -20,6 +20,10 @@ _WHERE = {"flash_attn": _FLASH, "flash_attn_interface": _FLASH, "flash_attn.flas
 _WHERE |= {"flash_attn.cute": _FLASH[:2], "flash_attn.cute.interface": _FLASH[:2]}
 _WHERE |= {"xformers.ops": ("memory_efficient_attention",), "torch.nn.attention.flex_attention": ("flex_attention",)}
 
+# transformers' own files are not searched for it: its attention interface calls it.
+_OF_TRANSFORMERS = "_flash_attention_forward"
+_WHERE |= {"transformers.modeling_flash_attention_utils": (_OF_TRANSFORMERS,)}
+
 
 class Given(NamedTuple):
     """What a call means: query [b h t d], key [b g s d], value [b g s e], what is attended to, and how it is run.
@@ -76,7 +80,9 @@ def _places(functions: frozenset[int], loaded: int) -> list[tuple[ModuleType, st
         for file in list(sys.modules.values())
         if isinstance(file, ModuleType) and not file.__name__.startswith("mimic_core.")
         for name, x in list(vars(file).items())
-        if type(x) in (FunctionType, partial) and id(_below(x)) in functions
+        if type(x) in (FunctionType, partial)
+        and id(_below(x)) in functions
+        and not (name == _OF_TRANSFORMERS and file.__name__.startswith("transformers."))
     ]
 
 
@@ -100,6 +106,7 @@ def read(kind: str, function: Callable[..., Any], args: Any, kwargs: Any, batch:
         kind = "flash_attn_varlen_func" if "varlen" in kind else "flash_attn_func"
     readers = {"flash_attn_varlen_func": _varlen, "flash_attn_with_kvcache": _kvcache}
     readers |= {"memory_efficient_attention": _xformers, "flex_attention": _flex}
+    readers[_OF_TRANSFORMERS] = _transformers
     return readers.get(kind, _flash)(function, given, batch)
 
 
@@ -210,6 +217,33 @@ def _kvcache(function: Callable[..., Any], given: dict[str, Any], batch: Any) ->
         return _first(function(**{**given, **moved, **rest}))
 
     return Given(q, k, v, mask[:, None], _flash_options(given), run, lambda out: out)
+
+
+def _transformers(function: Callable[..., Any], given: dict[str, Any], batch: Any) -> Given:
+    """With a mask of padding [b s], or with whole rows. Rows of several sequences are not for the oracle."""
+    given |= given.pop("kwargs", {})
+    names = ("query_states", "key_states", "value_states")
+    q, k, v = (rearrange(given[name], "b t h d -> b h t d") for name in names)
+    t, s, window, padding = q.shape[2], k.shape[2], given["sliding_window"], given["attention_mask"]
+    real_k = torch.ones(len(q), s, dtype=torch.bool, device=q.device)
+    if padding is not None:
+        real_k[:, : padding.shape[1]] = padding[:, :s].bool()
+        real_k[:, padding.shape[1] :] = False
+    real_q = torch.ones_like(real_k[:, :1]) if t == 1 or padding is None else padding[:, :s].bool()[:, -t:]
+    real_q = real_q.expand(len(q), t)
+    # Places among the real tokens, counted from their end.
+    place_q, place_k = (real.cumsum(1) - real.sum(1, keepdim=True) for real in (real_q, real_k))
+    window_size = (-1, -1) if window is None or s <= window else (window - 1, window - 1)
+    seen = _seen(place_q, place_k, {"causal": given["is_causal"], "window_size": window_size})
+    seen = seen & real_q[:, :, None] & real_k[:, None]
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        moved = {n: rearrange(x, "b h t d -> b t h d") for n, x in zip(names, (q, k, v), strict=True)}
+        return function(**{**given, **moved})
+
+    options = {"scaling": given["softmax_scale"], "is_causal": False}
+    options |= {name: given[name] for name in ("softcap", "s_aux") if given.get(name) is not None}
+    return Given(q, k, v, seen[:, None], options, run, lambda out: out)
 
 
 def _xformers(function: Callable[..., Any], given: dict[str, Any], batch: Any) -> Given:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import mimic_core as mc
+from mimic_core import ops
 from mimic_core.edits import named
 from mimic_core.edits.biased import FlexCall, XformersCall
 from mimic_core.edits.packages import FlashCall
@@ -53,6 +54,11 @@ def mask_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in (FlashCall, XformersCall):
         monkeypatch.setattr(kind, "compute_lse", lse)
 
+    def of_transformers(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
+        return ops.attention_lse(query, key, None, options["scaling"], is_causal=False, softcap=options["softcap"])
+
+    monkeypatch.setattr("mimic_core.edits.call.flash_lse", of_transformers)
+
 
 def before_rope(monkeypatch: pytest.MonkeyPatch) -> None:
     init = FlashCall.__init__
@@ -89,6 +95,7 @@ class Shifted(mc.PathAdapter):
     [
         ("flash", mask_forgotten, None, {"lse", "MimIC"}),
         ("xformers", mask_forgotten, None, {"lse", "MimIC"}),
+        ("transformers", mask_forgotten, None, {"lse", "MimIC"}),
         ("flex", bias_forgotten, None, {"lse", "MimIC"}),
         ("flash", before_rope, None, {"query", "MimIC"}),
         ("flash", without_gradient, None, {"MimIC"}),

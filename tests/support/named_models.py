@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
 from . import flash_stand_ins, flex_stand_in, xformers_stand_in
 from .flash_stand_ins import (
@@ -46,6 +47,7 @@ def put_packages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     fourth.flash_attn_func = fourth_flash_attn_func  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "flash_attn.cute", fourth)
     monkeypatch.setitem(sys.modules, "xformers.ops", xformers_stand_in)
+    flash_stand_ins.install(monkeypatch)
     for place in ("torch.nn.attention.flex_attention", __name__):
         monkeypatch.setattr(f"{place}.flex_attention", flex_stand_in.flex_attention)
     return package
@@ -157,6 +159,16 @@ class FourthWithSinks(Fourth):
         return self.called(q, k, v, window_size=(3, None), learnable_sink=self.sinks)
 
 
+class Transformers(Flash):
+    """transformers' own function, with a window of four keys. It gets a mask of padding, or none."""
+
+    padding: Tensor | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, old: Any) -> Tensor:
+        more = {"softmax_scale": 0.3, "sliding_window": 4, "softcap": 2.0, "attn_implementation": "flash_attention_2"}
+        return _flash_attention_forward(q, k, v, self.padding, q.shape[1], is_causal=True, **more)
+
+
 class Xformers(Flash):
     """The upper left corner of a mask is where the first key is; with a cache it is the lower right one."""
 
@@ -205,7 +217,7 @@ class Kept(Flash):
 STYLES: dict[str, type[Flash]] = {"flash": Flash, "capped": Capped, "packed": Packed, "kept": Kept}
 STYLES |= {"together": Together, "packed-together": PackedTogether, "packed-whole": PackedWhole}
 STYLES |= {"fourth": Fourth, "fourth-sinks": FourthWithSinks}
-STYLES |= {"xformers": Xformers, "blocks": Blocks, "flex": Flex}
+STYLES |= {"transformers": Transformers, "xformers": Xformers, "blocks": Blocks, "flex": Flex}
 PACKED = ("packed", "blocks", "packed-together", "packed-whole")
 
 
