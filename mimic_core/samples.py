@@ -108,6 +108,9 @@ def partly(value: Tensor, result: Tensor, strength: float | Tensor) -> Tensor:
     if isinstance(strength, Tensor):
         strength = strength.to(value.device, wide)
         strength = by_row(strength, value) if strength.ndim else strength
+    if isinstance(strength, Tensor) or strength == 0:
+        # The edit may have overflowed, and 0 * inf is no number. What is finite stays: a strength of 0 can be trained.
+        result = torch.where(result.isfinite().logical_not() & (strength == 0), value, result)
     return torch.lerp(value.to(wide), result.to(wide), strength).to(value.dtype)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..heads import ShiftHead, ShiftStack
 from ..heads.base import Edit, reading
 from ..positions import Positions
-from ..samples import by_row, partly
+from ..samples import partly
 from ..types import At, Site
 from .places import acts
 
@@ -188,9 +188,8 @@ class Heads:
         token = 2 if self._heads_first else 1
         edited = self._edit(rows)(value.unsqueeze(token), self._at(attention, at_once=False)).squeeze(token)
         if self._has is not None:
-            # What a head makes of a token that does not have it may be infinite.
-            strengths = strengths * self._has[rows]
-            return torch.where(by_row(strengths == 0, value), value, partly(value, edited, strengths))
+            # What a head makes of a token that does not have it may be infinite; `partly` doesn't look at it then.
+            return partly(value, edited, strengths * self._has[rows])
         return edited if self._tokens.is_whole else partly(value, edited, strengths)
 
     def _edit(self, rows: Tensor) -> Edit:

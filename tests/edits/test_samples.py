@@ -160,11 +160,27 @@ def test_strength_is_linear_in_the_edit() -> None:
         torch.testing.assert_close(logits_of(model, inputs), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_a_strength_can_be_trained() -> None:
+def test_strength_zero_of_an_edit_that_overflows() -> None:
+    model, inputs = model_of(LLAMA), LLAMA.inputs()
+    bare = logits_of(model, inputs)
+    shifts = random_shifts(model, "mimic")
+    with torch.no_grad():
+        for head in shifts:
+            head.vector.fill_(torch.inf)
+    with mc.patch(model, shifts, strength=0.0) as handle:
+        assert torch.equal(logits_of(model, inputs), bare)
+        with handle.using(strength=[0.0, 0.5]):
+            found = logits_of(model, inputs)
+    assert torch.equal(found[0], bare[0])
+    assert found[1].isnan().any()
+
+
+@pytest.mark.parametrize("at_first", [(0.4, 1.3), (0.0, 1.3)])
+def test_a_strength_can_be_trained(at_first: tuple[float, float]) -> None:
     """Its gradient is that of a factor of the vectors."""
     model, inputs = model_of(LLAMA), LLAMA.inputs()
     shifts = random_shifts(model, "mimic")
-    strength = torch.tensor([0.4, 1.3], requires_grad=True)
+    strength = torch.tensor(at_first, requires_grad=True)
     with mc.patch(model, shifts) as handle, handle.using(strength=strength):
         (logits_of(model, inputs)[:, :8] ** 2).sum().backward()
     for i in range(2):
@@ -175,7 +191,7 @@ def test_a_strength_can_be_trained() -> None:
                 head.vector.mul_(strength[i])
         with mc.patch(model, scaled):
             (logits_of(model, inputs)[i, :8] ** 2).sum().backward()
-        wanted = sum((head.vector.grad * head.vector).sum() for head in scaled) / strength[i].detach()
+        wanted = sum((head.vector.grad * full.vector).sum() for head, full in zip(scaled, shifts, strict=True))
         assert strength.grad is not None
         torch.testing.assert_close(strength.grad[i], wanted.detach(), atol=0, rtol=1e-4)
 
