@@ -81,6 +81,11 @@ def summary(lines: Iterable[Line]) -> str:
     return "\n".join(found)
 
 
+def _of_lowest(types: Iterable[Line]) -> str:
+    counts = Counter(line["lowest"] for line in types)
+    return ", ".join(f"{counts[name]} {name}" for name in (*SERVED, "refused", "failed", "not there") if counts[name])
+
+
 def page(lines: Sequence[Line]) -> str:
     """The page in Markdown: the types that work completely, the others and why, then every law."""
     versions, types = lines[0], lines[1:]
@@ -90,6 +95,7 @@ def page(lines: Sequence[Line]) -> str:
         f"type that transformers loads, with {versions['newest']}. The column `lowest` has the result with "
         f"{versions['lowest']}.\n",
         summary(types).replace("\n", "\n\n") + "\n",
+        f"Of these types, with the lowest versions: {_of_lowest(types)}.\n",
     ]
     for task, title in _TITLES.items():
         whole = [f"`{line['type']}`" for line in types if line["task"] == task and line["served"] == SERVED[0]]
