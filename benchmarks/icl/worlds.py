@@ -17,7 +17,7 @@ from mimic_core.demo.models import load_digit_model, load_model
 from mimic_core.demo.prompts import Prompt, Prompter
 from mimic_core.demo.tasks import Pair, Task
 
-from . import smolvlm
+from . import half, smolvlm
 from .pictures import PicturePrompter, picture_task
 from .setups import SETUPS, Setup
 from .words import CapitalsPrompter, word_task
@@ -59,13 +59,14 @@ class World:
         self.lora = r".*(language_model|text_model).*self_attn\.(q_proj|k_proj|v_proj|o_proj)"
         if name == "smollm2":
             self.model, tokenizer = load_model()
-            self.model.to(dtype)
+            half.widen(self.model.to(dtype))
             told = tokenizer, next(self.model.parameters()).device
             self.prompter = Prompter(*told)
             self.others = {WORDING: Prompter(*told, mark=" ->"), "in capitals": CapitalsPrompter(*told)}
             self.lora = r".*self_attn\.(q_proj|k_proj|v_proj|o_proj)"
         elif name == "smolvlm":
             self.model, tokenizer = smolvlm.load()
+            half.widen(self.model)
             told = tokenizer, next(self.model.parameters()).device
             self.prompter = PicturePrompter(*told)
             self.others = {
