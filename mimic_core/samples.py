@@ -108,9 +108,12 @@ def partly(value: Tensor, result: Tensor, strength: float | Tensor) -> Tensor:
     if isinstance(strength, Tensor):
         strength = strength.to(value.device, wide)
         strength = by_row(strength, value) if strength.ndim else strength
-    if isinstance(strength, Tensor) or strength == 0:
+    factor = strength
+    if not isinstance(strength, Tensor) and torch.compiler.is_compiling():
+        factor = torch.ones((), device=value.device) * strength  # a question to the number would be compiled in
+    if isinstance(factor, Tensor) or factor == 0:
         # The edit may have overflowed, and 0 * inf is no number. What is finite stays: a strength of 0 can be trained.
-        result = torch.where(result.isfinite().logical_not() & (strength == 0), value, result)
+        result = torch.where(result.isfinite().logical_not() & (factor == 0), value, result)
     return torch.lerp(value.to(wide), result.to(wide), strength).to(value.dtype)
 
 
