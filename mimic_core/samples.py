@@ -105,15 +105,18 @@ def by_row(x: Tensor, value: Tensor) -> Tensor:
 def partly(value: Tensor, result: Tensor, strength: float | Tensor) -> Tensor:
     """value + strength * (result - value): exactly `value` at strength 0, exactly `result` at 1."""
     wide = torch.promote_types(value.dtype, torch.float32)
+    off = None
     if isinstance(strength, Tensor):
         strength = strength.to(value.device, wide)
         strength = by_row(strength, value) if strength.ndim else strength
-    factor = strength
-    if not isinstance(strength, Tensor) and torch.compiler.is_compiling():
-        factor = torch.ones((), device=value.device) * strength  # a question to the number would be compiled in
-    if isinstance(factor, Tensor) or factor == 0:
-        # The edit may have overflowed, and 0 * inf is no number. What is finite stays: a strength of 0 can be trained.
-        result = torch.where(result.isfinite().logical_not() & (factor == 0), value, result)
+        off = strength == 0
+        if strength.requires_grad:  # a strength of 0 can be trained: what is finite stays
+            off = off & result.isfinite().logical_not()
+    elif torch.compiler.is_compiling() or strength == 0:  # first, as a question to the number would be compiled in
+        off = torch.ones((), device=value.device) * strength == 0
+    if off is not None:
+        # The edit may have overflowed, and 0 * inf is no number.
+        result = torch.where(off, value, result)
     return torch.lerp(value.to(wide), result.to(wide), strength).to(value.dtype)
 
 

@@ -59,14 +59,13 @@ class World:
         self.lora = r".*(language_model|text_model).*self_attn\.(q_proj|k_proj|v_proj|o_proj)"
         if name == "smollm2":
             self.model, tokenizer = load_model()
-            half.widen(self.model.to(dtype))
+            self.model.to(dtype)
             told = tokenizer, next(self.model.parameters()).device
             self.prompter = Prompter(*told)
             self.others = {WORDING: Prompter(*told, mark=" ->"), "in capitals": CapitalsPrompter(*told)}
             self.lora = r".*self_attn\.(q_proj|k_proj|v_proj|o_proj)"
         elif name == "smolvlm":
             self.model, tokenizer = smolvlm.load()
-            half.widen(self.model)
             told = tokenizer, next(self.model.parameters()).device
             self.prompter = PicturePrompter(*told)
             self.others = {
@@ -76,6 +75,7 @@ class World:
         else:
             self.model = load_digit_model(name)
             self.prompter = DigitPrompter(self.model)
+        half.widen(self.model)
 
     def task(self, name: str, samples: int, seed: int, held_out: int | None = None) -> Task[Any]:
         """A task with so many training samples; the seed draws its rule, if it has one, and the split."""
