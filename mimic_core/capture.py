@@ -123,9 +123,9 @@ class Capture:
             )
         if self._grad and run.has_grad and not torch.is_grad_enabled():
             raise PatchStateError(
-                f"the forward runs with gradients, layer {at.layer} without: with reentrant gradient checkpointing "
-                f"the capture would have no gradient; use gradient_checkpointing_kwargs="
-                f"{{'use_reentrant': False}}, or capture(..., grad=False)"
+                f"the forward runs with gradients, layer {at.layer} without: with reentrant gradient checkpointing, or "
+                f"in the first passes of a model that loops, the capture would have no gradient; use "
+                f"gradient_checkpointing_kwargs={{'use_reentrant': False}}, or capture(..., grad=False)"
             )
         value = value if self._grad else value.detach()
         parallel = self._found.parallel

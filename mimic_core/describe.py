@@ -32,15 +32,16 @@ def description(model: nn.Module, handed: Handed = None) -> str:
         logits, note = _logits(inner, adapter, spec), ""
     except UnsupportedModelError as error:
         logits, note = {}, f"\nwhat is in the logits is not known: {error}"
-    rows = [_HEADER, *(_row(layer, logits) for layer in spec.layers)]
+    loops = {layer.path for layer in spec.layers if layer.run}
+    rows = [_HEADER, *(_row(layer, logits, layer.path in loops) for layer in spec.layers)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    missing = [f"{layer.path}: {layer.missing}" for layer in spec.layers if layer.missing]
+    missing = dict.fromkeys(f"{layer.path}: {layer.missing}" for layer in spec.layers if layer.missing)
     head = f"{type(inner).__name__} ({spec.model_type}), by {type(adapter).__name__}"
     return "\n".join([head, *lines, *missing]) + note
 
 
-def _row(layer: LayerSpec, logits: dict[int, tuple[str, ...]]) -> tuple[str, ...]:
+def _row(layer: LayerSpec, logits: dict[int, tuple[str, ...]], loops: bool) -> tuple[str, ...]:
     width = str(layer.head_dim)
     if layer.value_dim != layer.head_dim:
         width += f" (values {layer.value_dim})"
@@ -51,7 +52,7 @@ def _row(layer: LayerSpec, logits: dict[int, tuple[str, ...]]) -> tuple[str, ...
     sizes = (layer.heads, layer.kv_heads) if layer.heads else ("", "")
     return (
         str(layer.index),
-        layer.path,
+        f"{layer.path}, pass {layer.run}" if loops else layer.path,
         str(layer.hidden_size),
         *map(str, sizes),
         width if layer.heads else "",

@@ -89,6 +89,7 @@ class LayerSpec:
         sites: The sites of this layer. All can be read, and all but `lse` can be edited.
         missing: Why the layer lacks the other sites.
         mlp_width: Width of `mlp_hidden`; 0 if the layer lacks it.
+        run: Which pass of the module at `path` this layer is, from 0, if each pass in a forward counts as a layer.
     """
 
     index: int
@@ -101,6 +102,7 @@ class LayerSpec:
     sites: tuple[Site, ...]
     missing: str = field(default="", compare=False)
     mlp_width: int = 0
+    run: int = 0
 
     def offer(self) -> str:
         """List the sites and why the others are missing, for an error message."""
@@ -123,7 +125,7 @@ class ModelSpec:
             )
         for ours, theirs in zip(self.layers, other.layers, strict=True):
             known = ("mlp_width",) if ours.mlp_width and theirs.mlp_width else ()
-            for size in ("hidden_size", "heads", "head_dim", "value_dim", *known):
+            for size in ("hidden_size", "heads", "head_dim", "value_dim", "run", *known):
                 if getattr(ours, size) != getattr(theirs, size):
                     return (
                         f"{size} {getattr(ours, size)} in layer {ours.index} ({self.model_type}), not "

@@ -141,11 +141,13 @@ class PathAdapter:
             paths = [f"{path}.{index}.{self.attention}" for index in range(len(layers))] if attends else []
             seen = probe_attention(model, self.decoder(model), self.example, paths)
         specs = []
-        for index, layer in enumerate(layers):
-            where = f"{path}.{index}"
+        members = list(layers)
+        for index, layer in enumerate(members):
+            # A module that is there several times has several passes.
+            where, run = f"{path}.{members.index(layer)}", members[:index].count(layer)
             attention = self._attention_of(layer, where)
             sizes = _sizes_in(config, attention) if seen is None else self._sizes_seen(seen, where)
-            specs.append(LayerSpec(index, where, *sizes, *self._hidden_of(layer)))
+            specs.append(LayerSpec(index, where, *sizes, *self._hidden_of(layer), run))
         return ModelSpec(name_of(model), specs[0].hidden_size, tuple(specs))
 
     def decoder(self, model: nn.Module) -> nn.Module:

@@ -17,20 +17,19 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..types import ATTENTION_SITES, SITES, LayerSpec, ModelSpec, Site
 from .base import is_of_transformers, name_of, parts_of, text_config, text_decoder, unwrap
+from .layers import ATTENTION_CLASS, layers_of, runs_layers, runs_of, starts
 from .probe import AttentionSeen, Example, Passed, Probe, probe
 from .residual import adds_its_input
 
 # Paths of the MLP in a layer, the most likely first. If none fits, the names of MLP classes are searched.
 _MLP_PATHS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "ff", "fc2", "output.dense", "linear2")
 _MLP_CLASS = re.compile(r"MLP|Mlp|FeedForward|FFN|MoE|Moe|MOE|Dense\w*ActDense")
-_ATTENTION_CLASS = re.compile(r"(?<!Linear)(?<!Cross)Attention$")
 # Classes that are not named as the reason why a layer has no attention: they do not mix tokens.
 _PLAIN = re.compile(r"Norm|Dropout|Identity|Rotary|Embedding|Linear|Router|Activation|Module|Residual")
 # The last projection of an MLP or of attention, for modules that add the residual themselves (BLOOM, MPT).
 _LAST_PROJECTIONS = ("dense_4h_to_h", "down_proj", "dense", "out_proj", "o_proj")
 _LINEAR_CLASS = re.compile(r"Linear|Conv1D")  # also those with quantised weights, and LoRA's
-_FOR_ALL = "; an adapter that names its sites has one head for all of them"
-_LAYER_LISTS = ("layers", "h", "blocks", "block", "layer")
+_FOR_ALL = "; for one head for all of them: adapter=mimic_core.GenericAdapter(share_passes=True)"
 
 
 class GenericAdapter:
@@ -44,16 +43,20 @@ class GenericAdapter:
     Args:
         example: The arguments of the model's forward, by name or as a tuple in their order, if it does not run on token
             ids alone. Its tokens [b t ...] come first, or are called as in transformers, and b is not t.
+        share_passes: A layer that runs several times in a forward is one layer of the spec: one head acts in all of its
+            passes, and captures refuse it. Otherwise each pass is a layer of the spec, with a head of its own. Of a
+            module that calls the interface several times (DiffLlama), one head acts in all calls.
     """
 
-    def __init__(self, example: Example | None = None) -> None:
+    def __init__(self, example: Example | None = None, share_passes: bool = False) -> None:
+        self.share_passes = share_passes
         if isinstance(example, Mapping):
             self.example: Example | None = {name: _detached(x) for name, x in example.items()}
         else:
             self.example = None if example is None else tuple(map(_detached, example))
 
     def spec(self, model: nn.Module) -> ModelSpec:
-        return _layout(unwrap(model), self.example).spec
+        return self._layout(unwrap(model)).spec
 
     def decoder(self, model: nn.Module) -> nn.Module:
         model = unwrap(model)
@@ -65,7 +68,36 @@ class GenericAdapter:
 
     def _known(self, model: nn.Module) -> _Layout:
         """The layout that `spec` found last. Only `spec`, once a patch, checks whether modules have changed."""
-        return _layouts[model][1] if model in _layouts else _layout(model, self.example)
+        known = _layouts.get(model, {}).get(self.share_passes)
+        return self._layout(model) if known is None else known[1]
+
+    def _layout(self, model: nn.Module) -> _Layout:
+        decoder = text_decoder(model)
+        _check_not_fused(decoder)
+        seen = probe(model, decoder, self.example)
+        kept = _layouts.setdefault(model, {})
+        before, layout = kept.get(self.share_passes, (None, None))
+        if layout is None or before is not seen:
+            seen, layout = self._looked_at(model, decoder, seen)
+            kept[self.share_passes] = seen, layout
+        return layout
+
+    def _looked_at(self, model: nn.Module, decoder: nn.Module, seen: Probe) -> tuple[Probe, _Layout]:
+        """The layout. If layers lack attention, it is looked for outside of the interface too."""
+        error: UnsupportedModelError | None = None
+        found: _Layout | None = None
+        try:
+            found = _find(model, decoder, seen, self.example, self.share_passes)
+        except UnsupportedModelError as first:
+            error = first
+        if not seen.follows and (found is None or any("query" not in layer.sites for layer in found.spec.layers)):
+            with suppress(UnsupportedModelError):
+                seen = probe(model, decoder, self.example, follows=True)
+                found = _find(model, decoder, seen, self.example, self.share_passes)
+        if found is None:
+            assert error is not None
+            raise error
+        return seen, found
 
 
 def _detached(x: Any) -> Any:
@@ -79,108 +111,50 @@ class _Layout:
     paths: tuple[dict[Site, str], ...]
 
 
-_layouts: WeakKeyDictionary[nn.Module, tuple[Probe, _Layout]] = WeakKeyDictionary()
+# By model, and by whether its passes share their heads.
+_layouts: WeakKeyDictionary[nn.Module, dict[bool, tuple[Probe, _Layout]]] = WeakKeyDictionary()
 
 
-def _layout(model: nn.Module, example: Example | None) -> _Layout:
-    decoder = text_decoder(model)
-    if torch.backends.mha.get_fastpath_enabled():
-        fused = next((m for m in decoder.modules() if isinstance(m, nn.TransformerEncoderLayer)), None)
-        if fused is not None:
-            raise UnsupportedModelError(
-                f"in eval mode, torch runs a {type(fused).__name__} as one kernel, on nested tensors if there is "
-                f"padding, so its sites do not run: call torch.backends.mha.set_fastpath_enabled(False) first"
-            )
-    seen = probe(model, decoder, example)
-    before, layout = _layouts.get(model, (None, None))
-    if layout is None or before is not seen:
-        seen, layout = _looked_at(model, decoder, seen, example)
-        _layouts[model] = seen, layout
-    return layout
+def _check_not_fused(decoder: nn.Module) -> None:
+    fused = next((m for m in decoder.modules() if isinstance(m, nn.TransformerEncoderLayer)), None)
+    if fused is not None and torch.backends.mha.get_fastpath_enabled():
+        raise UnsupportedModelError(
+            f"in eval mode, torch runs a {type(fused).__name__} as one kernel, on nested tensors if there is "
+            f"padding, so its sites do not run: call torch.backends.mha.set_fastpath_enabled(False) first"
+        )
 
 
-def _looked_at(model: nn.Module, decoder: nn.Module, seen: Probe, example: Example | None) -> tuple[Probe, _Layout]:
-    """The layout. If layers lack attention, it is looked for outside of the interface too."""
-    error: UnsupportedModelError | None = None
-    found: _Layout | None = None
-    try:
-        found = _find(model, decoder, seen, example)
-    except UnsupportedModelError as first:
-        error = first
-    if not seen.follows and (found is None or any("query" not in layer.sites for layer in found.spec.layers)):
-        with suppress(UnsupportedModelError):
-            seen = probe(model, decoder, example, follows=True)
-            found = _find(model, decoder, seen, example)
-    if found is None:
-        assert error is not None
-        raise error
-    return seen, found
-
-
-def _find(model: nn.Module, decoder: nn.Module, seen: Probe, example: Example | None) -> _Layout:
+def _find(model: nn.Module, decoder: nn.Module, seen: Probe, example: Example | None, share_passes: bool) -> _Layout:
     names = {module: name for name, module in model.named_modules()}
-    path, layers = _layer_list(model, decoder, seen, names)
+    layers = layers_of(model, decoder, seen, names)
     hidden_size = int(getattr(text_config(model), "hidden_size", 0))
-    holders = Counter(module for layer in layers for module in layer.modules())
-    adds = {} if is_of_transformers(model) else adds_its_input(model, decoder, _whose_output_counts(layers), example)
-    found = [
-        part
-        for index, layer in enumerate(layers)
-        for part in _Layer(layer, f"{path}.{index}", hidden_size, seen, names, holders, adds).parts()
-    ]
-    if not any(sites for _, sites in found):
-        raise UnsupportedModelError(f"no layer of {path} has a site: {found[0][0]['missing']}")
+    runs = {path: runs_of(layer, seen, names) for path, layer in layers}
+    loops = any(n > 1 for n in runs.values())
+    holders = Counter(m for path, layer in layers for m in layer.modules() for _ in range(max(runs[path], 1)))
+    counted = _whose_output_counts(layer for _, layer in layers)
+    adds = {} if is_of_transformers(model) else adds_its_input(model, decoder, counted, example)
+    found: list[tuple[int, dict[str, Any], dict[Site, str]]] = []
+    for path, layer in layers:
+        one = _Layer(layer, path, hidden_size, seen, names, holders, adds, share_passes)
+        # In the order in which they run, with one place for each pass.
+        places = starts(path, seen) if loops else []
+        for sizes, sites in one.parts():
+            for run in range(one.runs if sites and not share_passes else 1):
+                place = places[run] if run < len(places) else len(seen.begun)
+                found.append((place, sizes | {"run": run}, sites))
+    found.sort(key=lambda part: part[0] if loops else 0)
+    if not any(sites for _, _, sites in found):
+        raise UnsupportedModelError(
+            f"no layer of {layers[0][0].rpartition('.')[0]} has a site: {found[0][1]['missing']}"
+        )
     layer_specs = tuple(
         LayerSpec(index=index, **sizes, sites=tuple(s for s in SITES if s in sites))
-        for index, (sizes, sites) in enumerate(found)
+        for index, (_, sizes, sites) in enumerate(found)
     )
     widths = Counter(spec.hidden_size for spec in layer_specs if spec.sites)
     spec = ModelSpec(name_of(model), widths.most_common(1)[0][0], layer_specs)
-    return _Layout(_runs_layers(path, names[decoder], seen), spec, tuple(sites for _, sites in found))
-
-
-def _runs_layers(layers: str, decoder: str, seen: Probe) -> str:
-    """The nearest module above the layers that ran once. In an encoder-decoder this is not the whole model."""
-    parts = layers.split(".")
-    above = [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
-    return next((path for path in above if len(seen.outputs.get(path, [])) == 1), decoder)
-
-
-def _layer_list(
-    model: nn.Module, decoder: nn.Module, seen: Probe, names: dict[nn.Module, str]
-) -> tuple[str, nn.ModuleList | nn.Sequential]:
-    """The list with the most attention modules inside. Without attention, the list of which most members ran.
-
-    Attention is seen at the interface. If nothing calls it, a list counts by its name, or as members of one class that
-    have an attention module by its class.
-    """
-    best: tuple[tuple[int, ...], str, nn.ModuleList | nn.Sequential] | None = None
-    for module in decoder.modules():
-        if not isinstance(module, nn.ModuleList | nn.Sequential) or module not in names:
-            continue
-        if len(module) == 0 or any(m is None for m in module):  # one that some layers have, beside them
-            continue
-        like = len(module) if len({type(m) for m in module}) == 1 and _has_attention(module[0], names, seen) else 0
-        if isinstance(module, nn.Sequential) and not like:
-            continue
-        path = names[module]
-        inside = [name for name in seen.attention if name.startswith(f"{path}.") and "." in name[len(path) + 1 :]]
-        attended = len(inside)
-        # A vision tower may have as many layers as the decoder.
-        of_tokens = sum(all(call.tokens == seen.tokens for call in seen.attention[name]) for name in inside)
-        ran = sum(1 for member in module if any(names.get(m) in seen.outputs for m in parts_of(member)))
-        named = path.rpartition(".")[2] in _LAYER_LISTS
-        key = (of_tokens, attended, int(named), like, ran, -path.count("."))
-        if ran and (attended or named or like) and (best is None or key > best[0]):
-            best = key, path, module
-    if best is None:
-        raise UnsupportedModelError(f"{type(decoder).__name__} has no list of layers that run")
-    return best[1], best[2]
-
-
-def _has_attention(layer: nn.Module, names: dict[nn.Module, str], seen: Probe) -> bool:
-    inside = (m for m in layer.modules() if m is not layer and _ATTENTION_CLASS.search(type(m).__name__))
-    return any(names.get(m) in seen.outputs for m in inside)
+    above = runs_layers([path for path, _ in layers], names[decoder], seen)
+    return _Layout(above, spec, tuple(sites for _, _, sites in found))
 
 
 def _whose_output_counts(layers: Iterable[nn.Module]) -> list[nn.Module]:
@@ -192,7 +166,7 @@ def _whose_output_counts(layers: Iterable[nn.Module]) -> list[nn.Module]:
         if not path
         or path in _MLP_PATHS
         or _MLP_CLASS.search(type(m).__name__)
-        or _ATTENTION_CLASS.search(type(m).__name__)
+        or ATTENTION_CLASS.search(type(m).__name__)
     ]
 
 
@@ -206,12 +180,15 @@ class _Layer:
         names: dict[nn.Module, str],
         holders: Counter[nn.Module],
         adds: dict[nn.Module, bool | None],
+        share_passes: bool,
     ) -> None:
+        self.share_passes = share_passes
         self.layer, self.path, self.seen, self.names, self.holders, self.adds = layer, path, seen, names, holders, adds
         # A list of parts returns what the last of them does.
         ran = [found for m in parts_of(layer) if (found := seen.outputs.get(names[m]))]
         runs = ran[-1] if ran else []
         self.runs, returned = len(runs), (runs or [None])[0]
+        self.is_alike = len(set(runs)) == 1
         # Not always hidden states: some layers return several streams or a list. Their attention and MLP do not.
         self.returned = returned
         # Some models put learned tokens before the text.
@@ -224,8 +201,9 @@ class _Layer:
 
     def parts(self) -> Iterator[tuple[dict[str, Any], dict[Site, str]]]:
         """Sizes and sites of the layer. If it has several attention modules, each with an MLP: those of each pair."""
-        if self.runs != 1:
-            times = f"runs {self.runs} times in a forward{_FOR_ALL}" if self.runs else "does not run on text alone"
+        if not self.is_alike or (self.runs > 1 and self.is_list):
+            odd = "as a list of parts" if self.is_list else "with outputs of several sizes"
+            times = f"runs {self.runs} times in a forward, {odd}" if self.runs else "does not run on text alone"
             yield self._sizes(None, f"{type(self.layer).__name__} {times}"), {}
             return
         attention = [path for path in self._inside() if self._calls(path) and self._is_self_attention(path)]
@@ -247,7 +225,9 @@ class _Layer:
         missing = []
         if attention is None:
             missing.append(self._why_no_attention(mlp))
-        elif len(calls := self._calls(attention)) != self.holders[self.module(attention)]:
+        elif len(calls := self._calls(attention)) != self.holders[self.module(attention)] and not (
+            self.share_passes and len(set(calls)) == 1 and not calls[0].own
+        ):
             for_all = "" if any(call.own for call in calls) else _FOR_ALL
             missing.append(f"{attention} attends {len(calls)} times in a forward{for_all}")
             attention = None
@@ -279,7 +259,7 @@ class _Layer:
                 sites["mlp_hidden"] = f"{self.path}.{down}"
         if last and self.returns_states:
             sites["layer_out"] = self.path
-        if first and self.returns_states and [call.shape for call in self._passed("")] == [self.states]:
+        if first and self.returns_states and {call.shape for call in self._passed("")} == {self.states}:
             sites["layer_in"] = self.path
         return sites
 
@@ -327,7 +307,7 @@ class _Layer:
         return "no attention"
 
     def _other_attention(self) -> str | None:
-        named = (path for path in self._inside() if _ATTENTION_CLASS.search(type(self.module(path)).__name__))
+        named = (path for path in self._inside() if ATTENTION_CLASS.search(type(self.module(path)).__name__))
         return next((path for path in named if self._ran(path)), None)
 
     def _ran(self, path: str) -> bool:

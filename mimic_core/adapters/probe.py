@@ -75,6 +75,7 @@ class Probe:
         outputs: The shape of each call's output (of the first element of a tuple), in the order of calls. None if that
             is not a tensor.
         passed: What each call got and gave; the modules in the order in which they first ended.
+        begun: The module of each call, in the order in which they began.
         attention: The calls of the attention interface, and the attention of modules that don't ask it.
         crossed: Modules that got the states of an encoder or of images as an argument.
         odd: What was seen of attention that is not understood.
@@ -84,6 +85,7 @@ class Probe:
 
     outputs: dict[str, list[tuple[int, ...] | None]] = field(default_factory=dict)
     passed: dict[str, list[Passed]] = field(default_factory=dict)
+    begun: list[str] = field(default_factory=list)
     attention: dict[str, list[AttentionSeen]] = field(default_factory=dict)
     crossed: set[str] = field(default_factory=set)
     odd: dict[str, str] = field(default_factory=dict)
@@ -347,6 +349,7 @@ def _watched(modules: list[nn.Module], names: dict[nn.Module, str], seen: Probe,
             frames().pop()
 
     def enters(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.begun.append(names[module])
         if any(kwargs.get(name) is not None for name in _OF_OTHERS):
             seen.crossed.add(names[module])
         if alone:

@@ -263,10 +263,12 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def _described(spec: ModelSpec) -> dict[str, Any]:
-    """The sizes and sites, without the reasons for missing sites."""
+    """The sizes and sites, without the reasons for missing sites, and without the pass where it is the first."""
     data = asdict(spec)
     for layer in data["layers"]:
         del layer["missing"]
+        if not layer["run"]:
+            del layer["run"]
     return data
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from types import FrameType
 from typing import Any
 
@@ -42,6 +42,22 @@ def has_labels(decoder: nn.Module) -> bool:
         if given and any(one is decoder for one in module.modules()):
             return True
     return False
+
+
+def _checkpointed() -> list[Any]:
+    """The arguments with which gradient checkpointing, not reentrant, runs again what this code is inside of."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        here = frame.f_locals
+        if frame.f_code.co_name == "recompute_fn" and frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            fn, args, kwargs = here.get("fn"), here.get("args", ()), here.get("kwargs", {})
+            bound = (*fn.args, *fn.keywords.values()) if isinstance(fn, partial) else ()
+            return [*args, *kwargs.values(), *bound]
+        frame = frame.f_back
+    return []
+
+
+checkpointed: Any = torch.compiler.disable(_checkpointed)
 
 
 def _is_on(frame: FrameType, module: nn.Module) -> bool:

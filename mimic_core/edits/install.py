@@ -19,6 +19,7 @@ from ..samples import Samples
 from ..types import ATTENTION_SITES, ForwardView, Located
 from .compiled import asked_about, runs_compiled
 from .entry import Bystander, Entry, SiteEdit
+from .faults import halfway, never_reached, other_passes
 from .frames import by_name, is_called, is_called_anywhere
 from .interface import SLOT, Attending, AttentionSlot
 from .outputs import EditedForward
@@ -40,6 +41,7 @@ class Installation:
         model: The model that the edits are in.
         watch: Its forwards.
         is_plain: No call says what the edits do, and they act fully. An attribute, because each decoded token asks.
+        runs_uncompiled: See `EditedForward.run`. A graph has no passes that could be counted.
 
     Args:
         found: The model and its sites.
@@ -81,18 +83,21 @@ class Installation:
         self.model = model = found.model
         self._all = (1 << len(edits)) - 1  # what `Run.reached` is when all edits have run
         self._entries: list[Entry] = []
+        self._passes: list[LayerScope] = []
+        self.runs_uncompiled = False
         places = [found.module(edit.layer, edit.site) for edit in edits]
         shared = shared_modules(found, {edit.site for edit in edits})
         try:
             for i, (edit, module) in enumerate(zip(edits, places, strict=True)):
                 scope = None
                 if (module, edit.site) in shared:
-                    scope = LayerScope(self)
-                    layer = found.adapter.module(model, edit.layer, "layer_out")
-                    self._forwards.append(EditedForward.claim(layer, around=scope))
+                    scope = LayerScope.of(self, found, edit.layer)
+                    self._forwards.append(EditedForward.claim(model.get_submodule(scope.path), around=scope))
+                    self._passes += [scope] if scope.counts else []
                 entry = Entry(edit, self, 1 << i, scope)
                 self._entries.append(entry)
                 self._attach(entry, module, found.own.get(edit.layer))
+            self.watch.has_passes = self.runs_uncompiled = bool(self._passes)
             self._decoder = found.adapter.decoder(model)
             self._came_inside = is_called_anywhere(self._decoder)
             self._standing = Places(model, (self._decoder, *self._edited))
@@ -242,7 +247,7 @@ class Installation:
         if run is not None:
             run.reached |= bit
         elif self._came_inside and self._acts_here and is_called(self._decoder):
-            raise _halfway("put in")
+            raise halfway("put in")
 
     def unflatten(self, states: Tensor) -> Tensor:
         """Reshape [b*t c] to [b t c], for modules that get their tokens flattened.
@@ -319,9 +324,12 @@ class Installation:
             return
         missed = run.was_on and run.reached != self._all
         if self.watch.changes != run.changes and (missed or (not run.was_on and (run.reached or self.active))):
-            raise _halfway("removed, or switched on or off,")
+            raise halfway("removed, or switched on or off,")
         if run.given is not None and run.given.limits and self.watch.given is not run.given:
-            raise _halfway("taken out of `handle.at` or `handle.using`")
+            raise halfway("taken out of `handle.at` or `handle.using`")
+        for scope in self._passes if run.was_on else ():
+            if (ran := run.passes.get(scope, 0)) != scope.passes:
+                raise other_passes(scope.path, ran, scope.passes)
         if missed:
             self._complain(self._missed(run.reached))
 
@@ -352,19 +360,14 @@ class Installation:
     @property
     def _depth(self) -> float:
         """How many layers the decoder runs. Assisted decoding with early exit sets fewer for a draft."""
+        if self._passes:
+            return math.inf  # its layers are fewer than those of the spec
         layers = getattr(getattr(self._decoder, "config", None), "num_hidden_layers", None)
         return layers if isinstance(layers, int) and current_generation() is not None else math.inf
 
     def _complain(self, missed: list[SiteEdit]) -> None:
         if missed:
-            where = ", ".join(f"{edit.site} of layer {edit.layer}" for edit in missed[:4])
-            more = f" and {len(missed) - 4} more" if len(missed) > 4 else ""
-            raise PatchStateError(
-                f"a forward of {type(self.model).__name__} never reached {where}{more}, so the edits there did "
-                f"nothing. Perhaps its attention does not go through transformers' AttentionInterface, or its adapter "
-                f"names wrong modules. Or something has replaced the forward of these modules since: then remove the "
-                f"patch and patch again. Or torch.compile could not compile the edits: then run the model uncompiled"
-            )
+            raise never_reached(self.model, missed)
 
     def _missed(self, reached: int) -> list[SiteEdit]:
         """The edits that did not run, except those in code made by torch.compile, which does not report."""
@@ -373,13 +376,6 @@ class Installation:
             for entry, module in zip(self._entries, self._edited, strict=True)
             if not entry.bit & reached and entry.edit.layer < self._depth and not runs_compiled(self.model, module)
         ]
-
-
-def _halfway(what: str) -> PatchStateError:
-    return PatchStateError(
-        f"a patch, hook or capture was {what} during a forward of its model, so only some layers were edited: do this "
-        f"when no forward runs. If another thread did it, wait for the forward, or give each thread a copy of the model"
-    )
 
 
 class _Nowhere(Bystander):

@@ -111,7 +111,7 @@ class Attending:
         around, slot = frames(), self._slot
         plan = slot.asked() if slot.asks else slot.plan
         if not isinstance(slot.own, Recipe) or plan is None:
-            around.append(_Frame(slot, self._module, args, kwargs))
+            around.append(_Frame(slot, self._module, args, kwargs, plan is not None))
         elif around and isinstance(around[-1], EagerFrame) and around[-1].module is self._module:
             around.append(around[-1])  # it has several edits, and something stands around it for each
         else:
@@ -160,12 +160,14 @@ class Traced(TorchFunctionMode):
 
 
 class _Frame:
-    """One forward of such a module."""
+    """One forward of such a module. It has edits, or those of its slot are of another layer or pass."""
 
-    __slots__ = ("_given", "_has_grad", "_module", "_ran", "_slot")
+    __slots__ = ("_given", "_has_edits", "_has_grad", "_module", "_ran", "_slot")
 
-    def __init__(self, slot: AttentionSlot, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._slot, self._module, self._ran = slot, module, False
+    def __init__(
+        self, slot: AttentionSlot, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], has_edits: bool
+    ) -> None:
+        self._slot, self._module, self._ran, self._has_edits = slot, module, False, has_edits
         self._given = args, kwargs
         self._has_grad = torch.is_grad_enabled()
 
@@ -204,7 +206,7 @@ class _Frame:
         around = frames()[-1:]
         if self._ran and around and isinstance(around[0], _Frame) and around[0]._slot is self._slot:
             around[0]._ran = True  # the module has several edits, and something stands around it for each
-        if self._ran or self._slot.plan is None:
+        if self._ran or not self._has_edits or self._slot.plan is None:
             return
         if _may_be_one_kernel(self._module):
             raise _one_kernel(self._module)

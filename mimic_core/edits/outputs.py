@@ -247,8 +247,8 @@ def _uncompiled(forward: EditedForward, args: tuple[Any, ...], kwargs: dict[str,
     """
     if torch.compiler.is_compiling():
         raise PatchStateError(
-            f"{type(forward.module).__name__} attends without transformers' interface, and has edits inside its "
-            f"attention, which can't be exported"
+            f"{type(forward.module).__name__} attends without transformers' interface, or runs layers several times, "
+            f"and has edits there, which can't be exported"
         )
     return forward._within(args, kwargs)
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakSet
 
@@ -59,6 +59,7 @@ class Run:
         changes: `ForwardWatch.changes` when it began.
         outer: The forward that this one runs in: a hook may run the model.
         reached: The sum of the `Entry.bit` of the edits that have run.
+        passes: How often the layers have begun that run several times, where edits tell their passes apart.
     """
 
     forward: Forward | None = None
@@ -70,6 +71,7 @@ class Run:
     changes: int = 0
     outer: Run | None = None
     reached: int = 0
+    passes: dict[Any, int] = field(default_factory=dict)
 
 
 class _Here:
@@ -114,6 +116,7 @@ class ForwardWatch:
         state: Where this thread is, as `state.here`. Attributes, because each decoded token asks.
         callers: How often `at` says what edits do, in all threads.
         had_callers: It did in a forward with gradients. A backward may run layers of it again.
+        has_passes: Edits tell the passes of a layer apart, so each forward counts its own.
 
     Args:
         looks: Whether an edit acts at some positions, or may ask for them.
@@ -123,6 +126,7 @@ class ForwardWatch:
 
     def __init__(self, looks: bool, wants_sizes: bool, foreign: str = "") -> None:
         self._looks, self._wants_sizes, self._foreign = looks, wants_sizes, foreign
+        self.has_passes = False
         self._start_outside()
 
     def _start_outside(self) -> None:
@@ -161,7 +165,8 @@ class ForwardWatch:
         return next((given for watch, given in reversed(_given.get()) if watch is self), None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_looks": self._looks, "_wants_sizes": self._wants_sizes, "_foreign": self._foreign}
+        kept = ("_looks", "_wants_sizes", "_foreign", "has_passes")
+        return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -176,7 +181,7 @@ class ForwardWatch:
         here, changes = self.state.here, self.changes  # the changes first: another thread may make one now
         outer, looks = here.run, self._looks or self.callers
         shape = shape_of_tokens(arguments) if looks or self._wants_sizes else None
-        if looks or outer is not None:
+        if looks or outer is not None or self.has_passes:
             run = self._run(arguments, shape, decoder, outer, looks > 0)
         else:
             run = here.plain

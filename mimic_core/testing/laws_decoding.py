@@ -14,6 +14,7 @@ from ..heads import ShiftStack
 from .batches import copied
 from .laws_values import oracle_of
 from .oracle import Oracle, Seen
+from .passes import numbered
 from .rehearsal import rehearse
 from .subject import Gap, Subject
 from .verdicts import BrokenLaw, NotApplicable, Raised, attempt
@@ -184,12 +185,11 @@ def _own_agreement(s: Subject, plain: Generated) -> tuple[Agreement, bool]:
 def _queries_apart(s: Subject, decoding: list[Seen], full: list[Seen]) -> float:
     """The largest relative difference between the queries of the last token of the prompt."""
     apart = [0.0]
-    whole = {seen.module: seen.query for seen in full}
-    prompt = {seen.module: seen.query for seen in reversed(decoding)}  # each module's first call
-    for module, query in prompt.items():
-        last = query.shape[2] - 1
-        if module in whole and whole[module].shape[2] == last + _STEPS:
-            apart.append(relative(query[:, :, last], whole[module][:, :, last]))
+    whole, prompt = numbered(full), numbered(decoding)  # the first calls of decoding are those of the prompt
+    for place, call in prompt.items():
+        query, last = call.query, call.query.shape[2] - 1
+        if place in whole and whole[place].query.shape[2] == last + _STEPS:
+            apart.append(relative(query[:, :, last], whole[place].query[:, :, last]))
     return max(apart)
 
 
@@ -296,13 +296,13 @@ def _padding_agreement(
             for masks, rows, calls in together:
                 real = masks[i]
                 logits.append(s.gap(rows[i][real][None], wanted, wanted, {}).error)
-                for module, query in calls.items():
-                    if module in seen and query.shape[2] == len(real):
-                        queries.append(relative(query[i][:, real], seen[module][0]))
+                for place, call in calls.items():
+                    if place in seen and call.query.shape[2] == len(real):
+                        queries.append(relative(call.query[i][:, real], seen[place].query[0]))
     return Agreement(max(logits) if all(e == e for e in logits) else float("inf"), max(queries))
 
 
-def _watched(s: Subject, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[nn.Module, Tensor]]:
+def _watched(s: Subject, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[tuple[nn.Module, int], Seen]]:
     with Oracle() as oracle:
         logits = s.run(inputs)
-    return logits, {call.module: call.query for call in oracle.seen}
+    return logits, numbered(oracle.seen)

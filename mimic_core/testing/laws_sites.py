@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..errors import PatchStateError
 from ..patch import hook
 from ..types import ATTENTION_SITES, At, LayerSpec, Site
 from .oracle import Edit, Oracle, Place, Seen
+from .passes import by_place
 from .subject import Subject, same_bits
 from .verdicts import BrokenLaw, NotApplicable
 
@@ -28,7 +30,13 @@ def own_layer(s: Subject) -> str:
     ran = [m for m in dict.fromkeys(begun) if m in layers]
     if ran != [m for m in layers if m in ran]:
         raise BrokenLaw(f"the layers run in another order than the spec's: {', '.join(_name(s, m) for m in ran)}")
-    owners: dict[tuple[nn.Module, Site], int] = {}
+    if any(layer.run for layer in s.spec.layers):
+        # In its order of passes too.
+        wanted = [key for key, _ in groupby(s.spec.layers, lambda layer: (layer.path, layer.run))]
+        found = [s.names[module] for module in begun if module in layers]
+        if found != [path for path, _ in wanted]:
+            raise BrokenLaw(f"the passes run in another order than the spec's: {', '.join(found)}")
+    owners: dict[tuple[nn.Module, Site, int], int] = {}
     for layer in s.spec.layers:
         block = s.inner.get_submodule(layer.path)
         inside = set(block.modules())
@@ -37,7 +45,7 @@ def own_layer(s: Subject) -> str:
             where = f"{site} of layer {layer.index} is {_name(s, module)}"
             if module not in inside:
                 raise BrokenLaw(f"{where}, not in {layer.path}")
-            if (other := owners.setdefault((module, site), layer.index)) != layer.index:
+            if (other := owners.setdefault((module, site, layer.run), layer.index)) != layer.index:
                 raise BrokenLaw(f"{where}, which layer {other} has already")
             if site in ("layer_out", "layer_in") and module is not block:
                 raise BrokenLaw(f"{where}, not the layer")
@@ -249,9 +257,11 @@ def site_law(site: Site) -> Callable[[Subject], str]:
         with torch.no_grad():
             with hook(s.model, site, lambda value, at: _stretch(value, at.layer, site), layers=layers):
                 found = s.run()
-            edits: dict[Place, Edit] = {
-                (s.place(s.spec.layers[i], site), site): partial(_edit, layer=i, site=site) for i in layers
-            }
+            edited = [s.spec.layers[i] for i in layers]
+            edits = by_place(
+                s.spec,
+                [(one, (s.place(one, site), site), partial(_edit, layer=one.index, site=site)) for one in edited],
+            )
             # Outside of attention, the model's own runs: the last bit of another may turn a choice of experts.
             plain = baseline.plain if site in ATTENTION_SITES else ()
             with Oracle(edits, plain, baseline.reading):
@@ -306,7 +316,7 @@ def lse(s: Subject) -> str:
     real = s.batches.real(s.inputs)
     for i, found in s.lse.items():
         module = s.attention(s.spec.layers[i])
-        seen = baseline.seen.get(module)
+        seen = baseline.seen.get((module, s.spec.layers[i].run))
         if module not in baseline.plain or seen is None or seen.lse is None:
             raise BrokenLaw(
                 f"layer {i}: the attention of {_name(s, module)} is not the softmax of scaled, masked logits "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import PatchStateError
 from ..heads import ShiftStack
 from .laws_decoding import relative
 from .subject import Subject
@@ -39,7 +40,12 @@ def checkpointing(s: Subject, reentrant: bool) -> str:
     if (apart := relative(own, plain)) > 10 * s.tolerance(0.0):
         raise NotApplicable(f"with checkpointing, the unpatched model's own gradients are {apart:.1e} apart")
     with _counting(modules) as calls:
-        logits, found = _gradients(s, stacks)
+        ran = attempt(partial(_gradients, s, stacks))
+    if isinstance(ran, Raised):
+        if reentrant and any(layer.run for layer in s.spec.layers) and isinstance(ran.error, PatchStateError):
+            raise NotApplicable(f"refused, because the passes of a layer can't be told apart then: {ran}")
+        raise ran.error
+    logits, found = ran
     again = sum(calls.values()) - sum(plain_calls.values())
     if again <= 0:
         raise NotApplicable("the model did not run any layer again")

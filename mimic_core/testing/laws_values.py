@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..heads import ShiftStack
+from ..types import LayerSpec
 from .oracle import Edit, Oracle, Place, live_edit, mimic_edit
+from .passes import by_place
 from .state import as_it_was
 from .subject import Baseline, Gap, Subject
 from .verdicts import BrokenLaw, NotApplicable, Raised, attempt
@@ -71,16 +73,17 @@ def _parameters(stacks: Mapping[str, ShiftStack]) -> dict[str, nn.Parameter]:
 def _edits(
     s: Subject, model: nn.Module, stacks: Mapping[str, ShiftStack], leaves: Mapping[str, Tensor]
 ) -> dict[Place, Edit]:
-    edits: dict[Place, Edit] = {}
+    edits: list[tuple[LayerSpec, Place, Edit]] = []
     for key, stack in stacks.items():
         for head in stack:
             p = {name: leaves[f"{key}: {head.layer.index} {name}"] for name, _ in head.named_parameters()}
             place = model.get_submodule(s.names[s.place(head.layer, head.site)])
             if head.site == "attn_heads":
-                edits[place, head.site] = mimic_edit(p["vector"], p.get("gate_weight"), p.get("gate_bias"))
+                edit = mimic_edit(p["vector"], p.get("gate_weight"), p.get("gate_bias"))
             else:
-                edits[place, head.site] = live_edit(p["vector"], p["scale"])
-    return edits
+                edit = live_edit(p["vector"], p["scale"])
+            edits.append((head.layer, (place, head.site), edit))
+    return by_place(s.spec, edits)
 
 
 def stack_law(kind: str) -> Callable[[Subject], str]:

@@ -19,7 +19,8 @@ from ..heads import LIVEConfig, MimICConfig, ShiftStack
 from ..patch import hook, patch
 from ..types import ATTENTION_SITES, SITES, At, LayerSpec, ModelSpec, Site
 from .batches import Batches, copied
-from .oracle import READINGS, Edit, Oracle, Place, Reading, Seen
+from .oracle import READINGS, Oracle, Reading, Seen
+from .passes import by_place, numbered, passes
 from .verdicts import NotApplicable, Raised, attempt
 
 OUTPUT_SITES: tuple[Literal["attn_out", "mlp_out", "layer_out"], ...] = ("attn_out", "mlp_out", "layer_out")
@@ -53,14 +54,14 @@ class Baseline:
     Attributes:
         plain: Modules whose attention is the softmax attention of the oracle.
         error: The difference between the oracle without edits and the model's logits.
-        seen: The oracle's calls, by module.
+        seen: The oracle's calls, by module and pass.
         sizes: Root mean square of each site's values, by layer and site.
     """
 
     plain: tuple[nn.Module, ...]
     reading: Reading
     error: float
-    seen: Mapping[nn.Module, Seen]
+    seen: Mapping[tuple[nn.Module, int], Seen]
     sizes: Mapping[tuple[int, Site], float]
 
 
@@ -220,12 +221,16 @@ class Subject:
         # Some models also use the interface for other states, such as the states of a token in earlier layers.
         of_tokens = {seen.module for seen in self.calls if seen.query.shape[::2] == self.logits.shape[:2]}
         called = [m for m in called if m in of_tokens] or called
-        rank = [other.index for other in self.spec.layers if other.path == layer.path].index(layer.index)
+        rank = [other.index for other in self._beside(layer)].index(layer.index)
         return called[rank] if rank < len(called) else self.module(layer.index, "query")
+
+    def _beside(self, layer: LayerSpec) -> list[LayerSpec]:
+        """The entries of the spec that are parts of the same layer, in the same pass."""
+        return [other for other in self.spec.layers if (other.path, other.run) == (layer.path, layer.run)]
 
     def place(self, layer: LayerSpec, site: Site) -> nn.Module:
         """The module at which the oracle edits a site. Attention and layer are found without the adapter's `module`."""
-        if site in ("layer_out", "layer_in") and [other.path for other in self.spec.layers].count(layer.path) == 1:
+        if site in ("layer_out", "layer_in") and len(self._beside(layer)) == 1:
             return self.inner.get_submodule(layer.path)
         return self.module(layer.index, site) if site in MODULE_SITES else self.attention(layer)
 
@@ -239,28 +244,31 @@ class Subject:
         with_attention = [layer for layer in self.spec.layers if "query" in layer.sites]
         modules = [model.get_submodule(self.names[self.attention(layer)]) for layer in with_attention]
         sizes: dict[tuple[int, Site], float] = {}
-        records: dict[Place, Edit] = {
-            (self.module(layer.index, site, model), site): partial(_record, sizes=sizes, layer=layer.index, site=site)
+        places: list[tuple[LayerSpec, nn.Module, Any]] = [
+            (layer, self.module(layer.index, site, model), site)
             for layer in self.spec.layers
             for site in MODULE_SITES
             if site in layer.sites
-        }
+        ]
         for layer, module in zip(with_attention, modules, strict=True):
-            records |= {
-                (module, site): partial(_record, sizes=sizes, layer=layer.index, site=site)
-                for site in EDITED_SITES
-                if site in ATTENTION_SITES
-            }
+            places += [(layer, module, site) for site in ATTENTION_SITES if site in EDITED_SITES]
+        times = {module: passes(self.spec, layer) for layer, module, _ in places}
         threshold = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 3e-2
         caller = None if model is self.inner else model
 
         def read(plain: list[nn.Module], reading: Reading) -> Baseline:
+            edits = (
+                (layer, (module, site), partial(_record, sizes=sizes, layer=layer.index, site=site))
+                for layer, module, site in places
+            )
+            records = by_place(self.spec, edits)
             with Oracle(records, plain, reading) as oracle:
                 found = self.run(inputs, caller)
             error = self.gap(found, logits, logits, inputs).error
             really = {seen.module for seen in oracle.seen if seen.plain}
-            seen = {seen.module: seen for seen in oracle.seen}
-            return Baseline(tuple(m for m in plain if m in really), reading, error, seen, dict(sizes))
+            return Baseline(
+                tuple(m for m in plain if m in really), reading, error, numbered(oracle.seen, times), dict(sizes)
+            )
 
         tried: list[Baseline] = []
         for reading in READINGS:

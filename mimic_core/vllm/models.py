@@ -128,6 +128,10 @@ def layers_of(model: nn.Module, found: Located) -> list[VLLMLayer]:
         raise UnsupportedModelError(
             f"stacks were not seen to be exact in vLLM's class {name}; those that were: {', '.join(TRIED)}"
         )
+    if looped := next((spec.path for spec in found.spec.layers if spec.run), ""):
+        raise UnsupportedModelError(
+            f"{looped} runs several times in a forward, and a stack has heads for each pass: that was not tried in vLLM"
+        )
     layers = []
     for spec in found.spec.layers:
         mine = _layer(model, found, spec.index)

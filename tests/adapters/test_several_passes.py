@@ -39,12 +39,7 @@ def hrm() -> TinyModel:
 
 
 CASES: dict[str, tuple[type[mc.PathAdapter], str, str]] = {
-    "hrm_text": (LowLevel, "live", "runs 6 times in a forward; an adapter that names its sites has one head for all"),
-    "diffllama": (
-        Layers,
-        "mimic",
-        "attends 2 times in a forward; an adapter that names its sites has one head for all",
-    ),
+    "diffllama": (Layers, "mimic", "attends 2 times in a forward; for one head for all of them: adapter="),
     "t5gemma2": (Merged, "mimic", "T5Gemma2MergedAttention attends to an encoder's states too"),
 }
 
@@ -61,6 +56,17 @@ def test_it_is_refused_and_an_adapter_that_names_it_is_exact(kind: str) -> None:
     sites = ("query", "key", "value", "attn_heads", "lse", "attn_out", "mlp_out", "layer_out", "layer_in")
     laws = (*sites, "MimIC", "LIVE", "own layer", "shapes", "zero shift", "removal", "checkpointing")
     assert [report[law].verdict for law in laws] == ["passed"] * len(laws)
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize(("kind", "layers"), [("hrm_text", 8), ("diffllama", 4)])
+def test_one_head_for_all_passes_by_an_option(kind: str, layers: int) -> None:
+    case = tiny(kind)
+    adapter = mc.GenericAdapter(share_passes=True)
+    report = mc.testing.check_adapter(case.model, case.inputs(length=16), adapter=adapter)
+    report.raise_for_failures()
+    assert report["MimIC"].verdict == report["LIVE"].verdict == "passed"
+    assert len(mc.build_shifts(case.model, "mimic", adapter=adapter).layers) == layers
 
 
 @pytest.mark.newest

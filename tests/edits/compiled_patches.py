@@ -17,6 +17,7 @@ from transformers import CompileConfig
 import mimic_core as mc
 from tests.support.cases import fresh_model, random_shifts
 from tests.support.compilable import LLAMA, SHALLOW, text
+from tests.support.looped import Looped
 
 HEADS = ["mimic", "live", "mimic-shared", "mimic-and-mlp"]
 
@@ -252,3 +253,26 @@ def test_a_strength_is_compiled_anew() -> None:
     with torch.no_grad(), mc.patch(model, stacks) as handle, handle.using("a"):
         with pytest.raises(Exception, match="not available inside torch.compile"):
             compiled(**text(5), use_cache=False)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_layers_that_run_several_times_run_uncompiled_with_their_edits(eager: bool) -> None:
+    torch.manual_seed(0)
+    model: Any = Looped(eager).eval().requires_grad_(False)
+    ids = torch.arange(14).view(2, 7) % 11
+    shifts = mc.build_shifts(model, ["mimic", "live"])
+    with torch.no_grad():
+        for p in shifts.parameters():
+            p.copy_(torch.randn(p.shape))
+    compiled = torch.compile(model, backend="aot_eager")
+    plain = compiled(ids)
+    outs = []
+    with mc.patch(model, shifts):
+        for run in (model, compiled):
+            logits = run(ids)
+            outs.append((logits, *torch.autograd.grad(logits.square().mean(), list(shifts.parameters()))))
+        with pytest.raises(Exception, match="several times, and has edits there, which can't be exported|disable"):
+            torch.export.export(model, (ids,), strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
+    assert (outs[0][0] - plain).abs().max() > 0.1
+    torch.testing.assert_close(compiled(ids), plain, rtol=0, atol=0)

@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.nn.utils import parametrizations, prune
 from transformers import OPTConfig, OPTForCausalLM
 
 import mimic_core as mc
+from mimic_core.adapters.named import LlamaAdapter
 from mimic_core.errors import PatchStateError
 from tests.support.cases import BY_NAME, Case, fresh_model, logits_of, random_shifts
 from tests.support.snapshot import snapshot
@@ -295,13 +297,28 @@ def test_other_layers_are_refused(change: str) -> None:
     handle.remove()
 
 
-def test_one_layer_twice_is_refused_by_the_patch() -> None:
-    model = fresh_model(LLAMA)
+def test_one_layer_twice_has_a_head_for_each_place() -> None:
+    """As in a model with a copy of the layer there. An adapter that does not say so is refused."""
+    model, other = fresh_model(LLAMA), fresh_model(LLAMA)
     layers_of(model)[2] = layers_of(model)[0]
+    layers_of(other)[2] = copy.deepcopy(layers_of(other)[0])
     before = snapshot(model)
-    with pytest.raises(PatchStateError, match="layers 0 and 2 are the same module"):
-        patched(model, "live")
+    outs = []
+    for one in (model, other):
+        torch.manual_seed(0)
+        handle = patched(one, "live")
+        outs.append(logits(one, LLAMA))
+        handle.remove()
+    assert torch.equal(*outs)
     assert snapshot(model) == before
+
+    class Silent(LlamaAdapter):
+        def spec(self, model: Any) -> mc.ModelSpec:
+            found = super().spec(model)
+            return replace(found, layers=tuple(replace(layer, run=0) for layer in found.layers))
+
+    with pytest.raises(PatchStateError, match="layers 0 and 2 are the same module"):
+        mc.patch(model, mc.build_shifts(model, "live", adapter=Silent), adapter=Silent)
 
 
 @pytest.mark.newest

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,6 +110,17 @@ def test_a_class_that_was_not_tried(config: Any) -> None:
     found = models.known_to_transformers(config)
     with pytest.raises(mc.UnsupportedModelError, match="not seen to be exact in vLLM's class Linear"):
         models.layers_of(torch.nn.Linear(1, 1), found)
+
+
+def test_layers_that_run_several_times(config: Any) -> None:
+    found = models.known_to_transformers(config)
+    first, *others = found.spec.layers
+    looped = found._replace(spec=replace(found.spec, layers=(first, replace(first, index=1, run=1), *others)))
+    tried = type(models.TRIED[0], (torch.nn.Module,), {})
+    with pytest.raises(
+        mc.UnsupportedModelError, match="runs several times in a forward, and a stack has heads for each"
+    ):
+        models.layers_of(tried(), looped)
 
 
 def test_a_stack_in_an_engine_that_serves_none() -> None:
