@@ -9,11 +9,14 @@ from weakref import ref
 
 from torch import Tensor, nn
 
+from ..edits.call import SDPACall
 from ..edits.eager import Recipe
 from ..edits.follow import Follower
-from ..edits.named import frames
+from ..edits.named import SDPA, Named, frames
 from ..edits.products import Axes, Product
 from ..edits.scores import KINDS, Scores, counts_from_last
+
+_NOBODY = nn.Identity()  # whose attention it is does not matter to its sizes
 
 
 class Looking(Follower):
@@ -73,7 +76,12 @@ class Looking(Follower):
 
     def sdpa(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not frames() or frames()[-1] is not None:  # otherwise it was seen by its name
-            self.odd.append("scaled_dot_product_attention by a name that is not global")
+            call = SDPACall(func, _NOBODY, *args, **kwargs)
+            if call.query.ndim == 4:
+                (b, h, t, d), (_, g, s, _) = call.query.shape, call.key.shape
+                self.found.append((h, g, d, call.value.shape[-1], (b, t), s, call.logits, Named.hidden()))
+            else:
+                self.odd.append(f"{SDPA} of queries {list(call.query.shape)}, not [b h t d]")
         return func(*args, **kwargs)
 
 

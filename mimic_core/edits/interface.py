@@ -21,7 +21,7 @@ from ..errors import PatchStateError, UnsupportedModelError
 from .call import UNUSUAL, AttentionCall, Plan, SDPACall, shifted
 from .eager import EagerFrame, Recipe
 from .entry import Entry
-from .named import TORCHS, Called, Named, by_nobody, frames, is_sdpa_of_torch
+from .named import SDPA, TORCHS, TORCHS_FILE, Called, Named, by_nobody, frames, is_sdpa_of_torch
 from .replaced import ReplacedMethod
 from .signatures import reading
 
@@ -111,7 +111,9 @@ class Attending:
         around, slot = frames(), self._slot
         plan = slot.asked() if slot.asks else slot.plan
         if not isinstance(slot.own, Recipe) or plan is None:
-            around.append(_Frame(slot, self._module, args, kwargs, plan is not None))
+            frame = _Frame(slot, self._module, args, kwargs, plan is not None)
+            frame.look()
+            around.append(frame)
         elif around and isinstance(around[-1], EagerFrame) and around[-1].module is self._module:
             around.append(around[-1])  # it has several edits, and something stands around it for each
         else:
@@ -123,6 +125,8 @@ class Attending:
 
     def leave(self, raised: bool) -> None:
         frame = frames().pop()
+        if isinstance(frame, _Frame):
+            frame.look_away()
         if isinstance(frame, EagerFrame):
             if frame in frames()[-1:]:
                 return
@@ -159,10 +163,24 @@ class Traced(TorchFunctionMode):
             )
 
 
+class _Seeing(TorchFunctionMode):
+    """Shows a forward the calls of torch's SDPA that go by no name."""
+
+    def __init__(self, frame: _Frame) -> None:
+        super().__init__()
+        self._frame = frame
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What goes by a name is taken by the frame, and then it is nobody's.
+        if func is not TORCHS or frames()[-1] is not self._frame:
+            return func(*args, **(kwargs or {}))
+        return self._frame.attend(Called(SDPA, TORCHS_FILE, func), args, kwargs or {})
+
+
 class _Frame:
     """One forward of such a module. It has edits, or those of its slot are of another layer or pass."""
 
-    __slots__ = ("_given", "_has_edits", "_has_grad", "_module", "_ran", "_slot")
+    __slots__ = ("_given", "_has_edits", "_has_grad", "_module", "_ran", "_seeing", "_slot")
 
     def __init__(
         self, slot: AttentionSlot, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], has_edits: bool
@@ -170,6 +188,17 @@ class _Frame:
         self._slot, self._module, self._ran, self._has_edits = slot, module, False, has_edits
         self._given = args, kwargs
         self._has_grad = torch.is_grad_enabled()
+        self._seeing: _Seeing | None = None
+
+    def look(self) -> None:
+        """Begin to look for what goes by no name, if it does in this module."""
+        if isinstance(self._slot.own, Named) and self._slot.own.is_hidden:
+            self._seeing = _Seeing(self)
+            self._seeing.__enter__()
+
+    def look_away(self) -> None:
+        if self._seeing is not None:
+            self._seeing.__exit__(None, None, None)
 
     @property
     def is_on(self) -> bool:

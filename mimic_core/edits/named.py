@@ -169,10 +169,12 @@ class Named:
 
     Attributes:
         is_sdpa: What was seen to be called is torch's SDPA.
+        is_hidden: It is called by what no file has as a name: an attribute, a closure, a default of an argument.
     """
 
     files: tuple[str, ...]
     is_sdpa: bool = False
+    is_hidden: bool = False
 
     @staticmethod
     def everywhere() -> Named:
@@ -187,6 +189,11 @@ class Named:
         """
         files = called.file, type(module).__module__, TORCHS_FILE
         return Named(tuple(dict.fromkeys(files)), called.kind == SDPA)
+
+    @staticmethod
+    def hidden() -> Named:
+        """Where a module has torch's SDPA by another way than a name."""
+        return Named((TORCHS_FILE,), is_sdpa=True, is_hidden=True)
 
     def retain(self, holder: object) -> Callable[[], object]:
         """As `ReplacedMethod.retain`, for all names in the files."""

@@ -34,8 +34,8 @@ def made(block: Any = Block) -> Any:
     return NanoGPT(block).eval().requires_grad_(False)
 
 
-def calling(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Any:
-    """A decoder whose attention is `attend`, of [b h t d]."""
+def block_calling(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Any:
+    """A block whose attention is `attend`, of [b h t d]."""
 
     class Attention(CausalSelfAttention):
         def forward(self, x: Tensor, past: Cache | None) -> Tensor:
@@ -47,7 +47,15 @@ def calling(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Any:
             super().__init__()
             self.attn = Attention()
 
-    return made(Own)
+    return Own
+
+
+def calling(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Any:
+    return made(block_calling(attend))
+
+
+def from_a_default(q: Tensor, k: Tensor, v: Tensor, attend: Any = F.scaled_dot_product_attention) -> Tensor:
+    return attend(q, k, v, is_causal=True)
 
 
 def shifts_of(model: Any, head: str = "mimic") -> mc.ShiftStack:
@@ -70,7 +78,9 @@ def same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("block", [Block, named_sdpa.NamedBlock], ids=["torchs", "of its file"])
+@pytest.mark.parametrize(
+    "block", [Block, named_sdpa.NamedBlock, block_calling(from_a_default)], ids=["torchs", "of its file", "no name"]
+)
 def test_one_graph_with_the_edits(head: str, block: Any) -> None:
     model = made(block)
     shifts = shifts_of(model, head)

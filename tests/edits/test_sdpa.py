@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -172,6 +173,62 @@ def test_compiled_code_has_the_edits() -> None:
             with suppress(mc.PatchStateError) if may_fail else nullcontext():
                 assert torch.allclose(compiled(IDS)[0], wanted, atol=1e-5)
         assert torch.equal(compiled(IDS)[0], plain)
+
+
+class Holding(CausalSelfAttention):
+    """Attention that has torch's SDPA in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend: Any = F.scaled_dot_product_attention
+        self.more: dict[str, Any] = {"is_causal": True}
+
+    def forward(self, x: Tensor, past: Any) -> Tensor:
+        q, k, v = self.c_attn(x).unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        return self.c_proj(self.attend(q, k, v, **self.more).transpose(1, 2).flatten(2))
+
+
+def holding(how: str) -> Any:
+    def bound(q: Tensor, k: Tensor, v: Tensor, *, attend: Any = F.scaled_dot_product_attention) -> Tensor:
+        return attend(q, k, v, is_causal=True)
+
+    def make() -> Block:
+        block = Block()
+        block.attn = one = Holding()
+        if how == "partial":
+            one.attend, one.more = partial(one.attend, is_causal=True), {}
+        elif how == "default":
+            one.attend, one.more = bound, {}
+        elif how == "closure":
+            of_torch = one.attend
+            one.attend, one.more = (lambda *qkv: of_torch(*qkv, is_causal=True)), {}
+        return block
+
+    return made(make)
+
+
+@pytest.mark.usefixtures("no_shape_checks", "functions_made_in_functions_unchecked")
+@pytest.mark.parametrize("how", ["attribute", "partial", "default", "closure"])
+def test_sdpa_that_no_file_has_as_a_name(how: str) -> None:
+    report = mc.testing.check_adapter(holding(how))
+    report.raise_for_failures()
+    assert report["MimIC"].verdict == report["key"].verdict == "passed"
+    model, named = holding(how), made(block_of(sdpa))
+    found, wanted = (gradients_of_patched(one) for one in (model, named))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert torch.equal(model(IDS)[0], named(IDS)[0])
+    mc.describe(model)  # what was found is known
+
+
+def gradients_of_patched(model: Any) -> list[Tensor]:
+    """With two stacks and a reader: something stands around the module for each."""
+    first, second, seen = random_mimic(model), random_mimic(model), []
+    with mc.patch(model, first), mc.patch(model, second), mc.hook(model, "lse", lambda x, at: seen.append(x)):
+        model.extra = nn.Identity()  # it is looked at anew, through the edits
+        assert set(mc.adapters.locate(model).own) == {0, 1, 2}
+        seen.clear()
+        logits, grads = gradients(model, first)
+        return [logits, *grads, *seen]
 
 
 def test_copies_and_pickles_are_patched_too() -> None:

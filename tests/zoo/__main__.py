@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .matrix import every_place, run
-from .page import lines_of, serves, summary, write
+from .page import lines_of, read, serves, summary, updated, write
 
 
 def main() -> int:
@@ -25,7 +25,11 @@ def main() -> int:
         help="folder of the rows; types that have a row there are not run again (default: support-matrix)",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many types run at the same time")
-    parser.add_argument("--page", type=Path, help="write the page to this Markdown file, and a .jsonl beside it")
+    parser.add_argument(
+        "--page",
+        type=Path,
+        help="write the page to this Markdown file, and a .jsonl beside it; of some types: renew their lines of it",
+    )
     parser.add_argument("--lowest", type=Path, help="folder of the rows with the oldest transformers, for their column")
     arguments = parser.parse_args()
     places = [place for place in every_place() if not arguments.types or place.model_type in arguments.types]
@@ -42,7 +46,8 @@ def main() -> int:
     lines = lines_of(rows, lowest)
     print(summary(lines), *(f"failed: {name}" for name in failed), sep="\n")
     if arguments.page is not None:
-        write(lines, arguments.page)
+        renews = arguments.types and arguments.page.exists()
+        write(updated(read(arguments.page), lines) if renews else lines, arguments.page)
     return len(failed)
 
 

@@ -58,6 +58,20 @@ def _line(row: Row, lowest: str) -> Line:
     }
 
 
+def updated(before: Sequence[Line], found: Sequence[Line]) -> list[Line]:
+    """The lines of a page with those of some types anew. What is known of the oldest transformers stays.
+
+    Raises:
+        ValueError: the new lines are of other versions than the page.
+    """
+    if before[0]["newest"] != found[0]["newest"]:
+        raise ValueError(f"the page is of {before[0]['newest']}, these types ran with {found[0]['newest']}")
+    again = {(line["task"], line["type"]): line for line in found[1:]}
+    lines = [(line, again.pop((line["task"], line["type"]), line)) for line in before[1:]]
+    lines = [{**new, "lowest": old["lowest"]} for old, new in lines] + list(again.values())
+    return [before[0], *sorted(lines, key=lambda line: (line["task"] != "image-text-to-text", line["type"]))]
+
+
 def write(lines: Iterable[Line], path: Path) -> None:
     """The lines as JSON, and the page beside them."""
     lines = list(lines)
