@@ -150,6 +150,21 @@ def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert len((tmp_path / "page.jsonl").read_text().splitlines()) == 3, "the versions, and a line a type"
 
 
+def test_some_types_are_renewed() -> None:
+    before = matrix_page.lines_of([row(), row(type="b"), row(type="y", task="image-text-to-text")], [row(type="b")])
+    anew = matrix_page.lines_of([row(type="b", laws={"LIVE": "failed"}), row(type="a")], [])
+    lines = matrix_page.updated(before, anew)
+    assert [(line["type"], line["served"], line["lowest"]) for line in lines[1:]] == [
+        ("y", "MimIC and LIVE", "not there"),
+        ("a", "MimIC and LIVE", "not there"),
+        ("b", "failed", "MimIC and LIVE"),
+        ("x", "MimIC and LIVE", "not there"),
+    ]
+    assert lines[0] == before[0]
+    with pytest.raises(ValueError, match="the page is of transformers 9, these types ran with transformers 10"):
+        matrix_page.updated(before, matrix_page.lines_of([row(versions={"transformers": "10"})], []))
+
+
 def test_the_page_in_the_docs_is_of_its_lines() -> None:
     lines = matrix_page.read(PAGE)
     assert PAGE.read_text() == matrix_page.page(lines)
