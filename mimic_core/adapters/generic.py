@@ -126,7 +126,7 @@ def _check_not_fused(decoder: nn.Module) -> None:
 
 def _find(model: nn.Module, decoder: nn.Module, seen: Probe, example: Example | None, share_passes: bool) -> _Layout:
     names = {module: name for name, module in model.named_modules()}
-    layers = layers_of(model, decoder, seen, names)
+    layers = layers_of(decoder, seen, names)
     hidden_size = int(getattr(text_config(model), "hidden_size", 0))
     runs = {path: runs_of(layer, seen, names) for path, layer in layers}
     loops = any(n > 1 for n in runs.values())

@@ -16,9 +16,7 @@ _LISTS = ("layers", "h", "blocks", "block", "layer")
 _Layers = nn.ModuleList | nn.Sequential
 
 
-def layers_of(
-    model: nn.Module, decoder: nn.Module, seen: Probe, names: dict[nn.Module, str]
-) -> list[tuple[str, nn.Module]]:
+def layers_of(decoder: nn.Module, seen: Probe, names: dict[nn.Module, str]) -> list[tuple[str, nn.Module]]:
     """The decoder layers with their paths. All members of one list; if they run several times, also of others like it.
 
     Raises:
