@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mimic_core as mc
 from mimic_core.testing import check_adapter
-from tests.support.looped import PASSES, Looped
+from tests.support.looped import PASSES, Block, Looped
 from tests.zoo.tiny import tiny
 
 pytestmark = pytest.mark.usefixtures("no_shape_checks", "functions_made_in_functions_unchecked")
@@ -199,6 +200,35 @@ def test_a_tensor_that_began_two_passes_does_not_tell_them_apart() -> None:
         model(IDS)
     with mc.patch(model, shifts), pytest.raises(mc.PatchStateError, match="it is not known which pass this is"):
         model(IDS).sum().backward()
+
+
+def test_passes_that_begin_with_one_tensor_and_get_others_too() -> None:
+    """As in the loop of Inkling 2, whose later passes get messages of the earlier."""
+
+    class Told(Block):
+        def forward(self, x: Tensor, message: Tensor | None = None) -> Tensor:
+            return super().forward(x if message is None else x + message)
+
+    class Messages(Looped):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Told(False)])
+
+        def forward(self, ids: Tensor) -> Tensor:
+            start, told = self.embed(ids), ()
+            for _ in range(self.passes):
+                run: Any = self.layers[0] if self.reentrant is None else partial(checkpoint, self.layers[0])
+                told = (run(start, *told, **({} if self.reentrant is None else {"use_reentrant": False})),)
+            return self.head(*told)
+
+    torch.manual_seed(0)
+    model = Messages().eval().requires_grad_(False)
+    shifts = filled(model)
+    wanted, gradient = gradients(model, shifts)
+    model.reentrant = False
+    found, again = gradients(model, shifts)
+    assert torch.equal(found, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(again, gradient, strict=True))
 
 
 def test_copies_and_files(tmp_path: Path) -> None:

@@ -217,7 +217,12 @@ def test_sdpa_that_no_file_has_as_a_name(how: str) -> None:
     found, wanted = (gradients_of_patched(one) for one in (model, named))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert torch.equal(model(IDS)[0], named(IDS)[0])
-    mc.describe(model)  # what was found is known
+    outs = []
+    for one in (model, named):  # torch's kernel runs, and no edit twice
+        with mc.hook(one, "value", lambda x, at: x + 1), mc.hook(one, "attn_heads", lambda x, at: 2 * x):
+            outs.append(one(IDS)[0])
+    assert torch.equal(*outs)
+    assert not torch.equal(outs[0], model(IDS)[0])
 
 
 def gradients_of_patched(model: Any) -> list[Tensor]:
