@@ -71,8 +71,8 @@ class LayerScope:
         again = checkpointed() if self.counts and torch.is_grad_enabled() else []
         if any(x in self._begun for x in _tensors(again)):
             return self._again(again) == self.run
-        if self._here.depth or in_forward:
-            return self._here.depth > 0 and self._here.run == self.run
+        if self._here.inside or in_forward:
+            return self._here.inside[-1:] == (self.run,)
         if not self.counts:
             raise PatchStateError(
                 "a module that several layers share runs outside a forward of the model, as in gradient checkpointing, "
@@ -81,10 +81,11 @@ class LayerScope:
         return self._again(again) == self.run
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run = self.run
         if self.counts:
             forward, given = self.owner.state.here.run, (*args, *kwargs.values())
-            self._here.run = self._again(given) if forward is None else self._next(forward.passes, given)
-        self._here.depth += 1
+            run = self._again(given) if forward is None else self._next(forward.passes, given)
+        self._here.inside += (run,)
 
     def _next(self, passes: dict[Any, int], given: Iterable[Any]) -> int:
         """The pass that begins, with these arguments."""
@@ -117,16 +118,18 @@ class LayerScope:
         return -1 if run is None else run
 
     def leave(self, raised: bool) -> None:
-        self._here.depth -= 1
+        self._here.inside = self._here.inside[:-1]
 
     def traced(self) -> None: ...
 
 
 class _Here(threading.local):
-    """A copy or a pickle starts outside the layer."""
+    """The passes of the layer that a thread is inside, the innermost last: a hook in a layer may run the model.
 
-    depth = 0
-    run = 0
+    A copy or a pickle starts outside.
+    """
+
+    inside: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: Any) -> _Here:
         return _Here()

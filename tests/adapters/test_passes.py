@@ -126,10 +126,9 @@ def test_another_number_of_passes_is_an_error() -> None:
         assert torch.equal(model(IDS), plain)
 
 
-def test_each_thread_and_each_forward_inside_another_counts_its_own() -> None:
+def test_each_thread_counts_its_own() -> None:
     model = looped()
-    shifts = filled(model)
-    with mc.patch(model, shifts), torch.no_grad():
+    with mc.patch(model, filled(model)), torch.no_grad():
         wanted = [model((IDS + n) % 11) for n in range(3)]
         found: dict[int, list[Tensor]] = {n: [] for n in range(3)}
 
@@ -142,16 +141,25 @@ def test_each_thread_and_each_forward_inside_another_counts_its_own() -> None:
             one.start()
         for one in threads:
             one.join()
-        assert all(len(outs) == 8 and all(torch.equal(x, wanted[n]) for x in outs) for n, outs in found.items())
-        # A hook in the middle of the second pass runs the model on something else.
+    assert all(len(outs) == 8 and all(torch.equal(x, wanted[n]) for x in outs) for n, outs in found.items())
+
+
+@pytest.mark.parametrize("where", ["layers.0", "layers.0.mlp.up", "layers.1.mlp.up"])
+def test_a_forward_inside_another_counts_its_own(where: str) -> None:
+    """A hook runs the model on something else: after a layer, or in the middle of one, in its second pass."""
+    model = looped()
+    shifts = filled(model, "mimic", mc.LIVEConfig(site="layer_out"))
+    with mc.patch(model, shifts), torch.no_grad():
+        wanted = [model(IDS), model((IDS + 1) % 11)]
         inner: list[Tensor] = []
+        times: list[int] = []
 
         def runs_it(module: nn.Module, args: Any, out: Any) -> None:
-            if not inner:
-                inner.append(IDS)
-                inner[0] = model((IDS + 1) % 11)
+            times.append(1)
+            if len(times) == 2:
+                inner.append(model((IDS + 1) % 11))
 
-        handle = model.layers[0].register_forward_hook(runs_it)
+        handle = model.get_submodule(where).register_forward_hook(runs_it)
         outer = model(IDS)
         handle.remove()
     assert torch.equal(outer, wanted[0])
