@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..types import ATTENTION_SITES, SITES, LayerSpec, ModelSpec, Site
-from .base import is_of_transformers, name_of, parts_of, text_config, text_decoder, unwrap
-from .layers import ATTENTION_CLASS, layers_of, runs_layers, runs_of, starts
+from .base import is_of_transformers, name_of, text_config, text_decoder, unwrap
+from .layers import ATTENTION_CLASS, layers_of, outputs_of, runs_layers, starts
 from .probe import AttentionSeen, Example, Passed, Probe, probe
 from .residual import adds_its_input
 
@@ -128,7 +128,7 @@ def _find(model: nn.Module, decoder: nn.Module, seen: Probe, example: Example | 
     names = {module: name for name, module in model.named_modules()}
     layers = layers_of(decoder, seen, names)
     hidden_size = int(getattr(text_config(model), "hidden_size", 0))
-    runs = {path: runs_of(layer, seen, names) for path, layer in layers}
+    runs = {path: len(outputs_of(layer, seen, names)) for path, layer in layers}
     loops = any(n > 1 for n in runs.values())
     holders = Counter(m for path, layer in layers for m in layer.modules() for _ in range(max(runs[path], 1)))
     counted = _whose_output_counts(layer for _, layer in layers)
@@ -184,9 +184,7 @@ class _Layer:
     ) -> None:
         self.share_passes = share_passes
         self.layer, self.path, self.seen, self.names, self.holders, self.adds = layer, path, seen, names, holders, adds
-        # A list of parts returns what the last of them does.
-        ran = [found for m in parts_of(layer) if (found := seen.outputs.get(names[m]))]
-        runs = ran[-1] if ran else []
+        runs = outputs_of(layer, seen, names)
         self.runs, returned = len(runs), (runs or [None])[0]
         self.is_alike = len(set(runs)) == 1
         # Not always hidden states: some layers return several streams or a list. Their attention and MLP do not.

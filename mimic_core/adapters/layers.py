@@ -24,14 +24,14 @@ def layers_of(decoder: nn.Module, seen: Probe, names: dict[nn.Module, str]) -> l
     """
     path, layers = _layer_list(decoder, seen, names)
     lists = {path: layers}
-    if any(runs_of(m, seen, names) > 1 for m in layers):
+    if any(len(outputs_of(m, seen, names)) > 1 for m in layers):
         # A model that loops over two stacks (HRM).
         kinds = {type(m) for m in layers}
         like = ((names[m], m) for m in decoder.modules() if isinstance(m, _Layers) and m in names)
         lists = {
             where: found
             for where, found in like
-            if found is layers or ({type(m) for m in found} == kinds and any(runs_of(m, seen, names) for m in found))
+            if found is layers or ({type(m) for m in found} == kinds and any(outputs_of(m, seen, names) for m in found))
         }
     found: dict[nn.Module, str] = {}
     for where, members in lists.items():
@@ -40,9 +40,9 @@ def layers_of(decoder: nn.Module, seen: Probe, names: dict[nn.Module, str]) -> l
     return [(where, layer) for layer, where in found.items()]
 
 
-def runs_of(layer: nn.Module, seen: Probe, names: dict[nn.Module, str]) -> int:
-    """How often a layer runs in a forward. A list of parts runs as often as the last of them."""
-    return next((len(found) for m in reversed(parts_of(layer)) if (found := seen.outputs.get(names[m]))), 0)
+def outputs_of(layer: nn.Module, seen: Probe, names: dict[nn.Module, str]) -> list[tuple[int, ...] | None]:
+    """The shape of a layer's output, for each time that it ran. A list of parts returns what the last of them does."""
+    return next((found for m in reversed(parts_of(layer)) if (found := seen.outputs.get(names[m]))), [])
 
 
 def starts(path: str, seen: Probe) -> list[int]:

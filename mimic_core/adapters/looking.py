@@ -9,14 +9,21 @@ from weakref import ref
 
 from torch import Tensor, nn
 
-from ..edits.call import SDPACall
 from ..edits.eager import Recipe
 from ..edits.follow import Follower
-from ..edits.named import SDPA, Named, frames
+from ..edits.named import SDPA, TORCHS_FILE, Called, Named, frames
 from ..edits.products import Axes, Product
 from ..edits.scores import KINDS, Scores, counts_from_last
+from ..edits.signatures import reading
+from ..types import AttentionView
 
 _NOBODY = nn.Identity()  # whose attention it is does not matter to its sizes
+
+
+def sizes_of(call: AttentionView, own: Named) -> tuple[Any, ...]:
+    """What `AttentionSeen` says of a call of a function, in its order."""
+    (b, h, t, d), (_, g, s, _) = call.query.shape, call.key.shape
+    return h, g, d, call.value.shape[-1], (b, t), s, call.logits, own
 
 
 class Looking(Follower):
@@ -76,12 +83,11 @@ class Looking(Follower):
 
     def sdpa(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not frames() or frames()[-1] is not None:  # otherwise it was seen by its name
-            call = SDPACall(func, _NOBODY, *args, **kwargs)
-            if call.query.ndim == 4:
-                (b, h, t, d), (_, g, s, _) = call.query.shape, call.key.shape
-                self.found.append((h, g, d, call.value.shape[-1], (b, t), s, call.logits, Named.hidden()))
+            call = reading(Called(SDPA, TORCHS_FILE, func), _NOBODY, args, kwargs, (), {})
+            if isinstance(call, str):
+                self.odd.append(f"{SDPA} {call}")
             else:
-                self.odd.append(f"{SDPA} of queries {list(call.query.shape)}, not [b h t d]")
+                self.found.append(sizes_of(call, Named.hidden()))
         return func(*args, **kwargs)
 
 

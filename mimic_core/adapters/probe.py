@@ -23,7 +23,7 @@ from ..edits.signatures import reading
 from ..edits.watch import shape_of_tokens
 from ..errors import PatchStateError, UnsupportedModelError
 from ..types import At
-from .looking import Looking, followed
+from .looking import Looking, followed, sizes_of
 
 TOKENS = 4
 """Number of tokens of a probe. With one token it would be a decoding step."""
@@ -322,9 +322,7 @@ class _Attends:
         if isinstance(call, str):
             self._odd.append(f"{called.kind} {call}")
             return out
-        (b, h, t, d), (_, g, s, _) = call.query.shape, call.key.shape
-        own, width = Named.seen(called, self._module), call.value.shape[-1]
-        self._calls.append(AttentionSeen(h, g, d, width, (b, t), s, call.logits, own))
+        self._calls.append(AttentionSeen(*sizes_of(call, Named.seen(called, self._module))))
         return out
 
 

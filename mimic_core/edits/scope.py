@@ -58,8 +58,9 @@ class LayerScope:
     @classmethod
     def of(cls, owner: _Runs, found: Located, index: int) -> LayerScope:
         """The scope of a layer of the spec."""
-        layer, module = found.spec.layers[index], found.model.get_submodule
-        passes = {one.run for one in found.spec.layers if module(one.path) is module(layer.path)}
+        layer, module_at = found.spec.layers[index], found.model.get_submodule
+        module = module_at(layer.path)
+        passes = {one.run for one in found.spec.layers if module_at(one.path) is module}
         return cls(owner, layer.path, layer.run, len(passes))
 
     def runs(self, in_forward: bool) -> bool:
