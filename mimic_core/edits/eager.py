@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..errors import PatchStateError, UnsupportedModelError
 from ..types import AttentionView
 from .call import Plan
 from .follow import Follower
+from .multiplied import mode_at, number_of_modes, retain, takers
 from .named import Called
 from .products import Axes, Product
 from .scores import Scores, is_one
@@ -27,6 +29,8 @@ class Recipe:
         heads: The number of attention heads.
         scale: The factor on query . key.
         from_last: Which of the biases that it adds counts from the last key.
+        is_scaled: It multiplies the query before the product.
+        files: Besides torch, which files have the names by which it calls its products. None: it has them otherwise.
     """
 
     scores: int
@@ -34,29 +38,61 @@ class Recipe:
     heads: int
     scale: float
     from_last: int | None = None
+    is_scaled: bool = False
+    files: tuple[str, ...] | None = None
+
+    def retain(self, holder: object) -> Callable[[], object]:
+        """See `Named.retain`."""
+        return (lambda: None) if self.files is None else retain(holder, self.files)
 
 
 class EagerView(AttentionView):
     """One such attention, as far as it has come."""
 
-    def __init__(self, module: nn.Module, query: Tensor, key: Tensor, scale: float) -> None:
-        self.module, self.query, self.key, self._scale_seen = module, query, key, scale
+    def __init__(self, module: nn.Module, product: Product, axes: Axes, factor: Any, recipe: Recipe) -> None:
+        self.module, self._factor, self._recipe = module, factor, recipe
+        self._tensors, self._axes = product.turned(axes), axes
+        self._values: tuple[Tensor, Axes] | None = None
         self.told_scale = False
         self.scores: Scores | None = None
         self._lse: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
+        # Late, because an edit reads few of them, and each costs functions of torch.
+        heads = self._recipe.heads
+        if name == "query":
+            query = self._axes.left.site(self._tensors[0], heads)
+            self.query = query = self._as_values(query if is_one(self._factor) else query / self._factor)
+            return query
+        if name == "key":
+            self.key = key = self._axes.right.site(self._tensors[1], heads)
+            return key
+        if name == "value" and self._values is not None:
+            self.value = value = self._values[1].right.site(self._values[0], heads)
+            return value
         if name not in ("value", "mask", "scale"):
             raise AttributeError(name)
         if name == "scale":
             if self.scores is not None:
                 return float(self.scores.scale)
             self.told_scale = True  # before the module has multiplied by it
-            return self._scale_seen
+            return self._recipe.scale
         why = "it adds its mask and biases to the logits itself" if name == "mask" else "this comes later in it"
         raise UnsupportedModelError(
             f"`at.{name}` is not known here: {type(self.module).__name__} computes its attention by itself, and {why}"
         )
+
+    def meets(self, value: Tensor, axes: Axes) -> None:
+        """The weights meet the values."""
+        self._values = value, axes
+        if "query" in vars(self):
+            self.query = self._as_values(self.query)
+
+    def _as_values(self, query: Tensor) -> Tensor:
+        """In an fp64 model that computes its scores in fp32, what reads the query computes in fp64."""
+        if self._values is None:
+            return query
+        return query.to(torch.promote_types(query.dtype, self._values[0].dtype))
 
     @property
     def is_causal(self) -> bool:
@@ -65,12 +101,12 @@ class EagerView(AttentionView):
     @property
     def lse(self) -> Tensor:
         if self._lse is None:
-            if self.scores is None or "value" not in vars(self):
+            if self.scores is None or self._values is None:
                 raise UnsupportedModelError(
                     f"`at.lse` is not known before the values meet the weights, and {type(self.module).__name__} "
                     f"computes its attention by itself: read it at attn_heads or lse"
                 )
-            self._lse = self.scores.lse(self.value.dtype)
+            self._lse = self.scores.lse(self._values[0].dtype)
         return self._lse
 
     @property
@@ -90,7 +126,11 @@ _OTHERWISE = "it attends another way than when it was looked at"
 
 
 class EagerFrame(Follower):
-    """One forward of such a module with edits."""
+    """One forward of such a module with edits.
+
+    It follows the calls of torch from the product of query and key to that with the values if the names show the
+    products, and from the beginning if the module multiplies the query before.
+    """
 
     is_on = False  # calls of functions are another module's
 
@@ -98,8 +138,44 @@ class EagerFrame(Follower):
         super().__init__()
         self.module, self._recipe, self._plan = module, recipe, plan
         self._view: EagerView | None = None
-        self._done = False
+        self._done = self._follows = self._is_busy = False
         self._has_grad = torch.is_grad_enabled()
+        self._modes = number_of_modes()
+
+    def begin(self) -> None:
+        """The forward begins."""
+        takers().append(self)
+        if self._recipe.is_scaled or self._recipe.files is None:
+            self._follow()
+
+    def _follow(self) -> None:
+        if number_of_modes() != self._modes:  # what is put in last must go first
+            self._refuse("it multiplies inside a context of torch, such as `torch.device`, in which it did not begin")
+        self.__enter__()
+        self._follows = True
+
+    def product(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A product, by its name. Those after the attention are followed too: there may be another one."""
+        if self._follows:
+            was_done = self._done
+            out = original(*args, **kwargs)
+            # In a context that was entered since, it goes on to the end.
+            if self._done and not was_done and mode_at(number_of_modes() - 1) is self:
+                self._stop()
+            return out
+        if self._is_busy:  # an edit calls it
+            return original(*args, **kwargs)
+        product = Product(original, args, kwargs)
+        if not product.equation:
+            return product.run()
+        if not self._done and self.products != self._recipe.scores:
+            self.products += 1
+            return product.run()
+        self._is_busy = True
+        out = self.multiply(product)
+        self._is_busy = False
+        self._follow()
+        return out
 
     def attend(self, called: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return called.original(*args, **kwargs)
@@ -114,21 +190,28 @@ class EagerFrame(Follower):
             return super().scored(product, axes, index, factor)
         if self._has_grad and not torch.is_grad_enabled():
             self._refuse("it runs in reentrant gradient checkpointing inside of it, without the edits the second time")
-        q, k = self.sites(product, axes, factor)
-        if q.shape[1] != self._recipe.heads:
+        heads = self.heads(product)
+        scores = Scores(index, product, axes, heads, product.factor * factor)
+        if scores.shape[1] != heads:
             self._refuse(_OTHERWISE)
-        self._view = view = EagerView(self.module, q, k, self._recipe.scale)
+        self._view = view = EagerView(self.module, product, axes, factor, self._recipe)
+        edited: set[str] = set()
         for entry in self._plan.before:
-            if entry.edit.site != "value":
-                site = entry.edit.site
-                setattr(view, site, entry.apply(getattr(view, site), self.module, view))
-        edited = view.query if is_one(factor) else view.query * factor
-        left = None if view.query is q else axes.left.back(edited)
-        right = None if view.key is k else axes.right.back(view.key)
+            if (site := entry.edit.site) != "value":
+                before = getattr(view, site)
+                after = entry.apply(before, self.module, view)
+                if after is not before:
+                    setattr(view, site, after)
+                    edited.add(site)
+        left = right = None
+        if "query" in edited:
+            left = axes.left.back(view.query if is_one(factor) else view.query * factor)
+        if "key" in edited:
+            right = axes.right.back(view.key)
         if axes.swapped:
             left, right = right, left
-        view.scores = Scores(index, view.query, view.key, product.factor * factor)
-        return product.run(left, right), view.scores
+        view.scores = scores
+        return product.run(left, right), scores
 
     def biased(self, scores: Scores, bias: Tensor, out: Tensor) -> None:
         ours = self._view is not None and scores is self._view.scores
@@ -153,16 +236,19 @@ class EagerFrame(Follower):
         if view is None or scores is not view.scores or index != self._recipe.weighed:
             self._refuse(_OTHERWISE)
         assert view is not None
-        if view.told_scale and not math.isclose(view.scale, self._recipe.scale, rel_tol=1e-5):
+        # A number is compared always, because what multiplied the query before may not have been seen. Not so what the
+        # model learns or has on another device.
+        scale, seen = self._recipe.scale, scores.scale
+        is_known = view.told_scale or not isinstance(seen, Tensor)
+        if is_known and seen != scale and not math.isclose(seen, scale, rel_tol=1e-5):
             self._refuse(_OTHERWISE)
-        value = axes.right.site(product.second, self._recipe.heads)
-        view.value = value
+        view.meets(product.second, axes)
+        values = None
         for entry in self._plan.before:
             if entry.edit.site == "value":
-                view.value = entry.apply(view.value, self.module, view)
-        # In an fp64 model that computes its scores in fp32, what reads the query computes in fp64.
-        view.query = view.query.to(torch.promote_types(view.query.dtype, value.dtype))
-        out = product.run(None, None if view.value is value else axes.right.back(view.value))
+                before, view.value = view.value, entry.apply(view.value, self.module, view)
+                values = values if view.value is before else axes.right.back(view.value)
+        out = product.run(None, values)
         for entry in self._plan.of_lse:
             entry.apply(view.lse, self.module, view)
         heads = found = axes.out.site(out, self._recipe.heads).transpose(1, 2)
@@ -171,8 +257,20 @@ class EagerFrame(Follower):
         self._done = True
         return out if heads is found else axes.out.back(heads.transpose(1, 2))
 
+    def leave(self) -> None:
+        """The forward ends, however."""
+        here = takers()
+        while here and here.pop() is not self:  # of others, an interrupt may have left some
+            pass
+        if self._follows:
+            self._stop()
+
+    def _stop(self) -> None:
+        self.__exit__(None, None, None)
+        self._follows = False
+
     def end(self) -> None:
-        """The forward ends.
+        """It has ended without an error.
 
         Raises:
             PatchStateError: there were edits, and their attention was not seen to its end.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .products import Axes, Product
-from .scores import FIRST, KINDS, NOT_TURNED, Scores, is_number, is_one
+from .scores import FIRST, KINDS, NOT_TURNED, Scores, is_number
 
 
 class _Tag:
@@ -56,7 +56,7 @@ class Follower(TorchFunctionMode):
 
     def scored(self, product: Product, axes: Axes, index: int, factor: Any) -> tuple[Any, Scores]:
         """A product that may be of query and key. The query is another tensor times `factor`."""
-        return product.run(), Scores(index, *self.sites(product, axes, factor), product.factor * factor)
+        return product.run(), Scores(index, product, axes, self.heads(product), product.factor * factor)
 
     def biased(self, scores: Scores, bias: Tensor, out: Tensor) -> None:
         """A bias for every key was added to scores, which gave `out`."""
@@ -77,13 +77,6 @@ class Follower(TorchFunctionMode):
         """The number of heads of a product whose samples and heads are one axis."""
         raise NotImplementedError
 
-    def sites(self, product: Product, axes: Axes, factor: Any) -> tuple[Tensor, Tensor]:
-        """The query [b h t d] and the key [b g s d] of a product."""
-        q, k = (product.second, product.first) if axes.swapped else (product.first, product.second)
-        heads = self.heads(product)
-        q, k = axes.left.site(q, heads), axes.right.site(k, heads)
-        return (q if is_one(factor) else q / factor), k
-
     # The kinds of calls.
 
     def _tag(self, x: Any) -> _Tag | None:
@@ -100,17 +93,24 @@ class Follower(TorchFunctionMode):
 
     def _tagged(self, args: Any, kwargs: Any) -> _Tag | None:
         """The tag of what a call gets. None if there is none, or several of scores."""
-        found = [tag for x in (*args, *kwargs.values()) if (tag := self._tag(x)) is not None]
-        scores = [tag for tag in found if tag.scores is not None]
-        if len({tag.scores for tag in scores}) > 1:
-            self._mixed = True
-            return None
-        return (scores or found or [None])[0]
+        found = None
+        for x in (*args, *kwargs.values()) if kwargs else args:
+            tag = self._tag(x)
+            if tag is None or (found is not None and tag.scores is None):
+                continue
+            if found is not None and found.scores not in (None, tag.scores):
+                self._mixed = True
+                return None
+            if found is None or found.scores is None:
+                found = tag
+        return found
 
     def _product(self, func: Any, args: Any, kwargs: Any) -> Any:
         product = Product(func, args, kwargs)
-        if not product.equation:
-            return func(*args, **kwargs)
+        return self.multiply(product) if product.equation else product.run()
+
+    def multiply(self, product: Product) -> Any:
+        """A product of two tensors."""
         index = self.products
         self.products += 1
         tags = (self._tag(product.first), self._tag(product.second))
@@ -118,7 +118,7 @@ class Follower(TorchFunctionMode):
         if weights is not None:
             axes = product.heads() if weights is tags[0] else None
             if axes is None or weights.scores is None:
-                self.odd.append(f"weights in {func.__name__} {product.equation}")
+                self.odd.append(f"weights in {product.name} {product.equation}")
                 return product.run()
             return self.attended(product, axes, index, weights.scores)
         axes = product.scores()
@@ -165,10 +165,12 @@ class Follower(TorchFunctionMode):
             return out if tag.of is None else self._mark(out, tag)
         if not self._is_whole(out, tag.scores):
             return out
-        row = self._tag(args[1]) if "sub" in func.__name__ and len(args) > 1 and not tag.weights else None
+        if tag.weights:
+            return self._mark(out, tag)
+        row = self._tag(args[1]) if "sub" in func.__name__ and len(args) > 1 else None
         if row is not None and row.of is tag.scores and (args[1].ndim == 0 or args[1].shape[-1] == 1):
             tag.scores.take(args[1].expand(*out.shape[:-1], 1))
-        if "add" in func.__name__ and len(args) == 2 and not tag.weights:
+        if "add" in func.__name__ and len(args) == 2:
             bias = args[1] if self._tag(args[0]) is tag else args[0]
             if isinstance(bias, Tensor) and bias.ndim > 1 and bias.shape[-1] == out.shape[-1]:
                 self.biased(tag.scores, bias, out)

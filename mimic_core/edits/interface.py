@@ -49,10 +49,7 @@ class AttentionSlot:
         self._retain()
 
     def _retain(self) -> None:
-        if isinstance(self.own, Recipe):
-            self._release = lambda: None
-        else:
-            self._release = (self.own or wrapper).retain(self)
+        self._release = (self.own or wrapper).retain(self)
 
     def hold(self, entries: tuple[Entry, ...]) -> None:
         self.entries = entries
@@ -120,7 +117,7 @@ class Attending:
             if _may_be_one_kernel(self._module):
                 raise _one_kernel(self._module)
             frame = EagerFrame(self._module, slot.own, plan)
-            frame.__enter__()
+            frame.begin()
             around.append(frame)
 
     def leave(self, raised: bool) -> None:
@@ -130,7 +127,7 @@ class Attending:
         if isinstance(frame, EagerFrame):
             if frame in frames()[-1:]:
                 return
-            frame.__exit__(None, None, None)
+            frame.leave()
         if isinstance(frame, EagerFrame | _Frame) and not raised:
             frame.end()
 

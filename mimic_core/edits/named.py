@@ -37,7 +37,7 @@ _HOMES = {
     **dict.fromkeys(("flash_attn.cute", "flash_attn.cute.interface"), _FLASH[:2]),
 }
 # They call what they have replaced: `original`.
-_OURS = (__name__, "mimic_core.testing.oracle")
+_OURS = (__name__, "mimic_core.edits.multiplied", "mimic_core.testing.oracle")
 _KINDS = frozenset((FunctionType, BuiltinFunctionType, partial))
 _COMPILED = "_torchdynamo_orig_callable"
 # Their own code asks transformers' interface, or calls the functions where packages have them.
@@ -111,8 +111,12 @@ def _wrap(kind: str, file: str, original: Callable[..., Any], in_use: Callable[[
 
 @cache
 def _replaced(kind: str, file: str, name: str) -> ReplacedMethod:
-    found = ReplacedMethod(lambda: sys.modules[file], name, partial(_wrap, kind, file))  # pyright: ignore[reportArgumentType]
-    _all.append(found)
+    return replaced(lambda: sys.modules[file], name, partial(_wrap, kind, file))
+
+
+def replaced(find: Callable[[], Any], name: str, wrap: Callable[..., Callable[..., Any]]) -> ReplacedMethod:
+    """See `ReplacedMethod`, for a name that code has for a function. `is_replaced` counts it."""
+    _all.append(found := ReplacedMethod(find, name, wrap))
     return found
 
 
@@ -124,7 +128,7 @@ def is_replaced() -> bool:
     return any(one.holders for one in _all)
 
 
-def _original(found: Any) -> Any:
+def original_of(found: Any) -> Any:
     """The function itself: below our replacements, a `partial` of it, and what torch.compile makes of it."""
     below = found
     while below is not None:
@@ -141,24 +145,24 @@ def _original(found: Any) -> Any:
 def _known() -> dict[int, str]:
     """The functions that are there, by `id`."""
     homes = [(vars(sys.modules[file]), names) for file, names in _HOMES.items() if file in sys.modules]
-    found = {id(_original(home[name])): name for home, names in homes for name in names if name in home}
+    found = {id(original_of(home[name])): name for home, names in homes for name in names if name in home}
     return {**found, id(TORCHS): SDPA}
 
 
-def _own_name(file: str) -> str:
+def own_name(file: str) -> str:
     """What a file calls itself: it can be loaded under several names."""
     name = getattr(sys.modules.get(file), "__name__", file)
     return name if sys.modules.get(name) is sys.modules.get(file) else file
 
 
-def _names(file: str, known: dict[int, str]) -> Iterator[tuple[str, str]]:
+def names_in(file: str, known: dict[int, str]) -> Iterator[tuple[str, str]]:
     """The names that a file has for the functions, each with the function."""
     has = getattr(sys.modules.get(file), "__dict__", None)
     if not isinstance(has, dict):
         return
     own = _HOMES.get(file, ())
     for name, x in list(has.items()):
-        kind = known.get(id(_original(x))) if type(x) in _KINDS else None
+        kind = known.get(id(original_of(x))) if type(x) in _KINDS else None
         if kind is not None or name in own:
             yield name, kind or name
 
@@ -200,8 +204,8 @@ class Named:
         known = _known()
         found = [
             _replaced(kind, file, name)
-            for file in set(map(_own_name, self.files))
-            for name, kind in _names(file, known)
+            for file in set(map(own_name, self.files))
+            for name, kind in names_in(file, known)
         ]
         releases = [one.retain(holder) for one in found]
 

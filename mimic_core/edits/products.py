@@ -32,12 +32,20 @@ class Order(NamedTuple):
     axes: tuple[int, ...] | None
     heads: str
 
+    def shape(self, x: Tensor, heads: int) -> tuple[int, ...]:
+        """That of `site`, which costs a few functions of torch."""
+        shape = tuple(x.shape if self.axes is None else (x.shape[n] for n in self.axes))
+        if self.heads == "are":
+            return shape
+        return (shape[0] // heads, heads, *shape[1:]) if self.heads == "rows" else (shape[0], 1, *shape[1:])
+
     def site(self, x: Tensor, heads: int) -> Tensor:
         """[b h . .]"""
         x = x if self.axes is None else x.permute(self.axes)
         if self.heads == "are":
             return x
-        return x.unflatten(0, (-1, heads)) if self.heads == "rows" else x.unsqueeze(1)
+        # Not by einops or `unflatten`, which is Python in torch: each decoded token comes here twice in a layer.
+        return x.view(-1, heads, *x.shape[1:]) if self.heads == "rows" else x.unsqueeze(1)
 
     def back(self, x: Tensor) -> Tensor:
         if self.heads != "are":
@@ -62,15 +70,17 @@ class Product:
     """A call that multiplies two tensors.
 
     Attributes:
+        name: That of the function.
         equation: As of einsum. Empty if these are no batches of matrices, or one is a parameter.
         first, second: The factors.
     """
 
-    __slots__ = ("_args", "_func", "_kwargs", "_places", "equation", "first", "second")
+    __slots__ = ("_args", "_func", "_kwargs", "_places", "equation", "first", "name", "second")
 
     def __init__(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         self._func, self._kwargs = func, kwargs
-        name, equation = func.__name__, ""
+        self.name = name = func.__name__
+        equation = ""
         if name == "einsum":
             if len(args) == 2 and isinstance(args[1], list | tuple):
                 args = (args[0], *args[1])
@@ -105,6 +115,10 @@ class Product:
             else:
                 kwargs = {**kwargs, place: factor}
         return self._func(*args, **kwargs)
+
+    def turned(self, axes: Axes) -> tuple[Tensor, Tensor]:
+        """Its left and its right factor: query and key, or weights and value."""
+        return (self.second, self.first) if axes.swapped else (self.first, self.second)
 
     @property
     def factor(self) -> Any:

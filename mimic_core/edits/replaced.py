@@ -27,6 +27,7 @@ class ReplacedMethod:
         self._find, self._name, self._wrap = find, name, wrap
         self._lock = threading.RLock()  # reentrant: garbage collection can call _drop while this thread holds the lock
         self.holders = 0
+        self._inherits = False
         self._below: Callable[..., Any] | None = None
         self._live: Callable[..., Any] | None = None
 
@@ -35,9 +36,11 @@ class ReplacedMethod:
         with self._lock:
             self.holders += 1
             if self.holders == 1:
-                self._below = below = getattr(self._find(), self._name)
+                place = self._find()
+                self._inherits = self._name not in vars(place)
+                self._below = below = getattr(place, self._name)
                 self._live = made = self._wrap(below, lambda: self._live is made)
-                setattr(self._find(), self._name, made)
+                setattr(place, self._name, made)
         finalizer = weakref.finalize(holder, self._drop)
         finalizer.atexit = False
         return finalizer
@@ -47,6 +50,10 @@ class ReplacedMethod:
             self.holders -= 1
             if self.holders == 0:
                 # If somebody has wrapped it after us, ours stays below and only calls the original.
-                if getattr(self._find(), self._name) is self._live:
-                    setattr(self._find(), self._name, self._below)
+                place = self._find()
+                if getattr(place, self._name) is self._live:
+                    if self._inherits:
+                        delattr(place, self._name)
+                    else:
+                        setattr(place, self._name, self._below)
                 self._live = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .products import PRODUCTS
+from .products import PRODUCTS, Axes, Product
 
 _TIMES = ("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__")
 _OVER = ("div", "div_", "divide", "true_divide", "__div__", "__truediv__", "__itruediv__", "__idiv__")
@@ -56,7 +56,9 @@ class Scores:
 
     Attributes:
         index: That of the product among those of the module.
-        query, key: [b h t d], [b g s d]; the query without the number by which the module multiplied it.
+        shape: [b h t s].
+        kv_heads, head_dim: g and d of query [b h t d] and key [b g s d].
+        dtype: Of the query.
         scale: The factor on query . key, as it is for small ones if they go through a tanh.
         given: What the softmax got.
         samples_first: If samples and heads of the query were one axis: whether the samples were seen to come first.
@@ -71,12 +73,13 @@ class Scores:
     added = 0
     from_last: int | None = None
 
-    def __init__(self, index: int, query: Tensor, key: Tensor, scale: Any) -> None:
-        self.index, self.query, self.key, self.scale = index, query, key, scale
-        b, h, t, _ = query.shape
-        self.shape = (b, h, t, key.shape[2])
-        self.rows, self.columns = b * h * t, key.shape[2]
-        self.dtype = query.dtype
+    def __init__(self, index: int, product: Product, axes: Axes, heads: int, scale: Any) -> None:
+        self.index, self.scale = index, scale
+        q, k = product.turned(axes)
+        (b, h, t, self.head_dim), (_, self.kv_heads, s, _) = axes.left.shape(q, heads), axes.right.shape(k, heads)
+        self.shape = (b, h, t, s)
+        self.rows, self.columns = b * h * t, s
+        self.dtype = q.dtype
         self.caps = self.samples_first = False
 
     def take(self, less: Tensor) -> None:

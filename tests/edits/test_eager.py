@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import mimic_core as mc
-from mimic_core.edits.eager import EagerFrame
-from mimic_core.edits.scores import Scores
+from mimic_core.edits.eager import EagerView
 from tests.support import named_sdpa
 from tests.support.cases import random_shifts
 from tests.support.eager_models import SCALE, STYLES, Computed, Written, formula, layer_of
@@ -137,24 +136,25 @@ def test_sdpa_by_a_name_of_its_own() -> None:
 
 
 def query_as_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = EagerFrame.sites
-    monkeypatch.setattr(EagerFrame, "sites", lambda self, product, axes, factor: right(self, product, axes, 1))
+    right = EagerView.__init__
+    monkeypatch.setattr(EagerView, "__init__", lambda self, *args: right(self, *args[:3], 1, *args[4:]))
 
 
 def mask_and_bias_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lse(self: Scores, dtype: torch.dtype) -> Tensor:
-        return (self.query @ self.key.mT * self.scale).to(dtype).logsumexp(-1)
+    def lse(self: EagerView) -> Tensor:
+        return (self.query @ self.key.mT * self.scale).logsumexp(-1)
 
-    monkeypatch.setattr(Scores, "lse", lse)
+    monkeypatch.setattr(EagerView, "lse", property(lse))
 
 
 def bias_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lse(self: Scores, dtype: torch.dtype) -> Tensor:
-        logits = (self.query @ self.key.mT * self.scale).to(dtype)
-        barred = self.given.reshape(logits.shape) < torch.finfo(self.dtype).min / 2
+    def lse(self: EagerView) -> Tensor:
+        logits, scores = self.query @ self.key.mT * self.scale, self.scores
+        assert scores is not None
+        barred = scores.given.reshape(logits.shape) < torch.finfo(logits.dtype).min / 2
         return logits.masked_fill(barred, -torch.inf).logsumexp(-1)
 
-    monkeypatch.setattr(Scores, "lse", lse)
+    monkeypatch.setattr(EagerView, "lse", property(lse))
 
 
 def call_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
