@@ -159,8 +159,9 @@ class EagerFrame(Follower):
         if self._follows:
             was_done = self._done
             out = original(*args, **kwargs)
-            # In a context that was entered since, it goes on to the end.
-            if self._done and not was_done and mode_at(number_of_modes() - 1) is self:
+            # In a context that was entered since, or inside a function, it goes on to the end.
+            ends = self._done and not was_done and not self.is_opened
+            if ends and mode_at(number_of_modes() - 1) is self:
                 self._stop()
             return out
         if self._is_busy:  # an edit calls it

@@ -37,6 +37,7 @@ class Follower(TorchFunctionMode):
     Attributes:
         products: How many products of two tensors there were.
         odd: What was not understood.
+        is_opened: It follows the inside of a function that was called, until that returns.
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,7 @@ class Follower(TorchFunctionMode):
         self._tags: dict[int, tuple[ref[Tensor], _Tag]] = {}
         self.products = 0
         self.odd: list[str] = []
-        self._mixed = False
+        self._mixed = self.is_opened = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         follow = _FOLLOW.get(getattr(func, "__name__", ""))
@@ -152,8 +153,12 @@ class Follower(TorchFunctionMode):
         """torch's multi-head attention calls a mode instead of running under it. So it runs without that question."""
         names = {**func.__globals__, "has_torch_function": lambda tensors: False}
         body = FunctionType(func.__code__, names, func.__name__, func.__defaults__)
-        with self:
-            return body(*args, **kwargs)
+        self.is_opened = True
+        try:
+            with self:
+                return body(*args, **kwargs)
+        finally:
+            self.is_opened = False
 
     def _each(self, func: Any, args: Any, kwargs: Any) -> Any:
         tag = self._tagged(args, kwargs)

@@ -68,7 +68,8 @@ def retain(holder: object, files: Iterable[str]) -> Callable[[], object]:
     """As `ReplacedMethod.retain`, for torch's names and those that the files have."""
     known = {id(original_of(getattr(torch, name))): name for name in _FUNCTIONS}
     names = {("torch", name) for name in _FUNCTIONS}
-    names |= {(file, name) for file in map(own_name, files) for name, _ in names_in(file, known)}
+    for file in map(own_name, files):
+        names |= {(file, name) for name, kind in names_in(file, known) if kind in _FUNCTIONS}
     releases = [one.retain(holder) for one in (*_METHODS_OF_TENSOR, *(_replaced(*name) for name in names))]
 
     def release() -> None:
