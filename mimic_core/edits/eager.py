@@ -129,7 +129,7 @@ class EagerFrame(Follower):
     """One forward of such a module with edits.
 
     It follows the calls of torch from the product of query and key to that with the values if the names show the
-    products, and from the beginning if the module multiplies the query before.
+    products. From the beginning if they do not, or if the module multiplies the query before.
     """
 
     is_on = False  # calls of functions are another module's

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .named import names_in, original_of, own_name, replaced
-from .replaced import ReplacedMethod
+from .replaced import ReplacedMethod, retain_all
 
 number_of_modes = torch._C._len_torch_function_stack  # pyright: ignore[reportAttributeAccessIssue]
 mode_at = torch._C._get_function_stack_at  # pyright: ignore[reportAttributeAccessIssue]
@@ -68,12 +68,5 @@ def retain(holder: object, files: Iterable[str]) -> Callable[[], object]:
     """As `ReplacedMethod.retain`, for torch's names and those that the files have."""
     known = {id(original_of(getattr(torch, name))): name for name in _FUNCTIONS}
     names = {("torch", name) for name in _FUNCTIONS}
-    for file in map(own_name, files):
-        names |= {(file, name) for name, kind in names_in(file, known) if kind in _FUNCTIONS}
-    releases = [one.retain(holder) for one in (*_METHODS_OF_TENSOR, *(_replaced(*name) for name in names))]
-
-    def release() -> None:
-        for one in releases:
-            one()
-
-    return release
+    names |= {(file, name) for file in map(own_name, files) for name, _ in names_in(file, known)}
+    return retain_all((*_METHODS_OF_TENSOR, *(_replaced(*name) for name in names)), holder)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .replaced import ReplacedMethod
+from .replaced import ReplacedMethod, retain_all
 
 TORCHS: Any = torch._C._nn.scaled_dot_product_attention  # pyright: ignore[reportAttributeAccessIssue]
 SDPA, TORCHS_FILE = "scaled_dot_product_attention", "torch.nn.functional"
@@ -155,12 +155,11 @@ def own_name(file: str) -> str:
     return name if sys.modules.get(name) is sys.modules.get(file) else file
 
 
-def names_in(file: str, known: dict[int, str]) -> Iterator[tuple[str, str]]:
-    """The names that a file has for the functions, each with the function."""
+def names_in(file: str, known: dict[int, str], own: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """The names that a file has for the functions, each with the function, and those of its `own` functions."""
     has = getattr(sys.modules.get(file), "__dict__", None)
     if not isinstance(has, dict):
         return
-    own = _HOMES.get(file, ())
     for name, x in list(has.items()):
         kind = known.get(id(original_of(x))) if type(x) in _KINDS else None
         if kind is not None or name in own:
@@ -202,18 +201,14 @@ class Named:
     def retain(self, holder: object) -> Callable[[], object]:
         """As `ReplacedMethod.retain`, for all names in the files."""
         known = _known()
-        found = [
-            _replaced(kind, file, name)
-            for file in set(map(own_name, self.files))
-            for name, kind in names_in(file, known)
-        ]
-        releases = [one.retain(holder) for one in found]
-
-        def release() -> None:
-            for one in releases:
-                one()
-
-        return release
+        return retain_all(
+            (
+                _replaced(kind, file, name)
+                for file in set(map(own_name, self.files))
+                for name, kind in names_in(file, known, _HOMES.get(file, ()))
+            ),
+            holder,
+        )
 
 
 def is_sdpa_of_torch() -> bool:

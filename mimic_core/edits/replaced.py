@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -57,3 +57,14 @@ class ReplacedMethod:
                     else:
                         setattr(place, self._name, self._below)
                 self._live = None
+
+
+def retain_all(replaced: Iterable[ReplacedMethod], holder: object) -> Callable[[], object]:
+    """As `ReplacedMethod.retain`, for several."""
+    releases = [one.retain(holder) for one in list(replaced)]  # all are found before one is replaced
+
+    def release() -> None:
+        for one in releases:
+            one()
+
+    return release
