@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import ref
@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from ..edits.eager import Recipe
 from ..edits.follow import Follower
-from ..edits.multiplied import number_of_modes, retain, takers
 from ..edits.named import SDPA, TORCHS_FILE, Called, Named, frames
 from ..edits.products import Axes, Product
-from ..edits.scores import KINDS, Scores, counts_from_last, is_one
+from ..edits.scores import KINDS, Scores, counts_from_last
 from ..edits.signatures import reading
 from ..types import AttentionView
 
@@ -27,30 +26,10 @@ def sizes_of(call: AttentionView, own: Named) -> tuple[Any, ...]:
     return h, g, d, call.value.shape[-1], (b, t), s, call.logits, own
 
 
-class _Names:
-    """Whether a product is called by a name that `retain` replaces, in no context that the module has entered.
-
-    Args:
-        modules: Those whose classes' files are searched for names.
-        running: Those of them that run.
-    """
-
-    def __init__(self, modules: list[nn.Module], running: list[Looking]) -> None:
-        self._running, self._modes = running, number_of_modes()
-        files = dict.fromkeys(one.__module__ for m in modules for one in type(m).__mro__ if issubclass(one, nn.Module))
-        self.files = tuple(file for file in files if not file.startswith("torch."))
-        self.is_inside = self._is_running = False
-
-    def product(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # Of a method of a tensor, torch hands the replacement to modes, which call it again.
-        is_first, self._is_running = not self._is_running, True
-        if is_first:
-            self.is_inside = number_of_modes() == self._modes + len(self._running)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            if is_first:
-                self._is_running = self.is_inside = False
+def _files(module: nn.Module) -> tuple[str, ...]:
+    """Where names are looked for by which a module may call products."""
+    files = dict.fromkeys(one.__module__ for one in type(module).__mro__ if issubclass(one, nn.Module))
+    return tuple(file for file in files if not file.startswith("torch."))
 
 
 class Looking(Follower):
@@ -60,21 +39,16 @@ class Looking(Follower):
         found: What `AttentionSeen` says of each attention, in its order.
     """
 
-    def __init__(self, rows: int, names: _Names) -> None:
+    def __init__(self, module: nn.Module, rows: int) -> None:
         super().__init__()
-        self._rows, self._names = rows, names
-        self._has_names = True  # of all products until now
-        self._multiplied: set[int] = set()
+        self._module, self._rows = module, rows
         self._samples_first: dict[int, ref[Tensor]] = {}
         self.found: list[tuple[Any, ...]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = KINDS.get(getattr(func, "__name__", ""))
-        if kind == "_product" and not self._names.is_inside and Product(func, args, kwargs or {}).equation:
-            self._has_names = False
         out = super().__torch_function__(func, types, args, kwargs)
         if type(out) is Tensor and out.ndim == 3 and args and type(args[0]) is Tensor:
-            if kind == "_shape":
+            if KINDS.get(getattr(func, "__name__", "")) == "_shape":
                 # [b h t d] -> [(b h) t d], or [t b (h d)] -> [t (b h) d]. With one sample, its axis is that of size 1.
                 before, b = args[0].shape, self._rows
                 known = before[0] == b if args[0].ndim == 4 else before[:2] == (out.shape[0], b)
@@ -94,8 +68,6 @@ class Looking(Follower):
     def scored(self, product: Product, axes: Axes, index: int, factor: Any) -> tuple[Any, Scores]:
         out, scores = super().scored(product, axes, index, factor)
         scores.samples_first = self._has_samples_first(product.second if axes.swapped else product.first)
-        if not is_one(factor):
-            self._multiplied.add(index)
         return out, scores
 
     def biased(self, scores: Scores, bias: Tensor, out: Tensor) -> None:
@@ -111,9 +83,7 @@ class Looking(Follower):
         (b, h, t, s), kv_heads, width = scores.shape, scores.kv_heads, scores.head_dim
         logits = ("softcap",) if scores.caps else ()
         values = axes.out.site(out, h).shape[-1]
-        files = self._names.files if self._has_names else None
-        is_scaled = scores.index in self._multiplied
-        recipe = Recipe(scores.index, index, h, float(scores.scale), scores.from_last, is_scaled, files)
+        recipe = Recipe(scores.index, index, h, float(scores.scale), scores.from_last, _files(self._module))
         self.found.append((h, kv_heads, width, values, (b, t), s, logits, recipe))
         return out
 
@@ -132,10 +102,9 @@ def followed(modules: list[nn.Module], rows: int) -> Iterator[dict[nn.Module, li
     """Inside the `with`, each of the modules is followed each time that it runs."""
     found: dict[nn.Module, list[Looking]] = {}
     running: list[Looking] = []
-    names = _Names(modules, running)
 
     def begins(module: nn.Module, args: Any) -> None:
-        running.append(Looking(rows, names))
+        running.append(Looking(module, rows))
         running[-1].__enter__()
         found.setdefault(module, []).append(running[-1])
 
@@ -144,13 +113,9 @@ def followed(modules: list[nn.Module], rows: int) -> Iterator[dict[nn.Module, li
 
     hooks = [m.register_forward_pre_hook(begins) for m in modules]
     hooks += [m.register_forward_hook(ends) for m in modules]
-    release = retain(names, names.files)
-    takers().append(names)
     try:
         yield found
     finally:
-        takers().remove(names)
-        release()
         while running:
             running.pop().__exit__(None, None, None)
         for hook in hooks:

@@ -37,7 +37,6 @@ class Follower(TorchFunctionMode):
     Attributes:
         products: How many products of two tensors there were.
         odd: What was not understood.
-        is_opened: It follows the inside of a function that was called, until that returns.
     """
 
     def __init__(self) -> None:
@@ -45,7 +44,7 @@ class Follower(TorchFunctionMode):
         self._tags: dict[int, tuple[ref[Tensor], _Tag]] = {}
         self.products = 0
         self.odd: list[str] = []
-        self._mixed = self.is_opened = False
+        self._mixed = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         follow = _FOLLOW.get(getattr(func, "__name__", ""))
@@ -131,8 +130,7 @@ class Follower(TorchFunctionMode):
         return self._mark(out, _Tag(scores))
 
     def _softmax(self, func: Any, args: Any, kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.get("input")
-        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        x, dim = softmax_of(args, kwargs)
         out = func(*args, **kwargs)
         tag = self._tag(x)
         if tag is None or tag.scores is None or tag.weights:
@@ -153,12 +151,8 @@ class Follower(TorchFunctionMode):
         """torch's multi-head attention calls a mode instead of running under it. So it runs without that question."""
         names = {**func.__globals__, "has_torch_function": lambda tensors: False}
         body = FunctionType(func.__code__, names, func.__name__, func.__defaults__)
-        self.is_opened = True
-        try:
-            with self:
-                return body(*args, **kwargs)
-        finally:
-            self.is_opened = False
+        with self:
+            return body(*args, **kwargs)
 
     def _each(self, func: Any, args: Any, kwargs: Any) -> Any:
         tag = self._tagged(args, kwargs)
@@ -168,7 +162,7 @@ class Follower(TorchFunctionMode):
             return out
         if tag.scores is None:
             return out if tag.of is None else self._mark(out, tag)
-        if not self._is_whole(out, tag.scores):
+        if not tag.scores.is_whole(out):
             return out
         if tag.weights:
             return self._mark(out, tag)
@@ -192,7 +186,7 @@ class Follower(TorchFunctionMode):
     def _shape(self, func: Any, args: Any, kwargs: Any) -> Any:
         tag = self._tag(args[0]) if args else None
         out = func(*args, **kwargs)
-        if tag is None or (tag.scores is not None and not self._is_whole(out, tag.scores)):
+        if tag is None or (tag.scores is not None and not tag.scores.is_whole(out)):
             return out
         return self._mark(out, tag)
 
@@ -224,11 +218,6 @@ class Follower(TorchFunctionMode):
             return out
         tag.scores.columns = out.shape[-1]
         return self._mark(out, tag)
-
-    def _is_whole(self, x: Any, scores: Scores) -> bool:
-        """Whether a tensor has a row for each query, and the columns that the scores have."""
-        whole = isinstance(x, Tensor) and x.numel() == scores.rows * scores.columns
-        return whole and x.ndim > 0 and x.shape[-1] == scores.columns
 
     def _caps(self, func: Any, args: Any, kwargs: Any) -> Any:
         tag = self._tag(args[0])
@@ -262,6 +251,11 @@ class Follower(TorchFunctionMode):
             return self._mark(out, tag)
         factor, of = (1, None) if tag is None else (tag.factor, tag.of)
         return self._mark(out, _Tag(factor=factor / number if over else factor * number, of=of))
+
+
+def softmax_of(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """What a softmax gets, and over which axis it is."""
+    return args[0] if args else kwargs.get("input"), args[1] if len(args) > 1 else kwargs.get("dim")
 
 
 _FOLLOW = {name: getattr(Follower, kind) for name, kind in KINDS.items()}

@@ -20,8 +20,10 @@ from transformers.modeling_utils import AttentionInterface
 from ..errors import PatchStateError, UnsupportedModelError
 from .call import UNUSUAL, AttentionCall, Plan, SDPACall, shifted
 from .eager import EagerFrame, Recipe
+from .eager_frames import frame_of
 from .entry import Entry
 from .named import SDPA, TORCHS, TORCHS_FILE, Called, Named, by_nobody, frames, is_sdpa_of_torch
+from .paths import Paths
 from .replaced import ReplacedMethod
 from .signatures import reading
 
@@ -39,12 +41,13 @@ class AttentionSlot:
     Attributes:
         plan: The edits of a call. It is made when edits change, because making it at each decoded token is too slow.
             None if no edit is active.
+        paths: See `frame_of`. Not in copies and pickles.
     """
 
     plan: Plan | None
 
     def __init__(self, own: Recipe | Named | None = None) -> None:
-        self.own = own
+        self.own, self.paths = own, Paths()
         self.hold(())
         self._retain()
 
@@ -79,7 +82,7 @@ class AttentionSlot:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy or a loaded pickle of a patched model is patched too, so it also needs the wrapper. The owners of its
         # entries may not be complete yet, so the first call makes the plan.
-        self.entries, self.own = state["entries"], state["own"]
+        self.entries, self.own, self.paths = state["entries"], state["own"], Paths()
         self.plan, self.asks = Plan(()), True
         self._retain()
 
@@ -116,19 +119,22 @@ class Attending:
         else:
             if _may_be_one_kernel(self._module):
                 raise _one_kernel(self._module)
-            frame = EagerFrame(self._module, slot.own, plan)
+            frame = frame_of(self._module, slot.own, plan, args, kwargs, slot.paths)
             frame.begin()
             around.append(frame)
 
     def leave(self, raised: bool) -> None:
-        frame = frames().pop()
-        if isinstance(frame, _Frame):
-            frame.look_away()
+        around = frames()
+        frame = around.pop()
         if isinstance(frame, EagerFrame):
-            if frame in frames()[-1:]:
+            if around and around[-1] is frame:
                 return
             frame.leave()
-        if isinstance(frame, EagerFrame | _Frame) and not raised:
+        elif isinstance(frame, _Frame):
+            frame.look_away()
+        else:
+            return
+        if not raised:
             frame.end()
 
     def traced(self) -> Traced | None:

@@ -37,7 +37,7 @@ _HOMES = {
     **dict.fromkeys(("flash_attn.cute", "flash_attn.cute.interface"), _FLASH[:2]),
 }
 # They call what they have replaced: `original`.
-_OURS = (__name__, "mimic_core.edits.multiplied", "mimic_core.testing.oracle")
+_OURS = (__name__, "mimic_core.edits.torch_names", "mimic_core.testing.oracle")
 _KINDS = frozenset((FunctionType, BuiltinFunctionType, partial))
 _COMPILED = "_torchdynamo_orig_callable"
 # Their own code asks transformers' interface, or calls the functions where packages have them.

@@ -34,7 +34,7 @@ class Order(NamedTuple):
 
     def shape(self, x: Tensor, heads: int) -> tuple[int, ...]:
         """That of `site`, which costs a few functions of torch."""
-        shape = tuple(x.shape if self.axes is None else (x.shape[n] for n in self.axes))
+        shape = x.shape if self.axes is None else tuple(x.shape[n] for n in self.axes)
         if self.heads == "are":
             return shape
         return (shape[0] // heads, heads, *shape[1:]) if self.heads == "rows" else (shape[0], 1, *shape[1:])

@@ -68,7 +68,7 @@ class Scores:
         from_last: Which of them counts from the last key, see `counts_from_last`.
     """
 
-    given: Tensor
+    given: Tensor | None = None
     less: Any = None
     added = 0
     from_last: int | None = None
@@ -82,6 +82,11 @@ class Scores:
         self.dtype = q.dtype
         self.caps = self.samples_first = False
 
+    def is_whole(self, x: Any) -> bool:
+        """Whether a tensor has a row for each query, and the columns that the scores have."""
+        whole = isinstance(x, Tensor) and x.numel() == self.rows * self.columns
+        return whole and x.ndim > 0 and x.shape[-1] == self.columns
+
     def take(self, less: Tensor) -> None:
         """Note what was taken away from each row: one number for each."""
         less = less.reshape(self.shape[:3])
@@ -90,6 +95,7 @@ class Scores:
     def lse(self, dtype: torch.dtype) -> Tensor:
         """The log-sum-exp of what the softmax got, [b h t], in fp32 or a wider `dtype`."""
         logits = self.given
+        assert logits is not None
         dtype, lowest = _how(logits.dtype, self.dtype, dtype)
         lse = torch.logsumexp(logits if logits.dtype == dtype else logits.to(dtype), -1)
         if self.less is not None:
