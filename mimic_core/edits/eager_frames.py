@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .call import Plan
 from .eager import OTHERWISE, EagerFrame, Recipe
 from .follow import Follower, softmax_of
-from .paths import Path, Paths, Seen, kind_of
+from .paths import Path, Paths, Seen, kind_of, sizes_of
 from .products import Axes, Product
 from .scores import Scores
 
@@ -22,9 +22,12 @@ from .scores import Scores
 class FollowedFrame(EagerFrame, Follower):
     """All calls of torch are followed. Those by names are kept, if that tells enough of others of its kind."""
 
-    def __init__(self, module: nn.Module, recipe: Recipe, plan: Plan, kind: Hashable, paths: Paths) -> None:
+    def __init__(
+        self, module: nn.Module, recipe: Recipe, plan: Plan, kind: Hashable, paths: Paths, sizes: Hashable
+    ) -> None:
         EagerFrame.__init__(self, module, recipe, plan, kind, paths)
         Follower.__init__(self)
+        self._sizes = sizes
         self._seen, self._weighs = Seen(), 0
         self._factors: tuple[Any, Any] = (1, 1)
 
@@ -94,7 +97,7 @@ class FollowedFrame(EagerFrame, Follower):
         numbers = (*self._factors, scores.scale)
         is_read = scores.less is None and scores.is_whole(scores.given)
         if is_read and all(isinstance(x, int | float) for x in numbers):
-            path = Path(self.products, self._seen.softmaxes, self._weighs, *numbers, scores.caps)
+            path = Path(self.products, self._seen.softmaxes, self._weighs, *numbers, scores.caps, self._sizes)
             self._paths.keep(self._kind, path)
 
     @property
@@ -170,11 +173,12 @@ def frame_of(
 ) -> EagerFrame:
     """What sees the attention of a forward with these arguments.
 
-    The first forward of each kind is followed. So are the others where names do not show enough: where a call goes by
-    no name, where the numbers in a tensor decide something, or where the scores lose something that is in the LSE.
+    The first forward of each kind is followed, and the first one of other sizes. So are the others where names do not
+    show enough: where a call goes by no name, where the numbers in a tensor decide something, or where the scores lose
+    something that is in the LSE.
     """
     kind = kind_of(module, args, kwargs)
-    path = paths.get(kind)
+    path = paths.of(kind, args, kwargs)
     if path is None:
-        return FollowedFrame(module, recipe, plan, kind, paths)
+        return FollowedFrame(module, recipe, plan, kind, paths, sizes_of(args, kwargs))
     return NamedFrame(module, recipe, plan, kind, paths, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,16 +15,8 @@ from .scores import KINDS
 _PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype))
 # What a call of torch returns of a tensor that is not in its numbers.
 _METADATA = frozenset(("__get__", "__len__", "__hash__", "dim", "ndimension", "size", "numel"))
-_METADATA |= {
-    "nelement",
-    "stride",
-    "storage_offset",
-    "element_size",
-    "get_device",
-    "is_contiguous",
-    "is_floating_point",
-}
-_METADATA |= {"is_complex", "is_signed", "is_inference", "is_conj", "is_neg", "is_same_size", "is_set_to", "is_shared"}
+_METADATA |= {"nelement", "stride", "storage_offset", "element_size", "get_device", "is_contiguous"}
+_METADATA |= {"is_floating_point", "is_complex", "is_signed", "is_inference", "is_conj", "is_neg", "is_same_size"}
 _NO_NUMBERS = (type(None), torch.Size, torch.dtype, torch.device, torch.layout)
 # What has a size that depends on numbers.
 _SIZED = frozenset(("nonzero", "argwhere", "unique", "unique_consecutive", "masked_select", "bincount"))
@@ -43,6 +35,7 @@ class Path:
         alpha: The number by which the product itself multiplies.
         scale: The factor on query . key.
         caps: The scores went through a tanh.
+        sizes: Those of what the forward got, see `sizes_of`. None: other sizes of the kind gave the same path.
     """
 
     products: int
@@ -52,16 +45,25 @@ class Path:
     alpha: float
     scale: float
     caps: bool
+    sizes: Hashable
 
 
 class Paths(dict[Hashable, Path]):
     """The paths of a module, by kind."""
 
+    def of(self, kind: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Path | None:
+        """The path of a forward. None if it must be followed: a number may be computed of its sizes."""
+        path = self.get(kind)
+        return path if path is None or path.sizes is None or path.sizes == sizes_of(args, kwargs) else None
+
     def keep(self, kind: Hashable, path: Path) -> None:
-        if kind is not None:
-            if len(self) >= _MOST:
-                self.clear()
-            self[kind] = path
+        if kind is None:
+            return
+        if len(self) >= _MOST:
+            self.clear()
+        before = self.get(kind)
+        is_same = before is not None and before.sizes != path.sizes and before == replace(path, sizes=before.sizes)
+        self[kind] = replace(path, sizes=None) if is_same else path
 
 
 class Seen:
@@ -106,8 +108,8 @@ def _of(x: Any) -> Hashable:
 def kind_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
     """What decides the way of a forward through its code, but for numbers in tensors and state elsewhere.
 
-    That is: its arguments, with sizes up to a power of two; the attributes of the module; what is set in torch. A text
-    that grows has a new kind at each power of two. None if it can't be said.
+    That is: its arguments, with sizes up to a power of two; the attributes of the module; what is set in torch. So a
+    text that grows has a new kind at each power of two. None if it can't be said.
     """
     plain, bits = _PLAIN, _bits
     try:
@@ -121,6 +123,17 @@ def kind_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     cast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     cast = cast if True not in cast else (cast, torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda"))
     return (module.__class__, *given, *kwargs, *own, torch.is_grad_enabled(), cast)
+
+
+def sizes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    """The sizes of the tensors that a forward gets."""
+    return tuple(map(_sizes, (*args, *kwargs.values())))
+
+
+def _sizes(x: Any) -> Hashable:
+    if isinstance(x, Tensor):
+        return x.shape
+    return tuple(map(_sizes, x)) if isinstance(x, tuple | list) else None
 
 
 def is_decision(name: str, args: tuple[Any, ...], out: Any) -> bool:

@@ -23,6 +23,7 @@ from tests.support.path_models import (
     Busy,
     ByFile,
     ByFunctional,
+    BySize,
     Counts,
     Elsewhere,
     HalfHidden,
@@ -180,7 +181,7 @@ def test_other_kinds_are_followed() -> None:
         with torch.no_grad():
             for ids in (IDS[:1, :1], torch.arange(40)[None] % 61, IDS[:, :1]):
                 assert was(ids) == [True]
-            assert [*was(IDS[:1]), *was(IDS[:1]), *was(IDS[:1, :5])] == [True, False, False]
+            assert [*was(IDS[:1]), *was(IDS[:1]), *was(IDS[:1, :5]), *was(IDS[:1, :6])] == [True, False, True, False]
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 assert was() == [True]
             attention.train()
@@ -207,6 +208,24 @@ def test_a_number_that_changes_fills_no_memory(monkeypatch: pytest.MonkeyPatch) 
             sizes.append(len(slot.paths))
     assert all(followed.next())
     assert sizes == [1, 2, 3, 4, 1, 2, 3]
+
+
+def test_a_number_computed_of_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of one size says nothing of a number in another one, although these are of one kind."""
+    model, usual = made(BySize), made()
+    with kept(model) as followed, torch.no_grad():
+        for t in (7, 7, 6, 6, 5, 6):
+            assert same(seen_in(model, IDS[:, :t]), seen_in(usual, IDS[:, :t]))
+        assert followed.next() == [True, False, True, False, True, True]
+    model = made(BySize)
+    with kept(model) as followed, torch.no_grad():
+        monkeypatch.setattr(BySize, "divides", False)
+        for _ in range(2):
+            assert same(seen_in(model), seen_in(usual))
+        with pytest.raises(mc.PatchStateError, match="it attends another way than when it was looked at"):
+            model(IDS[:, :6])
+        assert same(seen_in(model), seen_in(usual))
+        assert followed.next() == [True, False, True, False]
 
 
 WHAT = ("product before", "softmax before", "no attention", "other axis", "no softmax", "other product")

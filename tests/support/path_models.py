@@ -80,6 +80,19 @@ class Learned(Multiplies):
         return (scores.masked_fill(barred, -torch.inf).softmax(-1)) @ v
 
 
+class BySize(Multiplies):
+    """It multiplies the query by a number that is computed of the number of keys, and divides by it later, or not."""
+
+    usual: ClassVar[int] = 7  # for so many keys it is 1
+    divides: ClassVar[bool] = True
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, barred: Tensor) -> Tensor:
+        number = self.usual / k.shape[2]
+        scores = (q * number) @ k.mT / q.shape[-1] ** 0.5
+        scores = scores / number if self.divides else scores
+        return scores.masked_fill(barred, -torch.inf).softmax(-1) @ v
+
+
 class Hidden(Multiplies):
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         return type(self).times(a, b)
