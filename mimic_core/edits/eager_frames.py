@@ -97,7 +97,10 @@ class FollowedFrame(EagerFrame, Follower):
         numbers = (*self._factors, scores.scale)
         is_read = scores.less is None and scores.is_whole(scores.given)
         if is_read and all(isinstance(x, int | float) for x in numbers):
-            path = Path(self.products, self._seen.softmaxes, self._weighs, *numbers, scores.caps, self._sizes)
+            factor, alpha, scale = map(float, numbers)
+            path = Path(
+                self.products, self._seen.softmaxes, self._weighs, factor, alpha, scale, scores.caps, self._sizes
+            )
             self._paths.keep(self._kind, path)
 
     @property
